@@ -1,0 +1,172 @@
+"""What every model family of this package has in common: one forward contract."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from fairseq2.models.clm import CausalLM
+from fairseq2.nn import BatchLayout, IncrementalStateBag
+from fairseq2.nn.functional import cross_entropy
+from torch import Tensor
+from typing_extensions import override
+
+
+class Prediction(NamedTuple):
+    """What a model computes before it sees targets."""
+
+    logits: Tensor
+    """Next-token logits. *Shape:* ``(N,S,V)``, or ``(S,V)`` for a packed batch."""
+
+    aux_losses: dict[str, Tensor]
+    """Unweighted auxiliary losses by name: means over tokens and layers, ``()``."""
+
+    stats: dict[str, Tensor]
+    """Statistics by name, detached, ``()``; for reports, never part of a loss."""
+
+
+class LossTerms(NamedTuple):
+    """A loss and what it is made of.
+
+    A NamedTuple, because FSDP2 looks for output tensors through pytree and
+    silently skips a dataclass.
+    """
+
+    aggregate: Tensor
+    """What training minimises, in nats, reduced as asked: MoxE eq. (21)."""
+
+    nll: Tensor
+    """Cross-entropy in nats, reduced as asked."""
+
+    aux_losses: dict[str, Tensor]
+    """As in :class:`Prediction`."""
+
+    stats: dict[str, Tensor]
+    """As in :class:`Prediction`."""
+
+
+class AuxLossCausalLM(CausalLM):
+    """A causal language model whose training loss has named auxiliary terms.
+
+    In training mode the loss is ``nll + num_targets * sum(scale * term)`` for
+    ``reduction="sum"`` and ``nll + sum(scale * term)`` for ``"mean"``; in evaluation
+    mode it is the cross-entropy alone.
+
+    :param max_seq_len: The maximum length of a sequence in tokens.
+    :param pad_idx: The id that is ignored as a target, if there is one.
+    :param aux_loss_scales: The weight of each auxiliary loss in the aggregate.
+    :param stat_names: The names of the statistics that :meth:`predict` returns.
+    """
+
+    def __init__(
+        self,
+        max_seq_len: int,
+        pad_idx: int | None,
+        aux_loss_scales: Mapping[str, float],
+        stat_names: Sequence[str],
+    ) -> None:
+        super().__init__(max_seq_len)
+
+        self.pad_idx = pad_idx
+        self.aux_loss_scales = dict(aux_loss_scales)
+        self.stat_names = tuple(stat_names)
+
+    @abstractmethod
+    def predict(
+        self,
+        seqs: Tensor,
+        seqs_layout: BatchLayout,
+        *,
+        state_bag: IncrementalStateBag | None = None,
+    ) -> Prediction:
+        """Compute logits, auxiliary losses and statistics.
+
+        :param seqs: Token ids. *Shape:* ``(N,S)``, or ``(S)`` for a packed batch.
+        :param seqs_layout: Where the sequences of the batch begin and end.
+        :param state_bag: Holds the recurrent state during generation.
+
+        :returns: The prediction; ``aux_losses`` has the keys of ``aux_loss_scales``
+            and ``stats`` those of ``stat_names``.
+        """
+
+    @override
+    def forward(  # type: ignore[override]  # one signature for all overloads
+        self,
+        seqs: Tensor,
+        seqs_layout: BatchLayout,
+        targets: Tensor | None = None,
+        *,
+        state_bag: IncrementalStateBag | None = None,
+        label_smoothing: float = 0.0,
+        target_mask: Tensor | None = None,
+        reduction: Literal["sum", "mean"] = "sum",
+        return_logits: bool = False,
+        return_terms: bool = False,
+    ) -> Any:
+        """Compute logits, or a loss when ``targets`` are given.
+
+        :param seqs: Token ids. *Shape:* ``(N,S)``, or ``(S)`` for a packed batch.
+        :param seqs_layout: Where the sequences of the batch begin and end.
+        :param targets: The next token of each token, already shifted. *Shape:* as
+            ``seqs``.
+        :param state_bag: Holds the recurrent state during generation.
+        :param label_smoothing: The share of probability given to all other tokens.
+        :param target_mask: Which targets count. *Shape:* as ``targets``.
+        :param reduction: How the loss is reduced over targets.
+        :param return_logits: Whether to return the logits beside the loss.
+        :param return_terms: Whether the loss comes as :class:`LossTerms`.
+
+        :returns: The logits when ``targets`` is ``None``; otherwise the loss, a tensor
+            or :class:`LossTerms`, or a pair ``(loss, logits)``.
+
+        :raises ValueError: ``reduction`` is neither ``"sum"`` nor ``"mean"``.
+        """
+        prediction = self.predict(seqs, seqs_layout, state_bag=state_bag)
+
+        if targets is None:
+            return prediction.logits
+
+        if reduction not in ("sum", "mean"):
+            raise ValueError(
+                f"`reduction` must be 'sum' or 'mean', but is '{reduction}' instead."
+            )
+
+        if seqs_layout.padded:
+            not_padding = seqs_layout.position_indices >= 0
+            if target_mask is None:
+                target_mask = not_padding
+            else:
+                target_mask = target_mask & not_padding
+
+        nll = cross_entropy(
+            prediction.logits,
+            targets,
+            self.pad_idx,
+            label_smoothing=label_smoothing,
+            target_mask=target_mask,
+            reduction=reduction,
+        )
+
+        aggregate = nll
+
+        if self.training and self.aux_loss_scales:
+            aux = torch.stack(
+                [s * prediction.aux_losses[n] for n, s in self.aux_loss_scales.items()]
+            ).sum()
+
+            if reduction == "sum":
+                num_targets = (
+                    targets.numel() if target_mask is None else target_mask.sum()
+                )
+                aux = aux * num_targets
+
+            aggregate = nll + aux
+
+        loss: Tensor | LossTerms = aggregate
+
+        if return_terms:
+            loss = LossTerms(aggregate, nll, prediction.aux_losses, prediction.stats)
+
+        return (loss, prediction.logits) if return_logits else loss
