@@ -91,6 +91,14 @@ class AuxLossCausalLM(CausalLM):
             and ``stats`` those of ``stat_names``.
         """
 
+    def num_idle_parameters(self) -> float:
+        """Count the parameters that do not take part in a token's matrix products.
+
+        :returns: The input embedding's table unless it is also the output projection,
+            and the experts a token is not sent to (on average, where experts differ).
+        """
+        return 0
+
     @override
     def forward(  # type: ignore[override]  # one signature for all overloads
         self,

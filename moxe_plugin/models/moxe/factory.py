@@ -1,0 +1,206 @@
+"""Build a MoxE model from its configuration."""
+
+from __future__ import annotations
+
+from fairseq2.gang import get_current_gangs
+from fairseq2.error import NotSupportedError
+from fairseq2.models.transformer import TransformerEmbeddingFrontend, TransformerFrontend
+from fairseq2.nn import Embedding, LayerNorm, Linear, Projection, StandardEmbedding
+from fairseq2.nn import StandardLayerNorm
+from torch import nn
+
+from moxe_plugin.models.moxe.config import MoxEConfig
+from moxe_plugin.models.moxe.decoder import MoxEDecoder, MoxEDecoderLayer
+from moxe_plugin.models.moxe.model import MoxELM
+from moxe_plugin.nn.experts import SparseExperts
+from moxe_plugin.nn.layers import FFNExperts
+from moxe_plugin.nn.mlstm import MLSTMBlock
+from moxe_plugin.nn.routing import DifficultyRouter, StandardRouter
+from moxe_plugin.nn.slstm import SLSTMBlock
+
+
+def create_moxe_model(config: MoxEConfig) -> MoxELM:
+    """Create a MoxE model.
+
+    :param config: The configuration.
+
+    :returns: The model, on the current device and of the current data type.
+
+    :raises NotSupportedError: Tensor parallelism is on.
+    """
+    gangs = get_current_gangs()
+    if gangs.tp.size > 1:
+        raise NotSupportedError(
+            "`gang.tensor_parallel_size` must be 1 for family 'moxe', which has no "
+            f"tensor parallelism yet, but is {gangs.tp.size} instead."
+        )
+
+    return MoxEFactory(config).create_model()
+
+
+class MoxEFactory:
+    """Creates the parts of a MoxE model.
+
+    :param config: The configuration.
+    """
+
+    def __init__(self, config: MoxEConfig) -> None:
+        self._config = config
+
+    def create_model(self) -> MoxELM:
+        """Create the model."""
+        return MoxELM(
+            self._config,
+            self.create_decoder_frontend(),
+            self.create_decoder(),
+            self.create_final_projection(),
+        )
+
+    def create_decoder_frontend(self) -> TransformerFrontend:
+        """Create the frontend: an embedding, neither scaled nor given positions."""
+        return TransformerEmbeddingFrontend(
+            self._config.model_dim,
+            self.create_embedding(),
+            pos_encoder=None,
+            no_scale=True,
+        )
+
+    def create_embedding(self) -> Embedding:
+        """Create the token embedding, N(0, 1/M) as the authors' code."""
+        config = self._config
+
+        return StandardEmbedding(
+            config.vocab_size, config.model_dim, config.pad_idx, init_fn=_init_embedding
+        )
+
+    def create_decoder(self) -> MoxEDecoder:
+        """Create the decoder."""
+        config = self._config
+
+        layers = [self.create_decoder_layer() for _ in range(config.num_layers)]
+
+        return MoxEDecoder(
+            layers, self.create_layer_norm() if config.final_norm else None
+        )
+
+    def create_decoder_layer(self) -> MoxEDecoderLayer:
+        """Create a decoder layer."""
+        num_mixer_blocks = len(self._config.mixer_blocks)
+
+        return MoxEDecoderLayer(
+            [self.create_mixer_block(idx) for idx in range(num_mixer_blocks)],
+            self.create_layer_norm(),
+            self.create_router(),
+            self.create_experts(),
+        )
+
+    def create_mixer_block(self, block_idx: int) -> MLSTMBlock | SLSTMBlock:
+        """Create a block of the sequence mixer: MoxE eq. (4)."""
+        if self._config.mixer_blocks[block_idx] == "mlstm":
+            return self.create_mlstm_block()
+
+        return self.create_slstm_block(block_idx)
+
+    def create_mlstm_block(self, num_experts: int | None = None) -> MLSTMBlock:
+        """Create one mLSTM block, or a stack of experts."""
+        config = self._config
+
+        return MLSTMBlock(
+            config.model_dim,
+            num_heads=config.num_heads,
+            conv_kernel_size=config.conv_kernel_size,
+            qkv_block_size=config.qkv_block_size,
+            proj_factor=config.mlstm_proj_factor,
+            num_experts=num_experts,
+            num_blocks=self._num_blocks,
+        )
+
+    def create_slstm_block(
+        self, block_idx: int, num_experts: int | None = None
+    ) -> SLSTMBlock:
+        """Create one sLSTM block, or a stack of experts."""
+        config = self._config
+
+        return SLSTMBlock(
+            config.model_dim,
+            num_heads=config.num_heads,
+            conv_kernel_size=config.conv_kernel_size,
+            ffn_proj_factor=config.slstm_ffn_proj_factor,
+            num_experts=num_experts,
+            block_idx=block_idx,
+            num_blocks=self._num_blocks,
+        )
+
+    @property
+    def _num_blocks(self) -> int:
+        # A token passes the mixer's blocks and an expert in every layer.
+        return self._config.num_layers * (len(self._config.mixer_blocks) + 1)
+
+    def create_router(self) -> DifficultyRouter | StandardRouter:
+        """Create the router: MoxE eqs. (5)-(8)."""
+        config = self._config
+
+        if config.router == "standard":
+            return StandardRouter(
+                config.model_dim,
+                config.num_experts,
+                config.top_k,
+                bias=config.router_bias,
+            )
+
+        return DifficultyRouter(
+            config.model_dim,
+            config.num_experts,
+            config.top_k,
+            num_mlstm_experts=config.mlstm_group_size,
+            difficulty_bias_scale=config.difficulty_bias_scale,
+            modulation=config.modulation,
+            difficulty_threshold=config.difficulty_threshold,
+            bias=config.router_bias,
+        )
+
+    def create_experts(self) -> SparseExperts:
+        """Create the experts of a layer: MoxE eq. (9)."""
+        config = self._config
+
+        if config.experts == "ffn":
+            ffn = FFNExperts(
+                config.model_dim,
+                int(config.expert_ffn_proj_factor * config.model_dim),
+                num_experts=config.num_experts,
+            )
+
+            return SparseExperts(
+                config.num_experts, ffn=ffn, expert_state=config.expert_state
+            )
+
+        num_mlstm = config.mlstm_group_size
+        num_slstm = config.num_experts - num_mlstm
+        block_idx = len(config.mixer_blocks)
+
+        return SparseExperts(
+            config.num_experts,
+            mlstm=self.create_mlstm_block(num_mlstm) if num_mlstm else None,
+            slstm=self.create_slstm_block(block_idx, num_slstm) if num_slstm else None,
+            expert_state=config.expert_state,
+        )
+
+    def create_layer_norm(self) -> LayerNorm:
+        """Create a LayerNorm with a scale and no bias."""
+        return StandardLayerNorm(self._config.model_dim, bias=False)
+
+    def create_final_projection(self) -> Projection:
+        """Create the output projection, N(0, 1/M), not tied to the embedding."""
+        config = self._config
+
+        return Linear(
+            config.model_dim, config.vocab_size, bias=False, init_fn=_init_projection
+        )
+
+
+def _init_embedding(embed: StandardEmbedding) -> None:
+    nn.init.normal_(embed.weight, std=embed.embed_dim**-0.5)
+
+
+def _init_projection(proj: Linear) -> None:
+    nn.init.normal_(proj.weight, std=proj.input_dim**-0.5)

@@ -1,0 +1,175 @@
+"""MoxE as a fairseq2 causal language model."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from fairseq2.models.transformer import TransformerFrontend
+from fairseq2.nn import BatchLayout, IncrementalStateBag, Projection
+from torch import Tensor
+from typing_extensions import override
+
+from moxe_plugin.models.clm import AuxLossCausalLM, Prediction
+from moxe_plugin.models.moxe.config import MoxEConfig
+from moxe_plugin.models.moxe.decoder import MoxEDecoder
+from moxe_plugin.models.packing import repack_documents, unpack_documents
+from moxe_plugin.nn.losses import (
+    difficulty_loss,
+    group_loss,
+    load_balancing_loss,
+    router_z_loss,
+)
+from moxe_plugin.nn.routing import Routing, router_stat_names, router_stats
+
+
+@final
+class MoxELM(AuxLossCausalLM):
+    """A Mixture of xLSTM Experts with entropy-aware routing (arXiv 2505.01459).
+
+    Every auxiliary loss is the mean over the tokens of the local batch, then over
+    layers; padding counts in none. The model has no position code and no fixed limit
+    of length: ``max_seq_len`` only tells generators where to stop.
+
+    :param config: The configuration.
+    :param decoder_frontend: Embeds tokens.
+    :param decoder: The layers.
+    :param final_proj: Projects the decoder's output to logits.
+    """
+
+    def __init__(
+        self,
+        config: MoxEConfig,
+        decoder_frontend: TransformerFrontend,
+        decoder: MoxEDecoder,
+        final_proj: Projection,
+    ) -> None:
+        has_difficulty = config.router == "difficulty"
+
+        scales = {
+            "router_z": config.router_z_loss_scale,
+            "load_balance": config.load_balance_loss_scale,
+        }
+        if has_difficulty:
+            scales["difficulty"] = config.difficulty_loss_scale
+            scales["group"] = config.group_loss_scale
+
+        stat_names = router_stat_names(has_difficulty=has_difficulty)
+
+        super().__init__(
+            config.max_seq_len,
+            config.pad_idx,
+            scales,
+            [f"layer_{i}/{n}" for i in range(config.num_layers) for n in stat_names],
+        )
+
+        self.config = config
+        self.decoder_frontend = decoder_frontend
+        self.decoder = decoder
+        self.final_proj = final_proj
+
+    @override
+    def predict(
+        self,
+        seqs: Tensor,
+        seqs_layout: BatchLayout,
+        *,
+        state_bag: IncrementalStateBag | None = None,
+    ) -> Prediction:
+        packed_layout = None
+        if seqs_layout.packed:
+            packed_layout = seqs_layout
+            seqs, seqs_layout = unpack_documents(seqs, seqs_layout)
+
+        seq_lens, token_mask = None, None
+        if seqs_layout.padded:
+            seq_lens = seqs_layout.seq_lens_pt.long()
+            # (N,S) -> (T)
+            token_mask = (seqs_layout.position_indices >= 0).flatten()
+
+        # (N,S) -> (N,S,M)
+        hidden, seqs_layout = self.decoder_frontend(
+            seqs, seqs_layout, state_bag=state_bag
+        )
+
+        hidden, routings = self.decoder(hidden, seq_lens, state_bag=state_bag)
+
+        if packed_layout is not None:
+            # (N,S,M) -> (S,M)
+            hidden = repack_documents(hidden, packed_layout)
+
+        return Prediction(
+            self.final_proj(hidden),
+            self._aux_losses(routings, token_mask),
+            self._stats(routings, token_mask),
+        )
+
+    def _aux_losses(
+        self, routings: list[Routing], token_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        config = self.config
+
+        terms: dict[str, list[Tensor]] = {name: [] for name in self.aux_loss_scales}
+
+        for routing in routings:
+            logits = routing.biased_logits
+            if config.router_z_loss_logits == "unbiased":
+                logits = routing.router_logits
+
+            terms["router_z"].append(router_z_loss(logits, token_mask))
+
+            terms["load_balance"].append(
+                load_balancing_loss(
+                    routing.router_probs,
+                    routing.expert_indices,
+                    token_mask,
+                    form=config.load_balance_loss,
+                )
+            )
+
+            if routing.difficulty is not None:
+                terms["difficulty"].append(
+                    difficulty_loss(
+                        routing.difficulty,
+                        routing.unbiased_probs,
+                        token_mask,
+                        detach_target=config.detach_entropy_target,
+                    )
+                )
+
+                terms["group"].append(
+                    group_loss(
+                        routing.router_probs,
+                        config.mlstm_group_size,
+                        token_mask,
+                        form=config.group_loss,
+                    )
+                )
+
+        return {name: torch.stack(values).mean() for name, values in terms.items()}
+
+    def _stats(
+        self, routings: list[Routing], token_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        return {
+            f"layer_{idx}/{name}": value
+            for idx, routing in enumerate(routings)
+            for name, value in router_stats(
+                routing, self.config.mlstm_group_size, token_mask
+            ).items()
+        }
+
+    @override
+    def num_idle_parameters(self) -> float:
+        config = self.config
+
+        expert_params = sum(
+            p.numel()
+            for layer in self.decoder.layers
+            for p in layer.experts.parameters()  # type: ignore[union-attr]  # ModuleList
+        )
+        idle_share = 1.0 - config.top_k / config.num_experts
+        if config.expert_state == "dense":
+            idle_share = 0.0
+
+        return config.vocab_size * config.model_dim + idle_share * expert_params
