@@ -1,0 +1,106 @@
+"""Configuration and named architectures of the xLSTM baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from fairseq2.runtime.config_registry import ConfigRegistrar
+from fairseq2.runtime.dependency import DependencyContainer
+from fairseq2.utils.validation import Validatable, ValidationResult
+from typing_extensions import override
+
+XLSTM_FAMILY: Final = "xlstm"
+
+
+@dataclass(kw_only=True)
+class XLSTMConfig(Validatable):
+    """Holds the configuration of an xLSTM language model (arXiv 2405.04517).
+
+    The default values are those of xLSTM[5:1] in MoxE's Table 1 (338M).
+    """
+
+    vocab_size: int = 49_152
+    """The size of the vocabulary."""
+
+    pad_idx: int | None = None
+    """The id of the padding token; ``None`` if the vocabulary has none."""
+
+    max_seq_len: int = 256
+    """The context length in tokens; generators stop there, the model could go on."""
+
+    model_dim: int = 1024
+    """The dimensionality of the residual stream."""
+
+    num_blocks: int = 36
+    """The number of xLSTM blocks."""
+
+    slstm_period: int = 6
+    """Every how many blocks one is an sLSTM block, the first of each group; the others
+    are mLSTM blocks. 6 means [5:1]."""
+
+    num_heads: int = 8
+    """The number of heads of every block."""
+
+    qkv_block_size: int = 32
+    """The block size of the mLSTM's block-diagonal q, k and v projections."""
+
+    conv_kernel_size: int = 4
+    """The width of the causal convolution of every block, in tokens."""
+
+    mlstm_proj_factor: float = 2.0
+    """The mLSTM's inner dimension over ``model_dim``, before rounding up to 64."""
+
+    slstm_ffn_proj_factor: float = 1.7
+    """The sLSTM block's feed-forward dimension over ``model_dim``, rounded likewise."""
+
+    @override
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+
+        for name in (
+            "vocab_size",
+            "max_seq_len",
+            "model_dim",
+            "num_blocks",
+            "slstm_period",
+        ):
+            if getattr(self, name) < 1:
+                result.add_error(
+                    f"`{name}` must be greater than or equal to 1, but is "
+                    f"{getattr(self, name)} instead."
+                )
+
+        if self.num_heads < 1 or self.model_dim % self.num_heads != 0:
+            result.add_error(
+                f"`model_dim` ({self.model_dim}) must be a multiple of `num_heads`, "
+                f"but `num_heads` is {self.num_heads}."
+            )
+
+        return result
+
+
+def register_xlstm_configs(container: DependencyContainer) -> None:
+    """Register the named architectures with fairseq2."""
+    arch = ConfigRegistrar(container, XLSTMConfig)
+
+    @arch("338m")
+    def _338m() -> XLSTMConfig:
+        return XLSTMConfig()
+
+    @arch("quickstart")
+    def _quickstart() -> XLSTMConfig:
+        return XLSTMConfig(
+            vocab_size=2048, pad_idx=1, model_dim=128, num_blocks=6, num_heads=4
+        )
+
+    @arch("tiny")
+    def _tiny() -> XLSTMConfig:
+        return XLSTMConfig(
+            vocab_size=320,
+            max_seq_len=64,
+            model_dim=32,
+            num_blocks=3,
+            slstm_period=3,
+            num_heads=2,
+        )
