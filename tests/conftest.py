@@ -1,0 +1,84 @@
+"""Fixtures of all tests, and the environment that they run in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+# Libraries read these when they are imported, and child processes inherit them.
+_ENVIRONMENT: Final = {
+    # An extension that fails must fail the test; fairseq2 alone would only warn.
+    "FAIRSEQ2_EXTENSION_TRACE": "1",
+    "FAIRSEQ2_NO_PROGRESS": "1",
+    # No test touches the network.
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    # One thread is fastest at these shapes, and sums in the same order everywhere.
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ.update(_ENVIRONMENT)
+
+import pytest  # noqa: E402  # after the environment is set
+import torch  # noqa: E402  # after the environment is set
+
+if TYPE_CHECKING:
+    from fairseq2.runtime.dependency import DependencyResolver
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option ``--device``.
+
+    :param parser: The command line of pytest.
+    """
+    parser.addoption(
+        "--device",
+        default="cpu",
+        type=torch.device,
+        help="device on which to run tests (default: %(default)s)",
+    )
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Return the device on which a test puts its tensors.
+
+    :param request: The requesting test.
+
+    :returns: The value of ``--device``.
+    """
+    device = request.config.getoption("--device")
+    assert isinstance(device, torch.device)
+
+    return device
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the session an empty cache of its own, also for child processes.
+
+    :param tmp_path_factory: Makes the directory.
+
+    :returns: The directory that ``MOXE_CACHE_DIR`` names.
+    """
+    directory = tmp_path_factory.mktemp("moxe_cache")
+    os.environ["MOXE_CACHE_DIR"] = str(directory)
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def fairseq2_setup() -> DependencyResolver:
+    """Initialise fairseq2 with our extension, once; only for tests that need it.
+
+    :returns: The resolver of the library.
+    """
+    from fairseq2.runtime.dependency import get_dependency_resolver
+
+    return get_dependency_resolver()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(2)
