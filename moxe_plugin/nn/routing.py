@@ -1,0 +1,288 @@
+"""Routers: difficulty, bias, probabilities and the chosen experts of every token."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor, float32, promote_types
+from torch.nn import Module, Parameter
+from torch.nn.functional import linear, sigmoid, softmax
+from torch.nn.init import trunc_normal_, zeros_
+from typing_extensions import override
+
+from moxe_plugin.nn.modulation import Modulation, standard_modulation
+
+MIN_ENTROPY_PROB: Final = 1e-6
+"""Below this a probability no longer enters the logarithm of the entropy."""
+
+TRUNCATED_NORMAL_STD: Final = 0.87962566103423978
+"""Standard deviation of a unit normal cut off at two standard deviations."""
+
+
+class Routing(NamedTuple):
+    """Where tokens go, and everything the losses need to know about it.
+
+    All floating-point tensors have at least float32 precision.
+    """
+
+    router_logits: Tensor
+    """Expert scores before the difficulty bias, eq. (7). *Shape:* ``(T,E)``."""
+
+    biased_logits: Tensor
+    """Expert scores after the difficulty bias, eq. (7). *Shape:* ``(T,E)``."""
+
+    router_probs: Tensor
+    """Softmax of ``biased_logits``, eq. (8). *Shape:* ``(T,E)``."""
+
+    unbiased_probs: Tensor
+    """Softmax of ``router_logits``, for eq. (11). *Shape:* ``(T,E)``."""
+
+    difficulty: Tensor | None
+    """Predicted difficulty in (0, 1), eq. (5), if the router predicts one.
+    *Shape:* ``(T)``."""
+
+    expert_indices: Tensor
+    """The chosen experts, most probable first; int64. *Shape:* ``(T,K)``."""
+
+    expert_weights: Tensor
+    """The weights of the chosen experts, eq. (9); rows sum to 1. *Shape:* ``(T,K)``."""
+
+
+class Router(Module, ABC):
+    """Scores experts linearly, ``z = W_r h (+ b_r)``, and chooses the best ``top_k``.
+
+    Weights start as LeCun normal (truncated), biases as 0.
+
+    :param model_dim: The dimensionality of the model.
+    :param num_experts: The number of experts.
+    :param top_k: The number of experts of each token.
+    :param bias: Whether the scores have a learned bias ``b_r``.
+
+    :raises ValueError: ``top_k`` is not between 1 and ``num_experts``.
+    """
+
+    weight: Parameter
+    bias: Parameter | None
+
+    def __init__(
+        self, model_dim: int, num_experts: int, top_k: int, *, bias: bool = False
+    ) -> None:
+        super().__init__()
+
+        if top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, but is {top_k} instead.")
+
+        if top_k > num_experts:
+            raise ValueError(
+                f"`top_k` must be at most `num_experts` ({num_experts}), but is "
+                f"{top_k} instead."
+            )
+
+        self.model_dim = model_dim
+        self.num_experts = num_experts
+        self.top_k = top_k
+
+        self.weight = Parameter(torch.empty(num_experts, model_dim))
+
+        if bias:
+            self.bias = Parameter(torch.empty(num_experts))
+        else:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Reset the parameters to their initial values."""
+        _lecun_normal_(self.weight, fan_in=self.model_dim)
+
+        if self.bias is not None:
+            zeros_(self.bias)
+
+    @override
+    def forward(self, hidden: Tensor) -> Routing:
+        """Route tokens.
+
+        Computed in float32 (float64 if ``hidden`` is), also under autocast.
+
+        :param hidden: The output of the sequence mixer. *Shape:* ``(T,M)``.
+
+        :returns: The routing of every token.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._route(hidden.to(promote_types(hidden.dtype, float32)))
+
+    @abstractmethod
+    def _route(self, hidden: Tensor) -> Routing: ...
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        # (T,M) -> (T,E)
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+
+        return linear(hidden, self.weight.to(hidden.dtype), bias)
+
+    def _choose(self, probs: Tensor) -> tuple[Tensor, Tensor]:
+        # Stable: of equally probable experts the one with the lower index wins.
+        sorted_probs, order = torch.sort(probs, dim=-1, descending=True, stable=True)
+
+        top_probs = sorted_probs[:, : self.top_k]
+
+        return (
+            order[:, : self.top_k].contiguous(),
+            top_probs / top_probs.sum(dim=-1, keepdim=True),
+        )
+
+
+class StandardRouter(Router):
+    """Routes by the scores alone: MoxE eqs. (1)-(3), "MoxE-Standard".
+
+    Parameters are those of :class:`Router`.
+    """
+
+    def __init__(
+        self, model_dim: int, num_experts: int, top_k: int, *, bias: bool = False
+    ) -> None:
+        super().__init__(model_dim, num_experts, top_k, bias=bias)
+
+        self.reset_parameters()
+
+    @override
+    def _route(self, hidden: Tensor) -> Routing:
+        logits = self._score(hidden)
+
+        probs = softmax(logits, dim=-1)
+
+        return Routing(logits, logits, probs, probs, None, *self._choose(probs))
+
+
+class DifficultyRouter(Router):
+    """Routes hard tokens towards the mLSTM experts: MoxE eqs. (5)-(8).
+
+    ``d = sigmoid(w_d h + b_d)``; with ``s = gamma * modulation(d)`` the mLSTM experts
+    ``0 .. num_mlstm_experts - 1`` get the bias ``+s`` and all others ``-s``.
+
+    :param model_dim: The dimensionality of the model.
+    :param num_experts: The number of experts.
+    :param top_k: The number of experts of each token.
+    :param num_mlstm_experts: How many of the first experts hard tokens are sent to. In
+        the paper it is half of them; we leave it free.
+    :param difficulty_bias_scale: The scale gamma of the bias.
+    :param modulation: How strongly a difficulty acts: :func:`standard_modulation`, or
+        a :class:`MaskedModulation` or :class:`ProportionalModulation`.
+    :param bias: Whether the scores have a learned bias ``b_r``.
+
+    :raises ValueError: ``top_k`` or ``num_mlstm_experts`` does not fit ``num_experts``,
+        or ``difficulty_bias_scale`` is negative.
+    """
+
+    difficulty_weight: Parameter
+    difficulty_bias: Parameter
+
+    def __init__(
+        self,
+        model_dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        num_mlstm_experts: int,
+        difficulty_bias_scale: float,
+        modulation: Modulation = standard_modulation,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(model_dim, num_experts, top_k, bias=bias)
+
+        if not 0 < num_mlstm_experts < num_experts:
+            raise ValueError(
+                "`num_mlstm_experts` must be greater than 0 and less than "
+                f"`num_experts` ({num_experts}), but is {num_mlstm_experts} instead."
+            )
+
+        if not difficulty_bias_scale >= 0.0:
+            raise ValueError(
+                "`difficulty_bias_scale` must be greater than or equal to 0, but is "
+                f"{difficulty_bias_scale} instead."
+            )
+
+        self.num_mlstm_experts = num_mlstm_experts
+        self.difficulty_bias_scale = difficulty_bias_scale
+        self.modulation = modulation
+
+        self.difficulty_weight = Parameter(torch.empty(model_dim))
+        # FSDP2 refuses parameters without a dimension.
+        self.difficulty_bias = Parameter(torch.empty(1))
+
+        self.reset_parameters()
+
+    @override
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+
+        _lecun_normal_(self.difficulty_weight, fan_in=self.model_dim)
+
+        zeros_(self.difficulty_bias)
+
+    @override
+    def _route(self, hidden: Tensor) -> Routing:
+        logits = self._score(hidden)
+
+        # (T,M) -> (T,1)
+        difficulty = sigmoid(
+            linear(
+                hidden,
+                self.difficulty_weight.unsqueeze(0).to(hidden.dtype),
+                self.difficulty_bias.to(hidden.dtype),
+            )
+        )
+
+        strength = self.difficulty_bias_scale * self.modulation(difficulty)
+
+        num_mlstm = self.num_mlstm_experts
+        num_others = self.num_experts - num_mlstm
+
+        # (T,1) -> (T,E)
+        biased_logits = logits + torch.cat(
+            [strength.expand(-1, num_mlstm), -strength.expand(-1, num_others)], dim=-1
+        )
+
+        probs = softmax(biased_logits, dim=-1)
+
+        return Routing(
+            logits,
+            biased_logits,
+            probs,
+            softmax(logits, dim=-1),
+            difficulty.squeeze(-1),
+            *self._choose(probs),
+        )
+
+
+def normalized_entropy(probs: Tensor) -> Tensor:
+    """Compute the entropy of distributions over experts as a share of its maximum.
+
+    ``-sum_i p_i ln(max(p_i, 1e-6)) / ln(E)``: MoxE eq. (11). The floor inside the
+    logarithm is that of the authors' code; it keeps the gradient finite.
+
+    :param probs: Probabilities. *Shape:* ``(T,E)``.
+
+    :returns: Entropies in [0, 1], no unit. *Shape:* ``(T)``.
+
+    :raises ValueError: ``E`` is 1, for which normalized entropy is undefined.
+    """
+    num_experts = probs.size(-1)
+
+    if num_experts < 2:
+        raise ValueError(
+            "The last dimension of `probs` must be at least 2, but is "
+            f"{num_experts} instead."
+        )
+
+    log_probs = probs.clamp(min=MIN_ENTROPY_PROB).log()
+
+    return -(probs * log_probs).sum(dim=-1) / math.log(num_experts)
+
+
+def _lecun_normal_(tensor: Tensor, *, fan_in: int) -> None:
+    # As in JAX: truncated, and wider by as much as truncation narrows it.
+    std = fan_in**-0.5 / TRUNCATED_NORMAL_STD
+
+    trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
