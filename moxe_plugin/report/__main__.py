@@ -1,0 +1,81 @@
+"""``moxe tables``: regenerate tables and plots from recorded runs."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+DEFAULT_RESULTS_DIR = Path("results")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write tables for recorded runs.
+
+    :param argv: The arguments; those of the process by default.
+
+    :returns: 0, or 2 if there is no readable run.
+    """
+    args = _create_parser().parse_args(argv)
+
+    # pandas and matplotlib take a second to import; `--help` must not.
+    from rich.console import Console
+
+    from moxe_plugin.report.records import find_run_dirs, read_runs
+    from moxe_plugin.report.tables import write_tables
+    from moxe_plugin.report.terminal import print_excluded, print_results
+
+    console, error_console = Console(), Console(stderr=True, soft_wrap=True)
+
+    results_dir: Path = args.results
+
+    if not args.runs and not results_dir.is_dir():
+        error_console.print(f"error: `{results_dir}` is no directory; see --results.")
+
+        return 2
+
+    records, damaged = read_runs(args.runs or find_run_dirs(results_dir))
+
+    if not records:
+        print_excluded(damaged, error_console)
+        error_console.print("error: there is no readable run; see --results.")
+
+        return 2
+
+    tables_dir = results_dir / "tables"
+
+    results = write_tables(records, damaged, tables_dir)
+
+    print_results(results, tables_dir, console)
+
+    return 0
+
+
+def _create_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="moxe tables",
+        description="Write tables and plots from recorded runs. Nothing is trained or "
+        "evaluated; the same records give the same files, byte for byte.",
+    )
+
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="*",
+        type=Path,
+        help="run directories (default: all of --results)",
+    )
+
+    parser.add_argument(
+        "--results",
+        metavar="DIR",
+        type=Path,
+        default=DEFAULT_RESULTS_DIR,
+        help="directory of runs; tables go to DIR/tables (default: %(default)s)",
+    )
+
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Result tables on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moxe_plugin.report.comparison import Comparison, SuiteResults
+from moxe_plugin.report.records import DamagedRun
+from moxe_plugin.report.tables import comparison_cells
+
+
+def print_results(
+    results: Sequence[SuiteResults], tables_dir: Path, console: Console
+) -> None:
+    """Print the tables of all suites and where their files are.
+
+    :param results: The suites.
+    :param tables_dir: Where the files are.
+    :param console: The terminal.
+    """
+    for suite in results:
+        for comparison in suite.comparisons:
+            _print_comparison(suite.suite, comparison, console)
+
+        print_excluded(suite.excluded, console)
+
+        names = ", ".join(f"{suite.suite}.{suffix}" for suffix in ("md", "csv", "png"))
+        console.print(f"Written: {names} in {tables_dir}", highlight=False)
+
+
+def print_excluded(excluded: Sequence[DamagedRun], console: Console) -> None:
+    """Print which runs no number comes from.
+
+    :param excluded: The runs.
+    :param console: The terminal.
+    """
+    for run in excluded:
+        console.print(f"[yellow]excluded[/] {escape(run.name)}: {escape(run.reason)}")
+
+
+def _print_comparison(suite: str, comparison: Comparison, console: Console) -> None:
+    title = f"{suite}: data {comparison.data.name}"
+    if comparison.training_tokens is not None:
+        title += f", {comparison.training_tokens:,} training tokens"
+
+    # One column a system: fourteen numbers do not fit beside each other.
+    cells = comparison_cells(comparison).set_index("system").T
+
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE, padding=0, collapse_padding=True
+    )
+
+    table.add_column(no_wrap=True)
+    for label in cells.columns:
+        # A narrow terminal must wrap digits, never cut them off.
+        table.add_column(label, justify="right", overflow="fold")
+
+    for heading, row in cells.iterrows():
+        table.add_row(str(heading), *row)
+
+    console.print(table)
+
+    for note in comparison.notes:
+        console.print(f"Note: {note}", highlight=False)
