@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import final
 
+from fairseq2.nn import BatchLayout
+from torch import Tensor
+from transformers.utils.generic import ModelOutput
+from typing_extensions import override
+
 from moxe_plugin.models.hf import HfCausalLM
 
 
 @final
 class Gemma2LM(HfCausalLM):
-    """A Gemma 2 language model: dense, hence without auxiliary losses."""
+    """A Gemma 2 language model; dense, it has no auxiliary loss."""
+
+    @override
+    def read_output(
+        self, output: ModelOutput, seqs_layout: BatchLayout
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {}, {}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import cast, final
 
 from fairseq2.nn import IncrementalState
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers import DynamicCache
 from typing_extensions import override
 
@@ -22,15 +22,15 @@ class HfCacheState(IncrementalState):
 
     @override
     def reorder(self, new_order: Tensor) -> None:
-        self.cache.reorder_cache(new_order)
+        self.cache.reorder_cache(cast(LongTensor, new_order))
 
     @override
     def size_bytes(self) -> int:
         return sum(
             tensor.numel() * tensor.element_size()
             for layer in self.cache.layers
-            if layer.is_initialized
             for tensor in (layer.keys, layer.values)
+            if tensor is not None
         )
 
     @override

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import cast, final
 
 import torch
 from fairseq2.nn import BatchLayout, Embedding, IncrementalStateBag
-from torch import Tensor
-from torch.nn import Module
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 from typing_extensions import override
 
 from moxe_plugin.models.clm import AuxLossCausalLM, Prediction
@@ -42,7 +42,7 @@ class HfCausalLM(AuxLossCausalLM):
         aux_loss_scales: Mapping[str, float],
         stat_names: Sequence[str],
     ) -> None:
-        embed = hf.get_input_embeddings()
+        embed = cast(nn.Embedding, hf.get_input_embeddings())
 
         super().__init__(max_seq_len, embed.padding_idx, aux_loss_scales, stat_names)
 
@@ -52,6 +52,7 @@ class HfCausalLM(AuxLossCausalLM):
         # module, so that the embedding has one name in the state dict.
         self.decoder_frontend = SimpleNamespace(embed=_HfEmbedding(embed))
 
+    @abstractmethod
     def read_output(
         self, output: ModelOutput, seqs_layout: BatchLayout
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -62,7 +63,6 @@ class HfCausalLM(AuxLossCausalLM):
 
         :returns: Auxiliary losses and statistics by name.
         """
-        return {}, {}
 
     @final
     @override
@@ -92,7 +92,7 @@ class HfCausalLM(AuxLossCausalLM):
 
         aux_losses, stats = self.read_output(output, seqs_layout)
 
-        return Prediction(output.logits, aux_losses, stats)
+        return Prediction(output["logits"], aux_losses, stats)
 
     def _continue(
         self, seqs: Tensor, seqs_layout: BatchLayout, state_bag: IncrementalStateBag
@@ -134,7 +134,7 @@ class HfCausalLM(AuxLossCausalLM):
 class _HfEmbedding(Embedding):
     """An embedding of transformers, seen as one of fairseq2's."""
 
-    def __init__(self, embed: Module) -> None:
+    def __init__(self, embed: nn.Embedding) -> None:
         super().__init__(embed.num_embeddings, embed.embedding_dim, embed.padding_idx)
 
         self._embed = embed
