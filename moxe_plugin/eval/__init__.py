@@ -1,0 +1,1 @@
+"""Scores models with lm-evaluation-harness."""

@@ -1,0 +1,78 @@
+"""Which sequences are computed together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+_MAX_TOKENS: Final = 2**14
+_MAX_LOGITS: Final = 2**28
+"""1 GiB in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """Groups sequences of similar length.
+
+    ``"auto"`` puts as many sequences into a batch as have, padded, at most 16384 tokens
+    and 2**28 logits, and at least one. Nothing is measured: the same sequences give the
+    same batches on every machine.
+    """
+
+    batch_size: int | str
+    """The number of sequences in a batch, or ``"auto"``. The harness' ``"auto:N"`` is
+    the same: ``N`` is how often to measure, which is never done here."""
+
+    vocab_size: int
+    """The number of logits per token."""
+
+    max_batch_size: int | None = None
+    """The most sequences that ``"auto"`` may put together."""
+
+    def __post_init__(self) -> None:
+        """Check the sizes.
+
+        :raises ValueError: ``batch_size`` is neither positive nor ``"auto"``.
+        """
+        text = str(self.batch_size)
+
+        if not self._is_auto and not (text.isdecimal() and int(text) >= 1):
+            raise ValueError(
+                "`batch_size` must be a positive number or 'auto', but is "
+                f"'{self.batch_size}' instead."
+            )
+
+    @property
+    def _is_auto(self) -> bool:
+        text = str(self.batch_size)
+
+        return text == "auto" or text.startswith("auto:")
+
+    def make_batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Group sequences, the longest first.
+
+        :param lengths: The length of each sequence in tokens.
+
+        :returns: Indices into ``lengths``; each occurs in exactly one batch.
+        """
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+        batches: list[list[int]] = []
+        begin = 0
+
+        while begin < len(order):
+            size = self._size_for(lengths[order[begin]])
+            batches.append(order[begin : begin + size])
+            begin += size
+
+        return batches
+
+    def _size_for(self, length: int) -> int:
+        if not self._is_auto:
+            return int(self.batch_size)
+
+        num_tokens = min(_MAX_TOKENS, _MAX_LOGITS // self.vocab_size)
+        size = max(1, num_tokens // max(1, length))
+
+        return size if self.max_batch_size is None else min(size, self.max_batch_size)

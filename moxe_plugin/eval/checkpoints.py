@@ -1,0 +1,199 @@
+"""Load a trained model with its tokenizer: from a training output, or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from fairseq2.assets import AssetCard, AssetNotFoundError, get_asset_store
+from fairseq2.data.tokenizers import (
+    Tokenizer,
+    TokenizerFamily,
+    TokenizerFamilyNotKnownError,
+    load_tokenizer,
+)
+from fairseq2.device import CPU
+from fairseq2.gang import create_fake_gangs
+from fairseq2.models import get_model_family_name, load_model
+from fairseq2.models.clm import CausalLM
+from fairseq2.runtime.dependency import DependencyLookup, get_dependency_resolver
+from fairseq2.utils.config import StandardConfigMerger
+from fairseq2.utils.structured import StandardValueConverter
+
+from moxe_plugin.eval.train_output import TrainOutput, open_train_output
+
+_DIRECTORY_FAMILY: Final = "moxe_hg"
+"""The tokenizer family that reads a directory with a ``tokenizer.json``."""
+
+
+class LoadedModel(NamedTuple):
+    """A model ready to be scored, and where it came from."""
+
+    model: CausalLM
+    """The model, in evaluation mode."""
+
+    tokenizer: Tokenizer
+    """The tokenizer that it was trained with, unless another was asked for."""
+
+    name: str
+    """The training output directory or the asset name."""
+
+    step: int | None
+    """The training step of the checkpoint; ``None`` for an asset."""
+
+    provenance: Mapping[str, Any]
+    """Plain values for a report: checkpoint, family, tokenizer and, for a training
+    output, the configurations of the model and of the recipe."""
+
+
+def load_checkpoint(
+    path_or_asset: str | Path,
+    *,
+    step: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | Path | Tokenizer | None = None,
+) -> LoadedModel:
+    """Load a model with its tokenizer, for evaluation.
+
+    The name of an existing directory means that directory; anything else is looked up
+    in fairseq2's asset store. fairseq2 is initialised on first use, with our families.
+
+    :param path_or_asset: The output directory of a training run (its single sweep
+        directory, its ``checkpoints`` or a ``step_N`` in there will do too), or an
+        asset name.
+    :param step: The training step; the last one by default. Only for directories.
+    :param device: Where the parameters go.
+    :param dtype: The type of the parameters.
+    :param tokenizer: Instead of the tokenizer of the training run: an asset name, a
+        directory with a Hugging Face tokenizer, or a tokenizer.
+
+    :returns: The model in evaluation mode, and where it came from.
+
+    :raises ValueError: There is no such checkpoint, step, asset or tokenizer, or the
+        model is not a causal language model.
+    """
+    card: AssetCard
+
+    if Path(path_or_asset).is_dir():
+        output = open_train_output(Path(path_or_asset), step)
+        name, step = str(output.dir), output.step
+        # The file is written as a card; taken as one, it needs no asset store.
+        checkpoint = {"checkpoint": str(output.model_dir)}
+        card = AssetCard("checkpoint", {**output.model_card, **checkpoint})
+        provenance = {
+            **checkpoint,
+            "model_config": output.model_card.get("model_config"),
+            "recipe_config": output.recipe_config,
+            "tokenizer": output.recipe_config.get("tokenizer"),
+        }
+    else:
+        output = None
+        name = str(path_or_asset)
+        card = _retrieve_card(name, step)
+        provenance = {"checkpoint": name, "tokenizer": name}
+
+    provenance["model_family"] = get_model_family_name(card)
+
+    if tokenizer is not None:
+        provenance["tokenizer"] = str(tokenizer)
+        tokenizer = _load_named_tokenizer(tokenizer)
+    elif output is not None:
+        tokenizer = _load_recorded_tokenizer(output)
+    else:
+        tokenizer = load_tokenizer(card)
+
+    model = load_model(card, device=torch.device(device), dtype=dtype)
+
+    if not isinstance(model, CausalLM):
+        raise ValueError(
+            f"`path_or_asset` must be a causal language model, but '{name}' is of type "
+            f"`{type(model)}` instead."
+        )
+
+    model.eval()
+
+    return LoadedModel(model, tokenizer, name, step, provenance)
+
+
+def _retrieve_card(name: str, step: int | None) -> AssetCard:
+    if step is not None:
+        raise ValueError(
+            f"`step` must be left out for an asset, but is {step} and '{name}' is not "
+            "a directory."
+        )
+
+    store = get_asset_store()
+
+    try:
+        return store.retrieve_card(name)
+    except AssetNotFoundError:
+        known = sorted(n for n in store.asset_names if n.startswith("moxe"))
+
+        raise ValueError(
+            f"`checkpoint` must be an existing directory or a known asset, but is "
+            f"'{name}' instead. Assets of this package: {', '.join(known) or 'none'}."
+        ) from None
+
+
+def _load_named_tokenizer(tokenizer: str | Path | Tokenizer) -> Tokenizer:
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+
+    if Path(tokenizer).is_dir():
+        return _load_custom_tokenizer(Path(tokenizer), _DIRECTORY_FAMILY, None)
+
+    return load_tokenizer(str(tokenizer))
+
+
+def _load_recorded_tokenizer(output: TrainOutput) -> Tokenizer:
+    section = output.recipe_config.get("tokenizer")
+
+    if not section:
+        raise ValueError(
+            f"`tokenizer` must be given, because '{output.dir}' records none in its "
+            "`config.yaml`."
+        )
+
+    overrides = section.get("config_overrides")
+
+    if (path := section.get("path")) is not None:
+        if not Path(path).exists():
+            raise ValueError(
+                f"`tokenizer` must be given, because the tokenizer that '{output.dir}' "
+                f"was trained with is no longer at '{path}'."
+            )
+
+        return _load_custom_tokenizer(Path(path), section["family"], overrides)
+
+    if overrides:
+        raise ValueError(
+            "`tokenizer` must be given, because a tokenizer recorded by `name` with "
+            f"`config_overrides` cannot be rebuilt. '{output.dir}' has one."
+        )
+
+    return load_tokenizer(section["name"])
+
+
+def _load_custom_tokenizer(
+    path: Path, family_name: str, overrides: object
+) -> Tokenizer:
+    families = DependencyLookup(
+        get_dependency_resolver(),
+        TokenizerFamily,  # type: ignore[type-abstract]  # an interface, as in fairseq2
+    )
+
+    family = families.maybe_get(family_name)
+    if family is None:
+        raise TokenizerFamilyNotKnownError(family_name)
+
+    config = family.config_kls()
+
+    if overrides:
+        converter = StandardValueConverter()
+        merged = StandardConfigMerger().merge(converter.unstructure(config), overrides)
+        config = converter.structure(merged, family.config_kls)
+
+    return family.load_custom_tokenizer(path, config, create_fake_gangs(CPU))

@@ -1,0 +1,70 @@
+"""The model ``moxe`` of lm-evaluation-harness: any of our families, by checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, Final, final
+
+import torch
+
+from moxe_plugin.eval.adapter import LoadedModelLM
+from moxe_plugin.eval.checkpoints import load_checkpoint
+
+_DTYPES: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@final
+class MoxeHarnessLM(LoadedModelLM):
+    """Loads a checkpoint and scores it: ``--model moxe --model_args checkpoint=DIR``.
+
+    :param checkpoint: As ``path_or_asset`` of
+        :func:`~moxe_plugin.eval.checkpoints.load_checkpoint`.
+    :param model: Another word for ``checkpoint``; the harness names its output
+        directory after an argument called so.
+    :param step: The training step; the last one by default.
+    :param tokenizer: Instead of the tokenizer of the training run: an asset name or a
+        directory with a Hugging Face tokenizer.
+    :param device: Where to compute.
+    :param dtype: The type of the parameters, by name; probabilities are always taken
+        in float32.
+    :param options: As for :class:`~moxe_plugin.eval.adapter.LoadedModelLM`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        *,
+        model: str | None = None,
+        step: int | None = None,
+        tokenizer: str | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+        **options: Any,
+    ) -> None:
+        path_or_asset = model if checkpoint is None else checkpoint
+
+        if path_or_asset is None or (checkpoint is not None and model is not None):
+            raise ValueError(
+                "Exactly one of `checkpoint` and `model` must be given, as in "
+                "`--model_args checkpoint=DIR`."
+            )
+
+        if dtype not in _DTYPES:
+            raise ValueError(
+                f"`dtype` must be one of {', '.join(_DTYPES)}, but is '{dtype}' "
+                "instead."
+            )
+
+        loaded = load_checkpoint(
+            str(path_or_asset),
+            step=step,
+            device=device,
+            dtype=_DTYPES[dtype],
+            tokenizer=tokenizer,
+        )
+
+        super().__init__(loaded, **options)
