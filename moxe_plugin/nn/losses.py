@@ -23,7 +23,7 @@ def difficulty_loss(
     router_probs: Tensor,
     token_mask: Tensor | None = None,
     *,
-    detach_target: bool = False,
+    stop_gradient: bool = False,
 ) -> Tensor:
     """Pull the predicted difficulty towards the router's own uncertainty.
 
@@ -33,14 +33,14 @@ def difficulty_loss(
     :param difficulty: Predicted difficulty in [0, 1]. *Shape:* ``(T)``.
     :param router_probs: Routing probabilities before the bias. *Shape:* ``(T,E)``.
     :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
-    :param detach_target: Whether the entropy is a constant target. The paper leaves
+    :param stop_gradient: Whether the entropy is a constant target. The paper leaves
         this open; by default, as in the authors' code, it is not.
 
     :returns: The mean over tokens, no unit. *Shape:* ``()``.
     """
     entropy = normalized_entropy(_at_least_float32(router_probs))
 
-    if detach_target:
+    if stop_gradient:
         entropy = entropy.detach()
 
     return _mean((_at_least_float32(difficulty) - entropy).square(), token_mask)
