@@ -1,0 +1,314 @@
+"""What the two xLSTM blocks are built from, for one block or a stack of E blocks.
+
+A module with ``num_experts=None`` has parameters ``(…)`` and takes ``(N,S,M)``; with
+``num_experts=E`` it has parameters ``(E,…)`` and takes ``(E,N,S,M)``, and all E run as
+batched products. Weights of projections are stored ``([E,]in,out)``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Module, Parameter, init
+
+NORM_EPS = 1e-5
+
+EMPTY = -1e30
+"""The logarithm of nothing: finite, so that differences of two are not NaN."""
+
+_PADDING_GATE = 2 * EMPTY
+
+
+def expert_parameter(num_experts: int | None, *shape: int) -> Parameter:
+    """Create an uninitialised parameter, stacked if there are experts.
+
+    :param num_experts: The size of the leading dimension; ``None`` for no such one.
+    :param shape: The shape for one expert.
+
+    :returns: The parameter. *Shape:* ``([E,]…)``.
+    """
+    return Parameter(
+        torch.empty(shape if num_experts is None else (num_experts, *shape))
+    )
+
+
+def round_up_to_64(dim: float) -> int:
+    """Round a width up to a multiple of 64, as the xLSTM blocks do.
+
+    :param dim: The width, positive.
+
+    :returns: The smallest multiple of 64 that is at least ``dim``.
+    """
+    return math.ceil(dim / 64) * 64
+
+
+def project(seqs: Tensor, weight: Tensor) -> Tensor:
+    """Multiply every position by a weight, as one product per expert.
+
+    :param seqs: *Shape:* ``([E,]N,S,in)``.
+    :param weight: *Shape:* ``([E,]in,out)``.
+
+    :returns: *Shape:* ``([E,]N,S,out)``.
+    """
+    return (seqs.flatten(-3, -2) @ weight).unflatten(-2, seqs.shape[-3:-1])
+
+
+def project_head_wise(seqs: Tensor, weight: Tensor) -> Tensor:
+    """Multiply each group of channels by its own square weight.
+
+    :param seqs: *Shape:* ``([E,]N,S,G*in)``.
+    :param weight: *Shape:* ``([E,]G,in,out)``.
+
+    :returns: *Shape:* ``([E,]N,S,G*out)``.
+    """
+    num_groups, group_dim = weight.shape[-3:-1]
+
+    # ([E,]N,S,G*in) -> ([E,]G,N*S,in)
+    grouped = seqs.flatten(-3, -2).unflatten(-1, (num_groups, group_dim))
+    grouped = grouped.transpose(-3, -2) @ weight
+
+    return grouped.transpose(-3, -2).flatten(-2).unflatten(-2, seqs.shape[-3:-1])
+
+
+def per_channel(vector: Tensor, seqs: Tensor) -> Tensor:
+    """View a per-channel parameter so that it broadcasts against sequences.
+
+    :param vector: *Shape:* ``([E,]M)``.
+    :param seqs: *Shape:* ``([E,]…,M)``.
+
+    :returns: *Shape:* ``(M)`` or ``(E,1,…,1,M)``.
+    """
+    if vector.ndim == 1:
+        return vector
+
+    return vector.view(vector.size(0), *[1] * (seqs.ndim - 2), vector.size(1))
+
+
+def valid_positions(seq_lens: Tensor, seq_len: int) -> Tensor:
+    """Mark the positions that are not right padding.
+
+    :param seq_lens: The lengths. *Shape:* ``([E,]N)``.
+    :param seq_len: The padded length S.
+
+    :returns: Booleans. *Shape:* ``([E,]N,S)``.
+    """
+    return torch.arange(seq_len, device=seq_lens.device) < seq_lens.unsqueeze(-1)
+
+
+def close_gates(
+    input_preact: Tensor, forget_preact: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Make both cells keep their state where a position is padding.
+
+    The input gate becomes ``exp(2 * EMPTY) = 0``, also relative to an empty
+    stabiliser, and the forget gate ``sigmoid(-EMPTY) = 1``.
+
+    :param input_preact: Pre-activation of the exponential input gate, float32 or wider.
+    :param forget_preact: Pre-activation of the sigmoid forget gate, float32 or wider.
+    :param valid: Which positions are not padding. *Shape:* broadcasts to the others.
+
+    :returns: The two pre-activations.
+    """
+    return (
+        torch.where(valid, input_preact, _PADDING_GATE),
+        torch.where(valid, forget_preact, -EMPTY),
+    )
+
+
+def widen(x: Tensor) -> Tensor:
+    """Convert to float32, the precision of gates and states; keep float64.
+
+    :param x: Any floating-point tensor.
+
+    :returns: The same values in float32 or float64.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class ScaleNorm(Module):
+    """Layer normalisation with a scale and no bias, over the whole width or per head.
+
+    ``(x - mean(x)) / sqrt(var(x) + 1e-5) * weight`` with the biased variance. With
+    ``num_heads`` above 1, mean and variance are those of each head's channels: the
+    MultiHeadLayerNorm of xLSTM.
+
+    :param dim: The number of channels.
+    :param num_heads: The number of equal groups that are normalised separately.
+    :param num_experts: The number of stacked norms; ``None`` for a single one.
+    """
+
+    def __init__(
+        self, dim: int, *, num_heads: int = 1, num_experts: int | None = None
+    ) -> None:
+        super().__init__()
+
+        self.num_heads = num_heads
+        self.weight = expert_parameter(num_experts, dim)
+
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the scale to 1."""
+        init.ones_(self.weight)
+
+    def forward(self, seqs: Tensor) -> Tensor:
+        """Normalise each position.
+
+        :param seqs: *Shape:* ``([E,]N,S,M)``.
+
+        :returns: *Shape:* ``([E,]N,S,M)``.
+        """
+        head_dim = seqs.size(-1) // self.num_heads
+        heads = seqs.unflatten(-1, (self.num_heads, head_dim))
+        normed = F.layer_norm(heads, (head_dim,), eps=NORM_EPS).flatten(-2)
+
+        return normed * per_channel(self.weight, normed)
+
+
+class CausalConv(Module):
+    """Depthwise causal convolution over time with a bias.
+
+    ``y_t = bias + sum_k weight_k * x_{t-(K-1)+k}``, k = 0..K-1, K = ``kernel_size``.
+
+    :param dim: The number of channels.
+    :param kernel_size: The number of taps; the last one is the present.
+    :param num_experts: The number of stacked convolutions; ``None`` for a single one.
+    """
+
+    def __init__(
+        self, dim: int, *, kernel_size: int, num_experts: int | None = None
+    ) -> None:
+        super().__init__()
+
+        self.kernel_size = kernel_size
+        self.weight = expert_parameter(num_experts, kernel_size, dim)
+        self.bias = expert_parameter(num_experts, dim)
+
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the taps from ``N(0, 1/K)`` (LeCun; fan-in K) and set the bias to 0."""
+        init.normal_(self.weight, std=self.kernel_size**-0.5)
+        init.zeros_(self.bias)
+
+    def forward(
+        self, seqs: Tensor, window: Tensor, seq_lens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve and return the inputs that the next call needs.
+
+        :param seqs: *Shape:* ``([E,]N,S,M)``.
+        :param window: The K-1 inputs before ``seqs``. *Shape:* ``([E,]N,K-1,M)``.
+        :param seq_lens: The lengths, 0 allowed; ``None`` if all are S. *Shape:*
+            ``([E,]N)``.
+
+        :returns: The result, and the last K-1 inputs of each row, which reach back into
+            ``window`` where a row is shorter. *Shapes:* as ``seqs`` and ``window``.
+        """
+        seq_len = seqs.size(-2)
+        # Position t of `seqs` is position t+K-1 here.
+        inputs = torch.cat([window.to(seqs.dtype), seqs], dim=-2)
+
+        out = per_channel(self.bias, seqs)
+        for k in range(self.kernel_size):
+            tap = per_channel(self.weight[..., k, :], seqs)
+            out = torch.addcmul(out, inputs[..., k : k + seq_len, :], tap)
+
+        if seq_lens is None:
+            return out, inputs[..., seq_len:, :]
+
+        taps = torch.arange(self.kernel_size - 1, device=seqs.device)
+        # ([E,]N) -> ([E,]N,K-1,M)
+        index = (seq_lens.unsqueeze(-1) + taps).unsqueeze(-1).expand_as(window)
+
+        return out, inputs.gather(-2, index)
+
+
+class GatedFeedForward(Module):
+    """SiLU-gated feed-forward network: ``(silu(x W_g) * (x W_v)) W_down``, no biases.
+
+    :param model_dim: The width of input and output.
+    :param hidden_dim: The width in between.
+    :param up_std: The standard deviation of the initial ``W_g`` and ``W_v``.
+    :param down_std: The standard deviation of the initial ``W_down``.
+    :param num_experts: The number of stacked networks; ``None`` for a single one.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        hidden_dim: int,
+        *,
+        up_std: float,
+        down_std: float,
+        num_experts: int | None = None,
+    ) -> None:
+        super().__init__()
+
+        self.up_std = up_std
+        self.down_std = down_std
+
+        # The first half of `up_proj` is the gate.
+        self.up_proj = expert_parameter(num_experts, model_dim, 2 * hidden_dim)
+        self.down_proj = expert_parameter(num_experts, hidden_dim, model_dim)
+
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw both projections from normal distributions."""
+        init.normal_(self.up_proj, std=self.up_std)
+        init.normal_(self.down_proj, std=self.down_std)
+
+    def forward(self, seqs: Tensor) -> Tensor:
+        """Apply the network to each position.
+
+        :param seqs: *Shape:* ``([E,]N,S,M)``.
+
+        :returns: *Shape:* ``([E,]N,S,M)``.
+        """
+        gate, value = project(seqs, self.up_proj).chunk(2, dim=-1)
+
+        return project(F.silu(gate) * value, self.down_proj)
+
+
+class FFNExperts(GatedFeedForward):
+    """Feed-forward experts, the "mlp" ablation: no memory, no norm, no residual.
+
+    Initialised as LeCun does, ``N(0, 1/fan_in)``, as in the authors' code.
+
+    :param model_dim: The width of input and output.
+    :param hidden_dim: The width in between; the authors' code uses ``2 * model_dim``.
+    :param num_experts: The number of stacked experts.
+    """
+
+    def __init__(self, model_dim: int, hidden_dim: int, *, num_experts: int) -> None:
+        super().__init__(
+            model_dim,
+            hidden_dim,
+            up_std=model_dim**-0.5,
+            down_std=hidden_dim**-0.5,
+            num_experts=num_experts,
+        )
+
+
+def small_init_std(dim: int) -> float:
+    """Compute ``sqrt(2/(5*dim))``, the "small init" of projections into a block.
+
+    :param dim: The number of inputs.
+
+    :returns: The standard deviation.
+    """
+    return math.sqrt(2 / (5 * dim))
+
+
+def down_init_std(model_dim: int, num_blocks: int) -> float:
+    """Compute ``2/(num_blocks*sqrt(M))``, the init of projections out of a block.
+
+    :param model_dim: The model's width M.
+    :param num_blocks: The number of residual blocks that add up.
+
+    :returns: The standard deviation.
+    """
+    return 2 / (num_blocks * math.sqrt(model_dim))

@@ -1,0 +1,263 @@
+"""The mLSTM block of xLSTM (arXiv 2405.04517, figure 11), one or a stack of E."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Module, init
+
+from moxe_plugin.nn.layers import (
+    EMPTY,
+    CausalConv,
+    ScaleNorm,
+    down_init_std,
+    expert_parameter,
+    per_channel,
+    project,
+    project_head_wise,
+    round_up_to_64,
+    small_init_std,
+    widen,
+)
+from moxe_plugin.nn.mlstm_cell import (
+    MLSTMMemory,
+    best_chunk_size,
+    mlstm_chunkwise,
+)
+
+
+class MLSTMState(NamedTuple):
+    """What an mLSTM block remembers of a sequence. I is the block's inner width."""
+
+    conv: Tensor
+    """The last inputs of the causal convolution. *Shape:* ``([E,]N,K-1,I)``."""
+
+    c: Tensor
+    """See :class:`MLSTMMemory`; float32 or float64. *Shape:* ``([E,]N,H,D,D)``."""
+
+    n: Tensor
+    """See :class:`MLSTMMemory`. *Shape:* ``([E,]N,H,D)``."""
+
+    m: Tensor
+    """See :class:`MLSTMMemory`. *Shape:* ``([E,]N,H)``."""
+
+
+class MLSTMBlock(Module):
+    """Pre-norm, up-projection, mLSTM cell beside a gate, down-projection, residual.
+
+    ::
+
+        a, z = split(norm(x) W_up)
+        u = silu(conv(a));  q, k = head_wise(u);  v = head_wise(a)
+        i, f = [q, k, v] W_i + b_i, [q, k, v] W_f + b_f
+        h = norm_per_head(cell(q, k, v, i, f))
+        y = x + ((h + skip * u) * silu(z)) W_down
+
+    The authors' code leaves q, k, v at 0, from where they never move; we use the values
+    it intends: q, k, v ``N(0, 2/(5*qkv_block_size))``, ``W_up`` ``N(0, 2/(5M))``,
+    ``W_down`` ``N(0, (2/(num_blocks*sqrt(M)))²)``, ``W_i`` and ``W_f`` 0, ``b_i``
+    ``N(0, 0.01)``, ``b_f`` evenly from 3 to 6 over the heads, skip 1.
+
+    :param model_dim: The width M of input and output.
+    :param num_heads: The number of heads H of the cell.
+    :param conv_kernel_size: The number of taps K of the convolution.
+    :param qkv_block_size: The number of channels that q, k and v mix at a time.
+    :param proj_factor: The inner width I over M, before rounding up to 64.
+    :param num_experts: The number of stacked blocks; ``None`` for a single one.
+    :param num_blocks: The number of blocks in the model, for the initial ``W_down``.
+
+    :raises ValueError: The inner width is not a multiple of ``num_heads`` or of
+        ``qkv_block_size``.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        *,
+        num_heads: int,
+        conv_kernel_size: int = 4,
+        qkv_block_size: int = 32,
+        proj_factor: float = 2.0,
+        num_experts: int | None = None,
+        num_blocks: int = 1,
+    ) -> None:
+        super().__init__()
+
+        inner_dim = round_up_to_64(proj_factor * model_dim)
+
+        if inner_dim % num_heads:
+            raise ValueError(
+                f"`num_heads` must divide the inner width ({inner_dim}), but is "
+                f"{num_heads} instead."
+            )
+
+        if inner_dim % qkv_block_size:
+            raise ValueError(
+                f"`qkv_block_size` must divide the inner width ({inner_dim}), but is "
+                f"{qkv_block_size} instead."
+            )
+
+        self.model_dim = model_dim
+        self.inner_dim = inner_dim
+        self.num_heads = num_heads
+        self.num_experts = num_experts
+        self.num_blocks = num_blocks
+
+        qkv_shape = (inner_dim // qkv_block_size, qkv_block_size, qkv_block_size)
+
+        self.norm = ScaleNorm(model_dim, num_experts=num_experts)
+        self.up_proj = expert_parameter(num_experts, model_dim, 2 * inner_dim)
+        self.conv = CausalConv(
+            inner_dim, kernel_size=conv_kernel_size, num_experts=num_experts
+        )
+        self.q_proj = expert_parameter(num_experts, *qkv_shape)
+        self.k_proj = expert_parameter(num_experts, *qkv_shape)
+        self.v_proj = expert_parameter(num_experts, *qkv_shape)
+        self.input_gate_weight = expert_parameter(num_experts, 3 * inner_dim, num_heads)
+        self.input_gate_bias = expert_parameter(num_experts, num_heads)
+        self.forget_gate_weight = expert_parameter(
+            num_experts, 3 * inner_dim, num_heads
+        )
+        self.forget_gate_bias = expert_parameter(num_experts, num_heads)
+        self.out_norm = ScaleNorm(
+            inner_dim, num_heads=num_heads, num_experts=num_experts
+        )
+        self.skip = expert_parameter(num_experts, inner_dim)
+        self.down_proj = expert_parameter(num_experts, inner_dim, model_dim)
+
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the block's own parameters; norms and convolution do theirs."""
+        init.normal_(self.up_proj, std=small_init_std(self.model_dim))
+        for weight in (self.q_proj, self.k_proj, self.v_proj):
+            init.normal_(weight, std=small_init_std(weight.size(-2)))
+        init.zeros_(self.input_gate_weight)
+        init.normal_(self.input_gate_bias, std=0.1)
+        init.zeros_(self.forget_gate_weight)
+        with torch.no_grad():
+            self.forget_gate_bias.copy_(torch.linspace(3.0, 6.0, self.num_heads))
+        init.ones_(self.skip)
+        init.normal_(
+            self.down_proj, std=down_init_std(self.model_dim, self.num_blocks)
+        )
+
+    def initial_state(
+        self, batch_size: int, device: torch.device | None = None
+    ) -> MLSTMState:
+        """Create the state before the first position.
+
+        :param batch_size: The number of rows N.
+        :param device: Where the state lives; the block's device by default.
+
+        :returns: An empty memory.
+        """
+        weight = self.up_proj
+        rows = (*weight.shape[:-2], batch_size)
+        heads = (*rows, self.num_heads)
+        head_dim = self.inner_dim // self.num_heads
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(
+                shape, device=device or weight.device, dtype=widen(weight[:0]).dtype
+            )
+
+        return MLSTMState(
+            zeros(*rows, self.conv.kernel_size - 1, self.inner_dim),
+            zeros(*heads, head_dim, head_dim),
+            zeros(*heads, head_dim),
+            zeros(*heads) + EMPTY,
+        )
+
+    def forward(
+        self,
+        seqs: Tensor,
+        seq_lens: Tensor | None = None,
+        state: MLSTMState | None = None,
+        *,
+        return_state: bool = True,
+    ) -> tuple[Tensor, MLSTMState | None]:
+        """Apply the block to sequences.
+
+        :param seqs: *Shape:* ``([E,]N,S,M)``.
+        :param seq_lens: Where right padding begins, 0 allowed; ``None`` without padding.
+            Outputs at padding are finite and meaningless. *Shape:* ``([E,]N)``.
+        :param state: The state before the first position; ``None`` if empty.
+        :param return_state: Whether to return a state.
+
+        :returns: The outputs, as ``seqs``, and the state after each row's last valid
+            position (``state`` itself for a row of length 0), or ``None``.
+        """
+        normed = self.norm(seqs)
+        conv_input, gate = project(normed, self.up_proj).chunk(2, dim=-1)
+
+        window = self._window(seqs) if state is None else state.conv
+        convolved, window = self.conv(conv_input, window, seq_lens)
+        convolved = F.silu(convolved)
+
+        q = project_head_wise(convolved, self.q_proj)
+        k = project_head_wise(convolved, self.k_proj)
+        v = project_head_wise(conv_input, self.v_proj)
+
+        memory = None if state is None else MLSTMMemory(*state[1:])
+        hidden, memory = self._recur(q, k, v, seq_lens, memory, return_state)
+
+        hidden = self.out_norm(hidden) + per_channel(self.skip, convolved) * convolved
+        out = seqs + project(hidden * F.silu(gate), self.down_proj)
+
+        return out, None if memory is None else MLSTMState(window, *memory)
+
+    def _window(self, seqs: Tensor) -> Tensor:
+        return seqs.new_zeros(
+            *seqs.shape[:-2], self.conv.kernel_size - 1, self.inner_dim
+        )
+
+    def _recur(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seq_lens: Tensor | None,
+        memory: MLSTMMemory | None,
+        return_memory: bool,
+    ) -> tuple[Tensor, MLSTMMemory | None]:
+        gates = self._gates(q, k, v)
+        # ([E,]N,S,I) -> ([E,]N,H,S,D)
+        q, k, v = (
+            x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2) for x in (q, k, v)
+        )
+
+        if seq_lens is not None:
+            seq_lens = seq_lens.unsqueeze(-1)
+
+        out, memory = mlstm_chunkwise(
+            q,
+            k,
+            v,
+            *gates,
+            memory,
+            seq_lens,
+            chunk_size=best_chunk_size(q.size(-2), q.size(-1)),
+            return_memory=return_memory,
+        )
+
+        return out.transpose(-3, -2).flatten(-2), memory
+
+    def _gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        weight = torch.cat([self.input_gate_weight, self.forget_gate_weight], dim=-1)
+        bias = torch.cat([self.input_gate_bias, self.forget_gate_bias], dim=-1)
+
+        # A sum of three products spares the concatenation of q, k and v.
+        preacts = sum(
+            project(x, w) for x, w in zip((q, k, v), weight.chunk(3, -2), strict=True)
+        )
+        preacts = widen(preacts)
+        preacts = preacts + per_channel(bias, preacts)
+
+        # ([E,]N,S,2H) -> two of ([E,]N,H,S)
+        input_preact, forget_preact = preacts.mT.chunk(2, dim=-2)
+
+        return input_preact, forget_preact
