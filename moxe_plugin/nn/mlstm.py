@@ -139,11 +139,11 @@ class MLSTMBlock(Module):
         init.normal_(self.input_gate_bias, std=0.1)
         init.zeros_(self.forget_gate_weight)
         with torch.no_grad():
-            self.forget_gate_bias.copy_(torch.linspace(3.0, 6.0, self.num_heads))
+            self.forget_gate_bias.copy_(
+                torch.linspace(3.0, 6.0, self.num_heads, device=self.skip.device)
+            )
         init.ones_(self.skip)
-        init.normal_(
-            self.down_proj, std=down_init_std(self.model_dim, self.num_blocks)
-        )
+        init.normal_(self.down_proj, std=down_init_std(self.model_dim, self.num_blocks))
 
     def initial_state(
         self, batch_size: int, device: torch.device | None = None

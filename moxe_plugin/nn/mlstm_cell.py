@@ -123,9 +123,9 @@ def mlstm_parallel(
     m = log_decay + peak
 
     # (…,S) -> (…,S,S); masked before exp, which could overflow above the diagonal
-    future = torch.ones(
-        q.size(-2), q.size(-2), dtype=torch.bool, device=q.device
-    ).triu(1)
+    future = torch.ones(q.size(-2), q.size(-2), dtype=torch.bool, device=q.device).triu(
+        1
+    )
     log_weights = log_weight[..., None, :] - peak[..., None]
     weights = torch.exp(log_weights.masked_fill(future, EMPTY)) * (q @ k.mT)
 

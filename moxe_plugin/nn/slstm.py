@@ -101,9 +101,7 @@ class SLSTMBlock(Module):
             model_dim, kernel_size=conv_kernel_size, num_experts=num_experts
         )
         # ([E,]H,in,gate,out), gates i, f, z, o
-        self.gate_proj = expert_parameter(
-            num_experts, num_heads, head_dim, 4, head_dim
-        )
+        self.gate_proj = expert_parameter(num_experts, num_heads, head_dim, 4, head_dim)
         self.recurrent_weight = expert_parameter(
             num_experts, num_heads, head_dim, 4, head_dim
         )
@@ -129,7 +127,7 @@ class SLSTMBlock(Module):
         init.zeros_(self.gate_bias)
 
         depth = self.block_idx / (self.num_blocks - 1) if self.num_blocks > 1 else 0.0
-        channel = torch.linspace(0.0, 1.0, self.head_dim)
+        channel = torch.linspace(0.0, 1.0, self.head_dim, device=self.gate_bias.device)
         with torch.no_grad():
             self.gate_bias[..., 1, :] = 5 - 12 * channel ** (0.3 + 1.3 * depth)
 
