@@ -1,9 +1,4 @@
-"""What the two xLSTM blocks are built from, for one block or a stack of E blocks.
-
-A module with ``num_experts=None`` has parameters ``(…)`` and takes ``(N,S,M)``; with
-``num_experts=E`` it has parameters ``(E,…)`` and takes ``(E,N,S,M)``, and all E run as
-batched products. Weights of projections are stored ``([E,]in,out)``.
-"""
+"""What the two xLSTM blocks are built from; see :mod:`moxe_plugin.nn.stacked`."""
 
 from __future__ import annotations
 
@@ -12,120 +7,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Module, Parameter, init
+from torch.nn import Module, init
+
+from moxe_plugin.nn.stacked import expert_parameter, per_channel, project
 
 NORM_EPS = 1e-5
-
-EMPTY = -1e30
-"""The logarithm of nothing: finite, so that differences of two are not NaN."""
-
-_PADDING_GATE = 2 * EMPTY
-
-
-def expert_parameter(num_experts: int | None, *shape: int) -> Parameter:
-    """Create an uninitialised parameter, stacked if there are experts.
-
-    :param num_experts: The size of the leading dimension; ``None`` for no such one.
-    :param shape: The shape for one expert.
-
-    :returns: The parameter. *Shape:* ``([E,]…)``.
-    """
-    return Parameter(
-        torch.empty(shape if num_experts is None else (num_experts, *shape))
-    )
-
-
-def round_up_to_64(dim: float) -> int:
-    """Round a width up to a multiple of 64, as the xLSTM blocks do.
-
-    :param dim: The width, positive.
-
-    :returns: The smallest multiple of 64 that is at least ``dim``.
-    """
-    return math.ceil(dim / 64) * 64
-
-
-def project(seqs: Tensor, weight: Tensor) -> Tensor:
-    """Multiply every position by a weight, as one product per expert.
-
-    :param seqs: *Shape:* ``([E,]N,S,in)``.
-    :param weight: *Shape:* ``([E,]in,out)``.
-
-    :returns: *Shape:* ``([E,]N,S,out)``.
-    """
-    return (seqs.flatten(-3, -2) @ weight).unflatten(-2, seqs.shape[-3:-1])
-
-
-def project_head_wise(seqs: Tensor, weight: Tensor) -> Tensor:
-    """Multiply each group of channels by its own square weight.
-
-    :param seqs: *Shape:* ``([E,]N,S,G*in)``.
-    :param weight: *Shape:* ``([E,]G,in,out)``.
-
-    :returns: *Shape:* ``([E,]N,S,G*out)``.
-    """
-    num_groups, group_dim = weight.shape[-3:-1]
-
-    # ([E,]N,S,G*in) -> ([E,]G,N*S,in)
-    grouped = seqs.flatten(-3, -2).unflatten(-1, (num_groups, group_dim))
-    grouped = grouped.transpose(-3, -2) @ weight
-
-    return grouped.transpose(-3, -2).flatten(-2).unflatten(-2, seqs.shape[-3:-1])
-
-
-def per_channel(vector: Tensor, seqs: Tensor) -> Tensor:
-    """View a per-channel parameter so that it broadcasts against sequences.
-
-    :param vector: *Shape:* ``([E,]M)``.
-    :param seqs: *Shape:* ``([E,]…,M)``.
-
-    :returns: *Shape:* ``(M)`` or ``(E,1,…,1,M)``.
-    """
-    if vector.ndim == 1:
-        return vector
-
-    return vector.view(vector.size(0), *[1] * (seqs.ndim - 2), vector.size(1))
-
-
-def valid_positions(seq_lens: Tensor, seq_len: int) -> Tensor:
-    """Mark the positions that are not right padding.
-
-    :param seq_lens: The lengths. *Shape:* ``([E,]N)``.
-    :param seq_len: The padded length S.
-
-    :returns: Booleans. *Shape:* ``([E,]N,S)``.
-    """
-    return torch.arange(seq_len, device=seq_lens.device) < seq_lens.unsqueeze(-1)
-
-
-def close_gates(
-    input_preact: Tensor, forget_preact: Tensor, valid: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Make both cells keep their state where a position is padding.
-
-    The input gate becomes ``exp(2 * EMPTY) = 0``, also relative to an empty
-    stabiliser, and the forget gate ``sigmoid(-EMPTY) = 1``.
-
-    :param input_preact: Pre-activation of the exponential input gate, float32 or wider.
-    :param forget_preact: Pre-activation of the sigmoid forget gate, float32 or wider.
-    :param valid: Which positions are not padding. *Shape:* broadcasts to the others.
-
-    :returns: The two pre-activations.
-    """
-    return (
-        torch.where(valid, input_preact, _PADDING_GATE),
-        torch.where(valid, forget_preact, -EMPTY),
-    )
-
-
-def widen(x: Tensor) -> Tensor:
-    """Convert to float32, the precision of gates and states; keep float64.
-
-    :param x: Any floating-point tensor.
-
-    :returns: The same values in float32 or float64.
-    """
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ScaleNorm(Module):
@@ -162,7 +48,7 @@ class ScaleNorm(Module):
         :returns: *Shape:* ``([E,]N,S,M)``.
         """
         head_dim = seqs.size(-1) // self.num_heads
-        heads = seqs.unflatten(-1, (self.num_heads, head_dim))
+        heads = torch.unflatten(seqs, -1, (self.num_heads, head_dim))
         normed = F.layer_norm(heads, (head_dim,), eps=NORM_EPS).flatten(-2)
 
         return normed * per_channel(self.weight, normed)
@@ -312,3 +198,13 @@ def down_init_std(model_dim: int, num_blocks: int) -> float:
     :returns: The standard deviation.
     """
     return 2 / (num_blocks * math.sqrt(model_dim))
+
+
+def round_up_to_64(dim: float) -> int:
+    """Round a width up to a multiple of 64, as the xLSTM blocks do.
+
+    :param dim: The width, positive.
+
+    :returns: The smallest multiple of 64 that is at least ``dim``.
+    """
+    return math.ceil(dim / 64) * 64

@@ -10,22 +10,23 @@ from torch import Tensor
 from torch.nn import Module, init
 
 from moxe_plugin.nn.layers import (
-    EMPTY,
     CausalConv,
     ScaleNorm,
     down_init_std,
-    expert_parameter,
-    per_channel,
-    project,
-    project_head_wise,
     round_up_to_64,
     small_init_std,
-    widen,
 )
 from moxe_plugin.nn.mlstm_cell import (
     MLSTMMemory,
     best_chunk_size,
     mlstm_chunkwise,
+)
+from moxe_plugin.nn.padding import EMPTY, widen
+from moxe_plugin.nn.stacked import (
+    expert_parameter,
+    per_channel,
+    project,
+    project_head_wise,
 )
 
 
@@ -183,7 +184,7 @@ class MLSTMBlock(Module):
         """Apply the block to sequences.
 
         :param seqs: *Shape:* ``([E,]N,S,M)``.
-        :param seq_lens: Where right padding begins, 0 allowed; ``None`` without padding.
+        :param seq_lens: Where right padding begins, from 0; ``None`` without padding.
             Outputs at padding are finite and meaningless. *Shape:* ``([E,]N)``.
         :param state: The state before the first position; ``None`` if empty.
         :param return_state: Whether to return a state.
@@ -227,7 +228,8 @@ class MLSTMBlock(Module):
         gates = self._gates(q, k, v)
         # ([E,]N,S,I) -> ([E,]N,H,S,D)
         q, k, v = (
-            x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2) for x in (q, k, v)
+            torch.unflatten(x, -1, (self.num_heads, -1)).transpose(-3, -2)
+            for x in (q, k, v)
         )
 
         if seq_lens is not None:
@@ -251,10 +253,8 @@ class MLSTMBlock(Module):
         bias = torch.cat([self.input_gate_bias, self.forget_gate_bias], dim=-1)
 
         # A sum of three products spares the concatenation of q, k and v.
-        preacts = sum(
-            project(x, w) for x, w in zip((q, k, v), weight.chunk(3, -2), strict=True)
-        )
-        preacts = widen(preacts)
+        for_q, for_k, for_v = weight.chunk(3, dim=-2)
+        preacts = widen(project(q, for_q) + project(k, for_k) + project(v, for_v))
         preacts = preacts + per_channel(bias, preacts)
 
         # ([E,]N,S,2H) -> two of ([E,]N,H,S)

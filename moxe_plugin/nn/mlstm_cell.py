@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moxe_plugin.nn.layers import EMPTY, close_gates, valid_positions, widen
+from moxe_plugin.nn.padding import EMPTY, close_gates, valid_positions, widen
 
 NORMALIZER_EPS = 1e-6
 
@@ -25,7 +25,7 @@ float32 ends at ``exp(88)``."""
 
 
 class MLSTMMemory(NamedTuple):
-    """The memory of mLSTM cells. The true memory is ``exp(m) * c`` and ``exp(m) * n``."""
+    """The memory of mLSTM cells; without stabiliser: ``exp(m) * c``, ``exp(m) * n``."""
 
     c: Tensor
     """Decayed sum of ``k v^T / sqrt(D)``. *Shape:* ``(…,D,D)``, key first."""
@@ -34,7 +34,7 @@ class MLSTMMemory(NamedTuple):
     """Decayed sum of ``k / sqrt(D)``. *Shape:* ``(…,D)``."""
 
     m: Tensor
-    """The stabiliser, a logarithm; ``EMPTY`` before the first step. *Shape:* ``(…)``."""
+    """The stabiliser, a logarithm; ``EMPTY`` at first. *Shape:* ``(…)``."""
 
 
 def mlstm_step(
@@ -47,8 +47,12 @@ def mlstm_step(
 ) -> tuple[Tensor, MLSTMMemory]:
     """Advance the cell by one position.
 
-    ``m = max(logsigmoid(f) + m', i)``; ``c = exp(logsigmoid(f) + m' - m) c' + exp(i - m)
-    k v^T / sqrt(D)``, ``n`` alike; ``h = q c / (max(|q n|, exp(-m)) + 1e-6)``.
+    ::
+
+        m = max(logsigmoid(f) + m', i)
+        c = exp(logsigmoid(f) + m' - m) c' + exp(i - m) k v^T / sqrt(D)
+        n = exp(logsigmoid(f) + m' - m) n' + exp(i - m) k / sqrt(D)
+        h = q c / (max(|q n|, exp(-m)) + 1e-6)
 
     :param q: The query. *Shape:* ``(…,D)``.
     :param k: The key. *Shape:* ``(…,D)``.

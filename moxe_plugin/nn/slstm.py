@@ -10,19 +10,16 @@ from torch import Tensor
 from torch.nn import Module, init
 
 from moxe_plugin.nn.layers import (
-    EMPTY,
     CausalConv,
     GatedFeedForward,
     ScaleNorm,
-    close_gates,
     down_init_std,
-    expert_parameter,
     round_up_to_64,
     small_init_std,
-    valid_positions,
-    widen,
 )
+from moxe_plugin.nn.padding import EMPTY, close_gates, valid_positions, widen
 from moxe_plugin.nn.slstm_cell import SLSTMMemory, slstm_sequence
+from moxe_plugin.nn.stacked import expert_parameter
 
 
 class SLSTMState(NamedTuple):
@@ -168,7 +165,7 @@ class SLSTMBlock(Module):
         """Apply the block to sequences.
 
         :param seqs: *Shape:* ``([E,]N,S,M)``.
-        :param seq_lens: Where right padding begins, 0 allowed; ``None`` without padding.
+        :param seq_lens: Where right padding begins, from 0; ``None`` without padding.
             Outputs at padding are finite and meaningless. *Shape:* ``([E,]N)``.
         :param state: The state before the first position; ``None`` if empty.
         :param return_state: Whether to return a state.
@@ -185,7 +182,7 @@ class SLSTMBlock(Module):
         gates = self._gate_inputs(F.silu(convolved), normed, seq_lens)
         memory = SLSTMMemory(*(_batch_last(x) for x in state[1:]))
         weight = self.recurrent_weight.flatten(0, -4).to(gates.dtype)
-        # (S,E*H,D,N)
+        # time first, batch last: (S,E*H,D,N)
         outputs, c, log_n = slstm_sequence(gates, weight, memory)
 
         hidden = self._batch_first(outputs).movedim(0, -3).flatten(-2)
@@ -228,27 +225,29 @@ class SLSTMBlock(Module):
 
     def _project_gates(self, seqs: Tensor, weight: Tensor) -> Tensor:
         # ([E,]N,S,M) -> ([E,]H,N*S,in)
-        heads = seqs.unflatten(-1, (self.num_heads, -1)).flatten(-4, -3)
+        heads = torch.unflatten(seqs, -1, (self.num_heads, -1)).flatten(-4, -3)
         product = heads.transpose(-3, -2) @ weight.flatten(-2)
 
         # ([E,]H,N*S,gate*out) -> (S,[E,]H,gate,out,N)
-        product = product.unflatten(-2, seqs.shape[-3:-1])
-        product = product.unflatten(-1, (-1, self.head_dim))
+        product = torch.unflatten(product, -2, seqs.shape[-3:-1])
+        product = torch.unflatten(product, -1, (-1, self.head_dim))
 
         return product.movedim(-3, 0).movedim(-3, -1)
 
     def _batch_first(self, x: Tensor) -> Tensor:
         # (…,E*H,D,N) -> (…,[E,]N,H,D)
-        return x.unflatten(-3, (*self.gate_proj.shape[:-4], self.num_heads)).movedim(
-            -1, -3
-        )
+        heads = self.gate_proj.shape[:-3]
+
+        return torch.unflatten(x, -3, heads).movedim(-1, -3)
 
     def _last_output(self, hidden: Tensor, y: Tensor, seq_lens: Tensor) -> Tensor:
         # Position t of `hidden` is position t+1 here.
         outputs = torch.cat([y.flatten(-2).unsqueeze(-2), hidden], dim=-2)
         index = seq_lens[..., None, None].expand(*seq_lens.shape, 1, hidden.size(-1))
 
-        return outputs.gather(-2, index).squeeze(-2).unflatten(-1, y.shape[-2:])
+        last = outputs.gather(-2, index).squeeze(-2)
+
+        return torch.unflatten(last, -1, y.shape[-2:])
 
 
 def _batch_last(x: Tensor) -> Tensor:

@@ -44,10 +44,15 @@ def slstm_step(
 ) -> tuple[Tensor, SLSTMMemory]:
     """Advance the cell by one position, in the paper's form.
 
-    ``g = g_in + R y'`` for the gates g = i, f, z, o; ``m = max(i, logsigmoid(f) + m')``;
-    ``c = exp(logsigmoid(f) + m' - m) c' + exp(i - m) tanh(z)``; ``n`` alike with 1 in
-    place of ``tanh(z)``; ``y = sigmoid(o) c/n``. Then c is divided by n, and ``log(n)``
-    moves into m.
+    ::
+
+        g = g_in + R y'                            for the gates g = i, f, z, o
+        m = max(logsigmoid(f) + m', i)
+        c = exp(logsigmoid(f) + m' - m) c' + exp(i - m) tanh(z)
+        n = exp(logsigmoid(f) + m' - m) n' + exp(i - m)
+        y = sigmoid(o) c/n
+
+    Then c is divided by n, and ``log(n)`` moves into m.
 
     :param gate_inputs: What the input and the bias contribute to the pre-activations of
         the gates i, f, z, o. *Shape:* ``(B,4,D,N)``.
@@ -142,7 +147,7 @@ class _SLSTMSequence(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]  # torch leaves the arguments open
+    def backward(
         ctx: Any, grad_outputs: Tensor, grad_c: Tensor, grad_log_n: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         weight, gates, log_forget, cs, ys = ctx.saved_tensors

@@ -1,0 +1,69 @@
+"""Parameters and products for one block, or for a stack of E blocks of one kind.
+
+With ``num_experts=None`` parameters are ``(…)`` and sequences ``(N,S,M)``; with
+``num_experts=E`` they are ``(E,…)`` and ``(E,N,S,M)``, and all E run batched.
+Weights of projections are stored ``([E,]in,out)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+def expert_parameter(num_experts: int | None, *shape: int) -> Parameter:
+    """Create an uninitialised parameter, stacked if there are experts.
+
+    :param num_experts: The size of the leading dimension; ``None`` for no such one.
+    :param shape: The shape for one expert.
+
+    :returns: The parameter. *Shape:* ``([E,]…)``.
+    """
+    return Parameter(
+        torch.empty(shape if num_experts is None else (num_experts, *shape))
+    )
+
+
+def project(seqs: Tensor, weight: Tensor) -> Tensor:
+    """Multiply every position by a weight, as one product per expert.
+
+    :param seqs: *Shape:* ``([E,]N,S,in)``.
+    :param weight: *Shape:* ``([E,]in,out)``.
+
+    :returns: *Shape:* ``([E,]N,S,out)``.
+    """
+    product = seqs.flatten(-3, -2) @ weight
+
+    return torch.unflatten(product, -2, seqs.shape[-3:-1])
+
+
+def project_head_wise(seqs: Tensor, weight: Tensor) -> Tensor:
+    """Multiply each group of channels by its own square weight.
+
+    :param seqs: *Shape:* ``([E,]N,S,G*in)``.
+    :param weight: *Shape:* ``([E,]G,in,out)``.
+
+    :returns: *Shape:* ``([E,]N,S,G*out)``.
+    """
+    num_groups, group_dim = weight.shape[-3:-1]
+
+    # ([E,]N,S,G*in) -> ([E,]G,N*S,in)
+    groups = torch.unflatten(seqs.flatten(-3, -2), -1, (num_groups, group_dim))
+    product = groups.transpose(-3, -2) @ weight
+
+    return torch.unflatten(product.transpose(-3, -2).flatten(-2), -2, seqs.shape[-3:-1])
+
+
+def per_channel(vector: Tensor, seqs: Tensor) -> Tensor:
+    """View a per-channel parameter so that it broadcasts against sequences.
+
+    :param vector: *Shape:* ``([E,]M)``.
+    :param seqs: *Shape:* ``([E,]…,M)``.
+
+    :returns: *Shape:* ``(M)`` or ``(E,1,…,1,M)``.
+    """
+    if vector.ndim == 1:
+        return vector
+
+    return vector.view(vector.size(0), *[1] * (seqs.ndim - 2), vector.size(1))
