@@ -70,7 +70,7 @@ def _prefix_paths() -> list[Path]:
 
 
 def _bundled_path() -> Path:
-    machine = {"aarch64": "arm64"}.get(platform.machine(), platform.machine())
+    machine = platform.machine()
     spec = find_spec("_soundfile_data")
     origin = None if spec is None else spec.origin
 

@@ -1,0 +1,3 @@
+"""``moxe doctor``: is this installation complete, and if not, what to do."""
+
+from moxe_plugin.doctor.command import main as main

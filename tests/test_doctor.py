@@ -1,0 +1,90 @@
+"""Tests of moxe_plugin/doctor/."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moxe_plugin.doctor import checks, command
+from moxe_plugin.doctor.checks import Check
+
+
+def test_this_installation_passes(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "moxe_plugin.doctor", "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    report = json.loads(result.stdout)
+    assert [c for c in report["checks"] if not c["passed"]] == []
+    assert report["passed"]
+    assert result.returncode == 0
+
+
+def test_a_failed_probe_does_not_hide_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MOXE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    probes = {name: checks._PROBES[name] for name in ("cache", "device")}
+    monkeypatch.setattr(checks, "_PROBES", probes)
+
+    cache, device = checks.check_probes()
+
+    assert not cache.passed
+    assert cache.finding.startswith("NotADirectoryError: ")
+    assert "`MOXE_CACHE_DIR`" in cache.remedy
+    assert device.passed
+
+
+def test_versions_are_compared_with_what_fairseq2_pins() -> None:
+    check = checks.check_version("fairseq2n")
+
+    assert check.passed
+    assert "==" in check.finding
+
+
+def test_a_missing_package_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_REQUIRING", ())
+
+    check = checks.check_version("no-such-distribution")
+
+    assert not check.passed
+    assert check.finding.startswith("not installed")
+    assert check.remedy == "Run `pip install 'no-such-distribution'`."
+
+
+def test_libsndfile_is_linked_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "find_libsndfile", lambda: None)
+    monkeypatch.setattr(checks, "link_libsndfile", lambda: "/lib/libsndfile.so.1")
+
+    assert not checks.check_libsndfile(fix=False).passed
+    assert "moxe doctor --fix" in checks.check_libsndfile(fix=False).remedy
+    assert checks.check_libsndfile(fix=True).passed
+
+
+@pytest.mark.parametrize("passed", [True, False], ids=["passed", "failed"])
+def test_exit_code_and_the_way_out(
+    passed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_checks(*, fix: bool) -> Iterator[Check]:
+        assert fix
+        yield Check(name="[a]", passed=passed, finding="1 < 2", remedy="Upgrade a.")
+        yield Check(name="b", passed=True, finding="fine", remedy="")
+
+    monkeypatch.setattr(command, "run_checks", run_checks)
+
+    assert command.main(["--fix"]) == (0 if passed else 1)
+
+    output = capsys.readouterr().out
+    assert "1 < 2" in output
+    assert "fine" in output
+    assert ("-> Upgrade a." in output) is not passed
