@@ -1,0 +1,1 @@
+"""Recipes: how models are trained, finetuned, and made to generate."""

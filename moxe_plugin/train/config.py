@@ -1,0 +1,118 @@
+"""The configuration that all training recipes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fairseq2.recipe.config import (
+    COSINE_ANNEALING_LR,
+    AdamWConfig,
+    CommonSection,
+    CosineAnnealingLRConfig,
+    GangSection,
+    LRSchedulerSection,
+    MixedPrecisionConfig,
+    ModelSection,
+    OptimizerSection,
+    RegimeSection,
+    TokenizerSection,
+    TrainerSection,
+)
+from fairseq2.utils.validation import Validatable, ValidationResult
+from typing_extensions import override
+
+
+@dataclass(kw_only=True)
+class StepRegimeSection(RegimeSection):
+    """A :class:`RegimeSection` that counts in steps only."""
+
+    @override
+    def validate(self) -> ValidationResult:
+        result = super().validate()
+
+        if self.num_steps is None:
+            result.add_error("`num_steps` must be specified.")
+
+        if self.num_data_epochs is not None:
+            result.add_error(
+                "`num_data_epochs` must be null, since fairseq2 0.8.1 then loses the "
+                "last checkpoint of some runs, but is "
+                f"{self.num_data_epochs} instead. Set `num_steps` to the number of "
+                "steps of that many epochs."
+            )
+
+        return result
+
+
+@dataclass(kw_only=True)
+class TrainConfig(Validatable):
+    """What a training recipe needs beside its data.
+
+    The optimizer's default values are those of the authors' training configuration.
+    """
+
+    model: ModelSection = field(default_factory=ModelSection)
+    """The model: ``family`` and ``arch`` of a new one, or the ``name`` of an asset."""
+
+    tokenizer: TokenizerSection = field(
+        default_factory=lambda: TokenizerSection(name="moxe_embedded_tokenizer")
+    )
+    """The tokenizer: the ``name`` of an asset, or a ``path`` with its ``family``."""
+
+    gang: GangSection = field(default_factory=GangSection)
+
+    trainer: TrainerSection = field(
+        default_factory=lambda: TrainerSection(
+            mixed_precision=MixedPrecisionConfig(mode="off"), max_grad_norm=1.0
+        )
+    )
+    """Runs in ``model.dtype`` by default; fairseq2's own default would be bf16."""
+
+    optimizer: OptimizerSection = field(
+        default_factory=lambda: OptimizerSection(
+            config=AdamWConfig(lr=2e-4, betas=(0.9, 0.999), weight_decay=1e-3)
+        )
+    )
+
+    lr_scheduler: LRSchedulerSection = field(
+        default_factory=lambda: LRSchedulerSection(
+            name=COSINE_ANNEALING_LR,
+            config=CosineAnnealingLRConfig(num_warmup_steps=10, final_lr_scale=0.1),
+        )
+    )
+
+    regime: StepRegimeSection = field(
+        default_factory=lambda: StepRegimeSection(
+            num_steps=100,
+            validate_every_n_steps=50,
+            checkpoint_every_n_steps=50,
+            publish_metrics_every_n_steps=10,
+            keep_last_n_checkpoints=1,
+            score_metric="nll_loss",
+        )
+    )
+
+    common: CommonSection = field(
+        default_factory=lambda: CommonSection(no_sweep_dir=True)
+    )
+    """By default the output directory is the one named on the command line;
+    ``--sweep-format`` or ``common.no_sweep_dir=false`` ask for fairseq2's
+    sub-directory per configuration."""
+
+    @override
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+
+        lr_config, num_steps = self.lr_scheduler.config, self.regime.num_steps
+
+        if isinstance(lr_config, CosineAnnealingLRConfig) and num_steps is not None:
+            num_warmup_steps = lr_config.num_warmup_steps
+
+            if lr_config.cycle_len is None and num_warmup_steps >= num_steps:
+                result.add_error(
+                    "`lr_scheduler.config.num_warmup_steps` must be less than "
+                    f"`regime.num_steps` ({num_steps}), but is {num_warmup_steps} "
+                    "instead; the cosine would have no length."
+                )
+
+        return result

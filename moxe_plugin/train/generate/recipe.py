@@ -1,0 +1,65 @@
+"""Completes prompts with a trained model."""
+
+from __future__ import annotations
+
+import sys
+from typing import final
+
+from fairseq2.recipe import Recipe, RecipeContext
+from fairseq2.task import Task
+from typing_extensions import override
+
+from moxe_plugin.models.clm import AuxLossCausalLM
+from moxe_plugin.train.checks import check_gangs, check_vocabulary
+from moxe_plugin.train.generate.config import LMGenerateConfig
+from moxe_plugin.train.generate.prompts import PromptReader, read_prompts
+from moxe_plugin.train.generate.unit import CompletionUnit
+
+
+@final
+class LMGenerateRecipe(Recipe):
+    """The recipe ``lm generate``."""
+
+    @override
+    def create_task(self, context: RecipeContext) -> Task:
+        config = context.get_config_as(LMGenerateConfig)
+
+        gangs = context.gangs
+
+        check_gangs(gangs)
+
+        prompts = list(config.prompts)
+        if config.prompt_file is not None:
+            prompts.extend(read_prompts(config.prompt_file))
+
+        model = context.get_model_as(AuxLossCausalLM)
+
+        tokenizer = context.get_tokenizer()
+
+        check_vocabulary(model, tokenizer)
+
+        reader = PromptReader(
+            prompts,
+            tokenizer.create_encoder(mode="prompt"),
+            gangs,
+            batch_size=config.batch_size,
+            max_seq_len=model.max_seq_len,
+        )
+
+        file = context.output_dir / "output" / f"rank_{gangs.dp.rank}.jsonl"
+
+        file.parent.mkdir(exist_ok=True)
+
+        unit = CompletionUnit(
+            context.get_seq_generator(),
+            tokenizer.create_decoder(skip_special_tokens=True),
+            file.open("w", encoding="utf-8"),
+            sys.stdout if gangs.dp.rank == 0 else None,
+        )
+
+        return context.create_generator(unit, reader)
+
+    @property
+    @override
+    def config_kls(self) -> type[object]:
+        return LMGenerateConfig

@@ -1,0 +1,83 @@
+"""What the training recipes do alike: get the model, create the trainer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fairseq2.data.tokenizers import Tokenizer
+from fairseq2.datasets import DataReader, SequenceBatch
+from fairseq2.recipe import RecipeContext
+from fairseq2.trainer import Trainer
+from torch.nn import Module
+
+from moxe_plugin.models.clm import AuxLossCausalLM
+from moxe_plugin.train.checks import check_gangs, check_seq_len, check_vocabulary
+from moxe_plugin.train.output_dir import refuse_other_model
+from moxe_plugin.train.units import CausalLMEvalUnit, CausalLMTrainUnit
+
+
+class PreparedModel(NamedTuple):
+    """A model to train, and the tokenizer that goes with it."""
+
+    dp_model: Module
+    """The model in its data-parallel wrapper."""
+
+    model: AuxLossCausalLM
+    """The model itself."""
+
+    tokenizer: Tokenizer
+    """The tokenizer."""
+
+
+def prepare_model(context: RecipeContext, seq_len: int) -> PreparedModel:
+    """Create or load the model, and check that it fits the run.
+
+    :param context: The context of the recipe.
+    :param seq_len: The maximum number of tokens of a training sequence.
+
+    :returns: The model and its tokenizer.
+    """
+    check_gangs(context.gangs)
+
+    with refuse_other_model(context):
+        dp_model = context.get_data_parallel_model()
+
+    model = context.get_model_as(AuxLossCausalLM)
+
+    tokenizer = context.get_tokenizer()
+
+    check_vocabulary(model, tokenizer)
+    check_seq_len(model, seq_len)
+
+    return PreparedModel(dp_model, model, tokenizer)
+
+
+def create_lm_trainer(
+    context: RecipeContext,
+    prepared: PreparedModel,
+    reader: DataReader[SequenceBatch],
+    valid_reader: DataReader[SequenceBatch] | None,
+    *,
+    num_bytes_per_token: float | None = None,
+) -> Trainer:
+    """Create the trainer of a causal language model.
+
+    :param context: The context of the recipe.
+    :param prepared: The model.
+    :param reader: Reads the training data.
+    :param valid_reader: Reads the validation data, if there is a validation.
+    :param num_bytes_per_token: How many bytes of text a validation target stands for
+        on average, if known.
+
+    :returns: The trainer.
+    """
+    dp_model, model, _ = prepared
+
+    unit = CausalLMTrainUnit(dp_model, model)
+
+    if valid_reader is None:
+        return context.create_trainer(unit, reader)
+
+    valid_unit = CausalLMEvalUnit(dp_model, model, num_bytes_per_token)
+
+    return context.create_trainer(unit, reader, [valid_unit], [valid_reader])
