@@ -1,0 +1,1 @@
+"""fairseq2 model families: MoxE and its baselines."""

@@ -7,7 +7,9 @@ from fairseq2.nn import BatchLayout
 from torch import Tensor
 
 
-def unpack_documents(seqs: Tensor, seqs_layout: BatchLayout) -> tuple[Tensor, BatchLayout]:
+def unpack_documents(
+    seqs: Tensor, seqs_layout: BatchLayout
+) -> tuple[Tensor, BatchLayout]:
     """Give each document of a packed batch a row of its own.
 
     A recurrent state then starts empty in every document by construction.

@@ -62,19 +62,21 @@ class MoxEConfig(Validatable):
     """The number of experts chosen for a token: MoxE eq. (3)."""
 
     router: Literal["difficulty", "standard"] = "difficulty"
-    """Whether the router's logits are biased by the token's difficulty, eqs. (5)-(7)."""
+    """Whether a token's difficulty biases the router's logits: eqs. (5)-(7)."""
 
     modulation: Literal["standard", "masked", "proportional"] = "standard"
-    """How the difficulty becomes a bias: γd, γd·1[d>τ] or γ·relu(d-τ)."""
+    """How the difficulty d becomes a bias, with the scale gamma and the threshold tau:
+    ``gamma * d``, ``gamma * d * 1[d > tau]`` or ``gamma * relu(d - tau)``."""
 
     difficulty_bias_scale: float = 0.3
-    """γ of eq. (6)."""
+    """The scale gamma of eq. (6)."""
 
     difficulty_threshold: float = 0.8
-    """τ of the ``masked`` and ``proportional`` modulations."""
+    """The threshold tau of the ``masked`` and ``proportional`` modulations."""
 
-    router_bias: bool = False
-    """Whether the router's projection has a bias."""
+    router_bias: bool = True
+    """Whether the router's projection has a bias, as in the paper's count of
+    parameters."""
 
     qkv_block_size: int = 32
     """The block size of the mLSTM's block-diagonal q, k and v projections."""
@@ -95,16 +97,16 @@ class MoxEConfig(Validatable):
     """Whether a LayerNorm stands before the output projection."""
 
     difficulty_loss_scale: float = 1e-2
-    """λ_d of eq. (21)."""
+    """The weight lambda_d in eq. (21)."""
 
     group_loss_scale: float = 1e-2
-    """λ_group of eq. (21)."""
+    """The weight lambda_group in eq. (21)."""
 
     router_z_loss_scale: float = 1e-3
-    """λ_z of eq. (21)."""
+    """The weight lambda_z in eq. (21)."""
 
     load_balance_loss_scale: float = 1e-2
-    """λ_load of eq. (21)."""
+    """The weight lambda_load in eq. (21)."""
 
     group_loss: Literal["kl", "squared_difference", "bounded", "js"] = "kl"
     """The form of the group-wise loss, eqs. (12)-(18)."""

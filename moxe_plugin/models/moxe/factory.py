@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from fairseq2.gang import get_current_gangs
 from fairseq2.error import NotSupportedError
-from fairseq2.models.transformer import TransformerEmbeddingFrontend, TransformerFrontend
-from fairseq2.nn import Embedding, LayerNorm, Linear, Projection, StandardEmbedding
-from fairseq2.nn import StandardLayerNorm
+from fairseq2.gang import get_current_gangs
+from fairseq2.models.transformer import (
+    TransformerEmbeddingFrontend,
+    TransformerFrontend,
+)
+from fairseq2.nn import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    Projection,
+    StandardEmbedding,
+    StandardLayerNorm,
+)
 from torch import nn
 
 from moxe_plugin.models.moxe.config import MoxEConfig
 from moxe_plugin.models.moxe.decoder import MoxEDecoder, MoxEDecoderLayer
 from moxe_plugin.models.moxe.model import MoxELM
 from moxe_plugin.nn.experts import SparseExperts
-from moxe_plugin.nn.layers import FFNExperts
+from moxe_plugin.nn.layers import GatedFeedForward
 from moxe_plugin.nn.mlstm import MLSTMBlock
+from moxe_plugin.nn.modulation import (
+    MaskedModulation,
+    Modulation,
+    ProportionalModulation,
+    standard_modulation,
+)
 from moxe_plugin.nn.routing import DifficultyRouter, StandardRouter
 from moxe_plugin.nn.slstm import SLSTMBlock
 
@@ -77,29 +92,32 @@ class MoxEFactory:
         """Create the decoder."""
         config = self._config
 
-        layers = [self.create_decoder_layer() for _ in range(config.num_layers)]
+        layers = [self.create_decoder_layer(idx) for idx in range(config.num_layers)]
 
         return MoxEDecoder(
             layers, self.create_layer_norm() if config.final_norm else None
         )
 
-    def create_decoder_layer(self) -> MoxEDecoderLayer:
+    def create_decoder_layer(self, layer_idx: int) -> MoxEDecoderLayer:
         """Create a decoder layer."""
-        num_mixer_blocks = len(self._config.mixer_blocks)
+        kinds = self._config.mixer_blocks
+
+        # A token passes the mixer's blocks and an expert in every layer.
+        block_idx = layer_idx * (len(kinds) + 1)
+
+        mixer_blocks = [
+            self.create_mlstm_block()
+            if kind == "mlstm"
+            else self.create_slstm_block(block_idx + idx)
+            for idx, kind in enumerate(kinds)
+        ]
 
         return MoxEDecoderLayer(
-            [self.create_mixer_block(idx) for idx in range(num_mixer_blocks)],
+            mixer_blocks,
             self.create_layer_norm(),
             self.create_router(),
-            self.create_experts(),
+            self.create_experts(block_idx + len(kinds)),
         )
-
-    def create_mixer_block(self, block_idx: int) -> MLSTMBlock | SLSTMBlock:
-        """Create a block of the sequence mixer: MoxE eq. (4)."""
-        if self._config.mixer_blocks[block_idx] == "mlstm":
-            return self.create_mlstm_block()
-
-        return self.create_slstm_block(block_idx)
 
     def create_mlstm_block(self, num_experts: int | None = None) -> MLSTMBlock:
         """Create one mLSTM block, or a stack of experts."""
@@ -133,7 +151,6 @@ class MoxEFactory:
 
     @property
     def _num_blocks(self) -> int:
-        # A token passes the mixer's blocks and an expert in every layer.
         return self._config.num_layers * (len(self._config.mixer_blocks) + 1)
 
     def create_router(self) -> DifficultyRouter | StandardRouter:
@@ -154,19 +171,34 @@ class MoxEFactory:
             config.top_k,
             num_mlstm_experts=config.mlstm_group_size,
             difficulty_bias_scale=config.difficulty_bias_scale,
-            modulation=config.modulation,
-            difficulty_threshold=config.difficulty_threshold,
+            modulation=self.create_modulation(),
             bias=config.router_bias,
         )
 
-    def create_experts(self) -> SparseExperts:
+    def create_modulation(self) -> Modulation:
+        """Create what turns a difficulty into the strength of the bias, eq. (6)."""
+        config = self._config
+
+        match config.modulation:
+            case "standard":
+                return standard_modulation
+            case "masked":
+                return MaskedModulation(config.difficulty_threshold)
+            case "proportional":
+                return ProportionalModulation(config.difficulty_threshold)
+
+    def create_experts(self, block_idx: int) -> SparseExperts:
         """Create the experts of a layer: MoxE eq. (9)."""
         config = self._config
 
         if config.experts == "ffn":
-            ffn = FFNExperts(
+            hidden_dim = int(config.expert_ffn_proj_factor * config.model_dim)
+
+            ffn = GatedFeedForward(
                 config.model_dim,
-                int(config.expert_ffn_proj_factor * config.model_dim),
+                hidden_dim,
+                up_std=config.model_dim**-0.5,
+                down_std=hidden_dim**-0.5,
                 num_experts=config.num_experts,
             )
 
@@ -176,8 +208,6 @@ class MoxEFactory:
 
         num_mlstm = config.mlstm_group_size
         num_slstm = config.num_experts - num_mlstm
-        block_idx = len(config.mixer_blocks)
-
         return SparseExperts(
             config.num_experts,
             mlstm=self.create_mlstm_block(num_mlstm) if num_mlstm else None,

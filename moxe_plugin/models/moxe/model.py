@@ -20,7 +20,8 @@ from moxe_plugin.nn.losses import (
     load_balancing_loss,
     router_z_loss,
 )
-from moxe_plugin.nn.routing import Routing, router_stat_names, router_stats
+from moxe_plugin.nn.routing import Routing
+from moxe_plugin.nn.statistics import router_stat_names, router_stats
 
 
 @final
@@ -133,7 +134,7 @@ class MoxELM(AuxLossCausalLM):
                         routing.difficulty,
                         routing.unbiased_probs,
                         token_mask,
-                        detach_target=config.detach_entropy_target,
+                        stop_gradient=config.detach_entropy_target,
                     )
                 )
 

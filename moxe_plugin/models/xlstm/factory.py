@@ -8,8 +8,13 @@ from fairseq2.models.transformer import (
     TransformerEmbeddingFrontend,
     TransformerFrontend,
 )
-from fairseq2.nn import Embedding, Linear, Projection, StandardEmbedding
-from fairseq2.nn import StandardLayerNorm
+from fairseq2.nn import (
+    Embedding,
+    Linear,
+    Projection,
+    StandardEmbedding,
+    StandardLayerNorm,
+)
 from torch import nn
 
 from moxe_plugin.models.xlstm.config import XLSTMConfig
@@ -77,7 +82,8 @@ class XLSTMFactory:
         config = self._config
 
         layers = [
-            XLSTMDecoderLayer(self.create_block(idx)) for idx in range(config.num_blocks)
+            XLSTMDecoderLayer(self.create_block(idx))
+            for idx in range(config.num_blocks)
         ]
 
         return XLSTMDecoder(layers, StandardLayerNorm(config.model_dim, bias=False))

@@ -5,6 +5,11 @@ from __future__ import annotations
 from fairseq2.composition import register_model_family
 from fairseq2.runtime.dependency import DependencyContainer
 
+from moxe_plugin.models.parallel import (
+    apply_ac_to_decoder,
+    apply_fsdp_to_decoder,
+    compile_decoder,
+)
 from moxe_plugin.models.xlstm.config import (
     XLSTM_FAMILY,
     XLSTMConfig,
@@ -12,11 +17,6 @@ from moxe_plugin.models.xlstm.config import (
 )
 from moxe_plugin.models.xlstm.factory import create_xlstm_model
 from moxe_plugin.models.xlstm.model import XLSTMLM
-from moxe_plugin.models.parallel import (
-    apply_ac_to_decoder,
-    apply_fsdp_to_decoder,
-    compile_decoder,
-)
 
 
 def register_xlstm(container: DependencyContainer) -> None:
