@@ -1,0 +1,1 @@
+"""Suites: several systems trained, finetuned, evaluated and put into one table."""

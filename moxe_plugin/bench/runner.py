@@ -1,0 +1,281 @@
+"""Runs the stages of a suite, one process after the other, and continues what is there.
+
+A stage is done when its state says so, and is then never run again. A stage that was
+killed is run again in the same directory: training continues from its last checkpoint,
+anything else starts over. A stage whose configuration has changed is not continued and
+not reused: see :func:`find_conflicts`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import date
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import NamedTuple
+
+from moxe_plugin.bench.children import (
+    ChildFailedError,
+    ChildFunction,
+    ChildResult,
+    run_in_child,
+)
+from moxe_plugin.bench.display import Display
+from moxe_plugin.bench.plan import RunPlan, StagePlan
+from moxe_plugin.bench.progress import StageProgress, read_progress
+from moxe_plugin.bench.recording import find_records, record_run
+from moxe_plugin.bench.stage_state import list_changes, read_state, write_state
+from moxe_plugin.bench.suite import SuiteError
+
+_SAVE_ELAPSED_S = 5.0
+"""How often the time of a running stage is saved, which a kill would lose."""
+
+
+class FailedRun(NamedTuple):
+    """A run that ended with an error."""
+
+    plan: RunPlan
+    stage: StagePlan
+    error: ChildFailedError
+
+
+class Conflict(NamedTuple):
+    """A stage that was begun with another configuration."""
+
+    stage: StagePlan
+    changes: Sequence[str]
+    """As :func:`~moxe_plugin.bench.stage_state.list_changes` lists them; empty if it is
+    the data that differs, or an earlier stage."""
+
+
+class Runner:
+    """Runs the plans of a suite.
+
+    :param suite_name: The name of the suite.
+    :param results_dir: Where records go.
+    :param context: Makes the child processes.
+    :param functions: The function of each stage.
+    :param display: Shows the progress.
+    """
+
+    def __init__(
+        self,
+        suite_name: str,
+        results_dir: Path,
+        *,
+        context: ForkServerContext,
+        functions: Mapping[str, ChildFunction],
+        display: Display,
+    ) -> None:
+        self._suite_name = suite_name
+        self._results_dir = results_dir
+        self._context = context
+        self._functions = functions
+        self._display = display
+
+    def run(self, plans: Sequence[RunPlan]) -> list[FailedRun]:
+        """Run all that is not done yet; a failed run does not stop the others.
+
+        :param plans: The runs.
+
+        :returns: The runs that failed.
+        """
+        failed = []
+
+        for plan in plans:
+            try:
+                self._run_one(plan)
+            except _StageFailedError as ex:
+                failed.append(FailedRun(plan, ex.stage, ex.error))
+
+                self._display.show(f"{plan.title}: {ex.stage.name} failed. {ex.error}")
+
+        return failed
+
+    def _run_one(self, plan: RunPlan) -> None:
+        records = find_records(self._results_dir)
+
+        if (record := records.get(plan.config_sha256)) is not None:
+            self._display.skip(plan, plan.stages, f"recorded in {record.name}")
+
+            return
+
+        for stage in plan.stages:
+            if is_done(stage):
+                self._display.skip(plan, [stage], "done before")
+            else:
+                self._run_stage(plan, stage)
+
+        record_run(plan, self._suite_name, self._results_dir, date.today())
+
+    def _run_stage(self, plan: RunPlan, stage: StagePlan) -> None:
+        state = read_state(stage.state_file) or stage.start()
+        write_state(stage.state_file, state)
+
+        began = saved = time.monotonic()
+
+        def on_poll() -> None:
+            nonlocal saved
+
+            now = time.monotonic()
+            if now - saved > _SAVE_ELAPSED_S:
+                elapsed_s = state.elapsed_s + now - began
+                write_state(stage.state_file, replace(state, elapsed_s=elapsed_s))
+                saved = now
+
+            self._display.update(read_progress(stage, log_file))
+
+        log_file = stage.run_dir / f"{stage.name}.log"
+
+        self._display.start(plan, stage)
+
+        try:
+            output = run_in_child(
+                self._context,
+                self._functions[stage.name],
+                [stage],
+                log_file=log_file,
+                on_poll=on_poll,
+            )
+        except ChildFailedError as ex:
+            self._display.finish(None)
+
+            raise _StageFailedError(stage, ex) from ex
+
+        elapsed_s = state.elapsed_s + time.monotonic() - began
+
+        write_state(
+            stage.state_file,
+            replace(
+                state,
+                status="done",
+                elapsed_s=elapsed_s,
+                result={**output.content, "peak_memory_gib": output.peak_memory_gib},
+            ),
+        )
+
+        self._display.finish(elapsed_s)
+
+
+class _StageFailedError(Exception):
+    def __init__(self, stage: StagePlan, error: ChildFailedError) -> None:
+        super().__init__(str(error))
+
+        self.stage = stage
+        self.error = error
+
+
+def run_with_progress(
+    context: ForkServerContext,
+    function: ChildFunction,
+    args: Sequence[object],
+    *,
+    title: str,
+    log_file: Path,
+    display: Display,
+) -> ChildResult:
+    """Run a step that belongs to no run in a child process.
+
+    :param context: Makes the child process.
+    :param function: The function.
+    :param args: Its arguments.
+    :param title: What the display calls it.
+    :param log_file: Gets what it prints.
+    :param display: Shows the progress.
+
+    :returns: The result.
+
+    :raises ChildFailedError: It failed.
+    """
+    display.start_step(title)
+
+    began = time.monotonic()
+
+    output = run_in_child(
+        context,
+        function,
+        args,
+        log_file=log_file,
+        on_poll=lambda: display.update(StageProgress()),
+    )
+
+    display.finish(time.monotonic() - began)
+
+    return output
+
+
+def is_done(stage: StagePlan) -> bool:
+    """Tell whether a stage was finished with its present configuration.
+
+    :param stage: The stage.
+
+    :returns: Whether it need not run.
+    """
+    state = read_state(stage.state_file)
+
+    return (
+        state is not None
+        and state.status == "done"
+        and state.config_sha256 == stage.config_sha256
+    )
+
+
+def find_conflicts(plans: Sequence[RunPlan], results_dir: Path) -> list[Conflict]:
+    """Find stages that were begun with another configuration.
+
+    :param plans: The runs.
+    :param results_dir: Where records are; a recorded run needs no stage any more.
+
+    :returns: The conflicts.
+    """
+    records = find_records(results_dir)
+
+    return [
+        Conflict(stage, list_changes(state.config, stage.config))
+        for plan in plans
+        if plan.config_sha256 not in records
+        for stage in plan.stages
+        if (state := read_state(stage.state_file)) is not None
+        and state.config_sha256 != stage.config_sha256
+    ]
+
+
+def remove_conflicts(conflicts: Sequence[Conflict]) -> None:
+    """Remove stages that were begun with another configuration.
+
+    :param conflicts: As :func:`find_conflicts` returns them.
+    """
+    for stage, _ in conflicts:
+        stage.state_file.unlink()
+
+        if stage.output_dir.exists():
+            shutil.rmtree(stage.output_dir)
+
+
+@contextmanager
+def lock_work_dir(work_dir: Path) -> Iterator[None]:
+    """Make sure that no other benchmark works in the same directory.
+
+    :param work_dir: The directory.
+
+    :yields: Nothing.
+
+    :raises SuiteError: Another process holds the directory.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+
+    with (work_dir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SuiteError(
+                f"Another `moxe bench` is at work in '{work_dir}'. Wait for it, or "
+                "choose another --work."
+            ) from None
+
+        yield

@@ -1,0 +1,126 @@
+"""What a child process of a suite does; torch is imported in here only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+from moxe_plugin.bench.plan import StagePlan, run_key
+from moxe_plugin.bench.suite import Suite
+
+PRELOAD: Final = (
+    "torch",
+    "transformers",
+    "fairseq2",
+    "fairseq2.recipe.cli",
+    "lm_eval.evaluator",
+    "moxe_plugin.composition",
+    "moxe_plugin.train.launch",
+    "moxe_plugin.train.pretrain",
+    "moxe_plugin.train.instruction_finetune",
+    "moxe_plugin.eval.harness",
+    "moxe_plugin.bench.scoring",
+    "moxe_plugin.bench.stages",
+)
+"""What the server of child processes imports."""
+
+
+def resolve_suite(suite: Suite) -> dict[str, Any]:
+    """Find out what the presets and the data of a suite are; builds missing data.
+
+    :param suite: The suite.
+
+    :returns: The fields of :class:`~moxe_plugin.bench.plan.Resolution`.
+    """
+    from moxe_plugin.bench.resolution import describe_data, resolve_preset
+
+    configs: dict[str, dict[str, Any]] = {}
+    data: dict[str, Any] = {}
+
+    for seed in suite.seeds:
+        for system in suite.systems:
+            key = run_key(system, seed)
+
+            overrides = {**suite.pretrain_config, **system.pretrain_config}
+            configs[key] = {
+                "pretrain": resolve_preset(
+                    "lm/pretrain", system.pretrain, seed, overrides
+                )
+            }
+
+            if system.finetune is not None:
+                overrides = {**suite.finetune_config, **system.finetune_config}
+                configs[key]["finetune"] = resolve_preset(
+                    "lm/instruction_finetune", system.finetune, seed, overrides
+                )
+
+            data[key] = describe_data(suite.data, configs[key])
+
+    return {"configs": configs, "data": data}
+
+
+def train(stage: StagePlan) -> dict[str, Any]:
+    """Run or continue a training stage, exactly as its command does.
+
+    :param stage: The stage.
+
+    :returns: The device and the number of threads.
+
+    :raises SystemExit: The recipe failed.
+    """
+    from moxe_plugin.cli import main
+
+    # The parent shows progress from the metrics.
+    os.environ["FAIRSEQ2_NO_PROGRESS"] = "1"
+
+    exit_code = main(stage.argv)
+    if exit_code:
+        raise SystemExit(exit_code)
+
+    return _describe_device()
+
+
+def evaluate(stage: StagePlan) -> dict[str, Any]:
+    """Evaluate the checkpoints of a run.
+
+    :param stage: The stage.
+
+    :returns: Files of the record by name, and facts about the model.
+    """
+    from moxe_plugin.bench.scoring import evaluate_run
+
+    return evaluate_run(stage)
+
+
+def guess(stage: StagePlan) -> dict[str, Any]:
+    """Evaluate a guess that no model is needed for.
+
+    :param stage: The stage.
+
+    :returns: Files of the record by name, the device and the number of threads.
+    """
+    from moxe_plugin.bench.guesses import evaluate_guess
+
+    return {**evaluate_guess(stage), **_describe_device()}
+
+
+def _describe_device() -> dict[str, Any]:
+    import torch
+
+    is_cuda = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
+
+    return {
+        "device": "cuda" if is_cuda else "cpu",
+        "device_name": torch.cuda.get_device_name() if is_cuda else None,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+STAGE_FUNCTIONS: Final[Mapping[str, Any]] = {
+    "pretrain": train,
+    "finetune": train,
+    "evaluate": evaluate,
+    "guess": guess,
+}
+"""The function of each stage."""
