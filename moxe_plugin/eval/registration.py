@@ -1,0 +1,20 @@
+"""Tell lm-evaluation-harness of the model ``moxe``, where it does not know already."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from typing import Final
+
+import lm_eval.models  # noqa: F401  # fills the registry with the harness' own models
+from lm_eval.api.registry import model_registry
+
+_NAME: Final = "moxe"
+_TARGET: Final = "moxe_plugin.eval.harness:MoxeHarnessLM"
+
+
+def register_harness_model() -> None:
+    """Register the model, unless an entry point or the ``.pth`` file has."""
+    if _NAME not in model_registry:
+        # As `pyproject.toml` declares it, for releases that do not look there.
+        entry_point = EntryPoint(_NAME, _TARGET, "lm_eval.models")
+        model_registry.register(_NAME, target=entry_point)
