@@ -92,15 +92,6 @@ class ShardWriter:
 
         writer.add_document(tokens, num_bytes)
 
-    def num_tokens(self, split: str) -> int:
-        """Count the tokens written to a split so far.
-
-        :param split: The name of the split.
-
-        :returns: The length of its stream, separators included.
-        """
-        return self._splits[split].num_tokens if split in self._splits else 0
-
     def close(self) -> ShardManifest:
         """Write the manifest, check the result and move it to its destination.
 
@@ -127,6 +118,11 @@ class ShardWriter:
 
         self._tmp_path.rename(self._path)
 
+        return self._manifest
+
+    @property
+    def manifest(self) -> ShardManifest:
+        """The manifest, complete once the writer is closed."""
         return self._manifest
 
     def discard(self) -> None:
