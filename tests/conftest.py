@@ -26,6 +26,8 @@ import torch  # noqa: E402  # after the environment is set
 if TYPE_CHECKING:
     from fairseq2.runtime.dependency import DependencyResolver
 
+    from moxe_plugin.data.corpus import EmbeddedData
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option ``--device``.
@@ -66,6 +68,19 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ["MOXE_CACHE_DIR"] = str(directory)
 
     return directory
+
+
+@pytest.fixture(scope="session")
+def embedded_data(cache_dir: Path) -> EmbeddedData:
+    """Build the embedded corpus of the quickstart, once.
+
+    :param cache_dir: Where it goes, and where the asset cards look for it.
+
+    :returns: Its paths.
+    """
+    from moxe_plugin.data.corpus import prepare_embedded
+
+    return prepare_embedded("quickstart", cache_dir)
 
 
 @pytest.fixture(scope="session")

@@ -109,7 +109,7 @@ def check_version(name: str) -> Check:
     return Check(
         name=name,
         passed=found != "" and specifier.contains(found, prereleases=True),
-        finding=f"{found or 'not installed'} ({specifier})",
+        finding=f"{found or 'not installed'} ({str(specifier) or 'any'})",
         remedy=f"Run `pip install '{name}{specifier}'`.",
     )
 

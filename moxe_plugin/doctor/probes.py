@@ -59,9 +59,9 @@ def probe_cache() -> str:
 
     :raises PermissionError: The directory cannot be written.
     """
-    from moxe_plugin.data.cache import cache_dir
+    from moxe_plugin.data.corpus import get_cache_dir
 
-    directory = cache_dir()
+    directory = get_cache_dir()
     directory.mkdir(parents=True, exist_ok=True)
 
     if not os.access(directory, os.W_OK):
