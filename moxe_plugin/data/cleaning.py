@@ -11,12 +11,18 @@ MIN_DOCUMENT_WORDS: Final = 20
 MIN_LETTERS: Final = 0.72
 """The share of letters and spaces in a paragraph of prose."""
 
-MIN_FUNCTION_WORDS: Final = frozenset(
+MIN_FUNCTION_WORDS: Final = 0.12
+"""The share of words that nearly every English sentence has some of."""
+
+MAX_NON_ASCII: Final = 0.02
+"""The share of other characters."""
+
+_FUNCTION_WORDS: Final = frozenset(
     """
     a an and are as at be been but by can for from has have if in into is it its may
     must no not of on or should so such than that the their then there these this to
     was when which will with would you
-    """.split()  # noqa: SIM905  # reads better than a list of literals
+    """.split()
 )
 
 _WORD: Final = re.compile(r"[A-Za-z']+")
@@ -25,6 +31,7 @@ _NOT_LETTER: Final = re.compile(r"[^A-Za-z ]")
 _ADORNMENT: Final = re.compile(r"^\W{3,}$", re.MULTILINE)
 _DIRECTIVE: Final = re.compile(r"^\s*(\.\. \S.*|:\w+:.*)$", re.MULTILINE)
 _ROLE: Final = re.compile(r":[\w:.-]+:(?=`)")
+_ABBREVIATIONS: Final = ("e.g.", "i.e.", " eg.", " ie.", "etc.", "cf.", "vs.")
 _SPACES: Final = re.compile(r"(?<=\S)[ \t]{2,}")
 
 
@@ -159,7 +166,10 @@ def find_first_sentence(text: str) -> str | None:
 
     match = re.match(r"[A-Z][^\n]*?[a-z0-9)`'\"]\.(?=\s|$)", _ROLE.sub("", paragraph))
 
-    return None if match is None else match.group()
+    if match is None or match.group().endswith(_ABBREVIATIONS):
+        return None
+
+    return match.group()
 
 
 def _is_prose(paragraph: str) -> bool:
