@@ -159,26 +159,6 @@ class GatedFeedForward(Module):
         return project(F.silu(gate) * value, self.down_proj)
 
 
-class FFNExperts(GatedFeedForward):
-    """Feed-forward experts, the "mlp" ablation: no memory, no norm, no residual.
-
-    Initialised as LeCun does, ``N(0, 1/fan_in)``, as in the authors' code.
-
-    :param model_dim: The width of input and output.
-    :param hidden_dim: The width in between; the authors' code uses ``2 * model_dim``.
-    :param num_experts: The number of stacked experts.
-    """
-
-    def __init__(self, model_dim: int, hidden_dim: int, *, num_experts: int) -> None:
-        super().__init__(
-            model_dim,
-            hidden_dim,
-            up_std=model_dim**-0.5,
-            down_std=hidden_dim**-0.5,
-            num_experts=num_experts,
-        )
-
-
 def small_init_std(dim: int) -> float:
     """Compute ``sqrt(2/(5*dim))``, the "small init" of projections into a block.
 
