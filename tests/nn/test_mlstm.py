@@ -1,0 +1,45 @@
+"""Tests of `moxe_plugin.nn.mlstm`; more are in `test_blocks` and `test_oracles`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moxe_plugin.nn.mlstm import MLSTMBlock
+from moxe_plugin.nn.padding import EMPTY
+
+
+def test_initial_values_are_the_intended_ones() -> None:
+    block = MLSTMBlock(64, num_heads=4, num_experts=3, num_blocks=2)
+
+    # Five standard errors of the smallest sample.
+    for weight in (block.q_proj, block.k_proj, block.v_proj):
+        assert weight.std().item() == pytest.approx((2 / (5 * 32)) ** 0.5, rel=0.04)
+    assert block.up_proj.std().item() == pytest.approx((2 / (5 * 64)) ** 0.5, rel=0.04)
+    assert block.down_proj.std().item() == pytest.approx(2 / (2 * 8), rel=0.04)
+    assert block.forget_gate_bias.tolist() == [[3.0, 4.0, 5.0, 6.0]] * 3
+    assert 0 < block.input_gate_bias.abs().max() < 0.5
+    assert (block.skip == 1).all()
+    assert not block.input_gate_weight.any()
+    assert not block.forget_gate_weight.any()
+
+
+def test_initial_state_is_empty() -> None:
+    state = MLSTMBlock(16, num_heads=4, num_experts=3).initial_state(5)
+
+    assert state.conv.shape == (3, 5, 3, 64)
+    assert state.c.shape == (3, 5, 4, 16, 16)
+    assert not torch.cat([x.flatten() for x in state[:3]]).any()
+    assert (state.m == EMPTY).all()
+
+
+def test_parameters_are_counted_as_in_the_authors_code() -> None:
+    # SEMANTICS.md §5: an mLSTM expert at Table 1 size.
+    block = MLSTMBlock(640, num_heads=4, qkv_block_size=32)
+
+    assert sum(p.numel() for p in block.parameters()) == 2_620_808
+
+
+def test_block_size_must_divide_the_inner_width() -> None:
+    with pytest.raises(ValueError, match=r"`qkv_block_size` must .* is 48 instead\."):
+        MLSTMBlock(64, num_heads=4, qkv_block_size=48)
