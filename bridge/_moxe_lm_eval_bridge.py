@@ -2,8 +2,8 @@
 
 Python imports this module at start, through ``moxe_lm_eval_bridge.pth``. All that it
 does then is to put a finder in front of ``sys.meta_path``, which waits for
-``lm_eval.models``. Once that module has run, the finder has our model registered, unless
-lm-eval has done so itself, and leaves.
+``lm_eval.models``. Once that module has run, the finder has our model registered,
+unless lm-eval has done so itself, and leaves.
 """
 
 import sys

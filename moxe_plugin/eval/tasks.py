@@ -16,26 +16,30 @@ from typing import Final
 
 from datasets import Dataset, load_dataset
 
+from moxe_plugin.data.corpus import EmbeddedSize, prepare_embedded
+
 _LAMBADA: Final = "EleutherAI/lambada_openai"
 
 _FINEWEB_EDU: Final = "HuggingFaceFW/fineweb-edu"
 # Training reads the 10-billion-token sample from its first file on; this is its last.
 _FINEWEB_EDU_FILE: Final = "sample/10BT/013_00000.parquet"
 
-_LAST_WORD: Final = re.compile(
-    r"(?P<context>.*\S) (?P<word>[A-Za-z]{3,})\W*", re.DOTALL
-)
-_MIN_WORDS: Final = 30
-_MAX_WORDS: Final = 120
+_SENTENCE_END: Final = re.compile(r"(?<=\S )[A-Za-z]{3,}(?=[.!?](\s|$))")
+_WORD: Final = re.compile(r"\S+\s*")
+_MIN_CONTEXT_WORDS: Final = 20
+_MAX_CONTEXT_WORDS: Final = 100
 
 
-def load_embedded_documents(max_bytes: int, **_ignored: object) -> dict[str, Dataset]:
+def load_embedded_documents(
+    max_bytes: int, size: EmbeddedSize, **_ignored: object
+) -> dict[str, Dataset]:
     """Load documents of the embedded corpus that no model has trained on.
 
     The test split in the order of a hash; each document that fits the rest of
     ``max_bytes``.
 
     :param max_bytes: The most bytes of text in UTF-8.
+    :param size: Which embedded corpus.
     :param _ignored: What the harness passes to every task.
 
     :returns: Documents with the field ``text``.
@@ -43,7 +47,7 @@ def load_embedded_documents(max_bytes: int, **_ignored: object) -> dict[str, Dat
     texts = []
     room = max_bytes
 
-    for text in sorted(_read_embedded_texts(), key=_hash):
+    for text in sorted(_read_embedded_texts(size), key=_hash):
         num_bytes = len(text.encode())
         if num_bytes <= room:
             room -= num_bytes
@@ -53,52 +57,42 @@ def load_embedded_documents(max_bytes: int, **_ignored: object) -> dict[str, Dat
 
 
 def load_embedded_last_words(
-    max_passages: int, **_ignored: object
+    max_passages: int, size: EmbeddedSize, **_ignored: object
 ) -> dict[str, Dataset]:
     """Load passages of the embedded corpus whose last word is to be predicted.
 
     :param max_passages: The most passages, in the order of a hash.
+    :param size: Which embedded corpus.
     :param _ignored: What the harness passes to every task.
 
     :returns: Documents with the fields ``context`` and ``word``.
     """
-    passages = {
-        passage
-        for text in _read_embedded_texts()
-        for paragraph in text.split("\n\n")
-        if (passage := find_last_word(paragraph)) is not None
-    }
+    passages = {p for text in _read_embedded_texts(size) for p in find_last_words(text)}
 
     chosen = sorted(passages, key=lambda p: _hash(" ".join(p)))[:max_passages]
 
     return _as_test_split({"context": c, "word": w} for c, w in chosen)
 
 
-def find_last_word(paragraph: str) -> tuple[str, str] | None:
-    """Cut off the last word of a paragraph, if it can be guessed from the rest.
+def find_last_words(text: str) -> list[tuple[str, str]]:
+    """Find the words that end a sentence, and what comes before them.
 
-    As in LAMBADA, most of whose last words occur in the passage: the word has at least
-    three letters and occurs earlier, whatever its case. It follows a space, and the
-    punctuation behind it is dropped. A paragraph of 30 to 120 words qualifies; an
-    interpreter session does not.
+    A word qualifies if it has at least three letters, nothing else, follows a single
+    space, and the document has 20 words before it. Unlike in LAMBADA nobody has checked
+    that it can be guessed, and passages of one document overlap.
 
-    :param paragraph: The paragraph.
+    :param text: The document.
 
-    :returns: The text before the space, and the word; or ``None``.
+    :returns: At most 100 words before the space, and the word.
     """
-    paragraph = paragraph.strip()
+    passages = []
 
-    if not _MIN_WORDS <= len(paragraph.split()) <= _MAX_WORDS or ">>>" in paragraph:
-        return None
+    for match in _SENTENCE_END.finditer(text):
+        words = _WORD.findall(text, 0, match.start() - 1)
+        if len(words) >= _MIN_CONTEXT_WORDS:
+            passages.append(("".join(words[-_MAX_CONTEXT_WORDS:]), match.group()))
 
-    match = _LAST_WORD.fullmatch(paragraph)
-    if match is None:
-        return None
-
-    context, word = match["context"], match["word"]
-    earlier_words = re.findall("[a-z]+", context.lower())
-
-    return (context, word) if word.lower() in earlier_words else None
+    return passages
 
 
 def load_lambada(file: str | None = None, **_ignored: object) -> dict[str, Dataset]:
@@ -143,10 +137,8 @@ def load_fineweb_edu(
     )
 
 
-def _read_embedded_texts() -> Iterator[str]:
-    from moxe_plugin.data.corpus import prepare_embedded
-
-    return _read_texts(Path(prepare_embedded().test_jsonl))
+def _read_embedded_texts(size: EmbeddedSize) -> Iterator[str]:
+    return _read_texts(prepare_embedded(size).test_jsonl)
 
 
 def _read_texts(file: Path) -> Iterator[str]:
