@@ -6,10 +6,9 @@ from collections.abc import MutableMapping
 from typing import NamedTuple, final
 
 from fairseq2.datasets import SequenceBatch
-from fairseq2.evaluator import EvalUnit
 from fairseq2.metrics import MetricBag
 from fairseq2.metrics.common import add_seq_batch_metrics, update_seq_batch_metrics
-from fairseq2.trainer import TrainUnit
+from fairseq2.recipe import EvalUnit, TrainUnit  # their modules cannot come first
 from torch import Tensor
 from torch.nn import Module
 from typing_extensions import override

@@ -1,16 +1,19 @@
-"""A tokenizer of 320 tokens, token shards and instructions, made in a second."""
+"""A tokenizer of 320 tokens, shards and instructions; a tiny model trained on them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from moxe_plugin.data.shard_writer import ShardWriter
 from moxe_plugin.data.shards import compute_sha256
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from moxe_plugin.train.launch import load_preset, run_recipe
 
 VOCAB_SIZE: Final = 320
 """As the ``tiny`` architectures have it."""
@@ -116,3 +119,42 @@ def _train_tokenizer(path: Path) -> Tokenizer:
     hg_tokenizer.save_pretrained(str(path))
 
     return tokenizer
+
+
+def pretrain(
+    data: TinyData, output_dir: Path, overrides: Mapping[str, object] | None = None
+) -> None:
+    """Train a tiny MoxE for 8 steps.
+
+    :param data: The data.
+    :param output_dir: The output directory.
+    :param overrides: Further configuration values.
+    """
+    config = load_preset(
+        "smoke",
+        {
+            "regime.num_steps": 8,
+            "regime.validate_every_n_steps": 4,
+            "regime.checkpoint_every_n_steps": 4,
+            "regime.publish_metrics_every_n_steps": 1,
+            "common.torch.num_threads": 1,
+            "common.metric_recorders.tensorboard.enabled": False,
+            **data.pretrain_overrides,
+            **(overrides or {}),
+        },
+    )
+
+    run_recipe("lm/pretrain", config, output_dir, quiet=True)
+
+
+def read_metrics(output_dir: Path, category: str) -> list[dict[str, Any]]:
+    """Read the metrics that a run has recorded.
+
+    :param output_dir: The output directory of the run.
+    :param category: ``train`` or ``valid``.
+
+    :returns: One dictionary per line.
+    """
+    text = output_dir.joinpath("metrics", f"{category}.jsonl").read_text()
+
+    return [json.loads(line) for line in text.splitlines()]

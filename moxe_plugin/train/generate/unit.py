@@ -9,12 +9,12 @@ from typing import TextIO, cast, final
 from fairseq2.data.tokenizers import TokenDecoder
 from fairseq2.datasets import SequenceBatch
 from fairseq2.generation import Hypothesis, SequenceGenerator
-from fairseq2.generator import GeneratorUnit
 from fairseq2.metrics import MetricBag
 from fairseq2.metrics.common import (
     add_seq_generator_metrics,
     update_seq_generator_metrics,
 )
+from fairseq2.recipe import GeneratorUnit  # its module cannot come first
 from typing_extensions import override
 
 

@@ -1,0 +1,110 @@
+"""Runs `lm generate` on the tiny pretrained model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fairseq2.recipe.error import RecipeError
+
+from moxe_plugin.train.generate.prompts import read_prompts
+from moxe_plugin.train.launch import load_preset, run_recipe
+
+_PROMPTS = ["The double", "The double of 3 is"]
+
+
+def _generate(
+    pretrained_dir: Path,
+    output_dir: Path,
+    preset: str | None,
+    overrides: dict[str, object],
+) -> list[dict[str, Any]]:
+    config = load_preset(
+        preset,
+        {
+            "pretrained.source": str(pretrained_dir),
+            "seq_generator.config.max_gen_len": 6,
+            "common.torch.num_threads": 1,
+            **overrides,
+        },
+        recipe="lm/generate",
+    )
+
+    run_recipe("lm/generate", config, output_dir, quiet=True)
+
+    lines = output_dir.joinpath("output", "rank_0.jsonl").read_text().splitlines()
+
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("preset", [None, "generate/greedy", "generate/beam"])
+def test_every_prompt_is_completed(
+    pretrained_dir: Path,
+    tmp_path: Path,
+    preset: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    records = _generate(pretrained_dir, tmp_path, preset, {"prompts": _PROMPTS})
+
+    assert [r["prompt"] for r in records] == _PROMPTS
+    assert all(1 <= r["num_tokens"] <= 12 for r in records)
+
+    out = capsys.readouterr().out
+
+    assert f"> {_PROMPTS[1]}\n{records[1]['text']}\n" in out
+
+
+def test_greedy_completion_does_not_depend_on_the_batch(
+    pretrained_dir: Path, tmp_path: Path
+) -> None:
+    texts = []
+
+    for batch_size in (1, 2):
+        overrides = {
+            "prompts": ["The square of 7", "The double of 3"],
+            "batch_size": batch_size,
+        }
+
+        records = _generate(pretrained_dir, tmp_path, "generate/greedy", overrides)
+
+        texts.append([r["text"] for r in records])
+
+    assert texts[0] == texts[1]
+
+
+def test_too_long_prompt_is_refused(pretrained_dir: Path, tmp_path: Path) -> None:
+    overrides: dict[str, object] = {"prompts": ["\t" * 64]}
+
+    with pytest.raises(RecipeError, match="must have between 1 and 63 tokens"):
+        _generate(pretrained_dir, tmp_path, None, overrides)
+
+
+def test_prompts_are_read_from_text_and_from_jsonl(tmp_path: Path) -> None:
+    text, jsonl = tmp_path / "a.txt", tmp_path / "a.jsonl"
+
+    text.write_text("one\n\ntwo\n")
+    jsonl.write_text('{"prompt": "one"}\n{"src": "two", "tgt": "three"}\n')
+
+    assert read_prompts(text) == read_prompts(jsonl) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{", r"a\.jsonl:1 is not valid JSON"), ('{"tgt": "a"}', "must be a JSON object")],
+    ids=["not_json", "no_prompt"],
+)
+def test_unreadable_prompts_are_refused(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(line)
+
+    with pytest.raises(RecipeError, match=message):
+        read_prompts(file)
+
+
+def test_missing_prompt_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="`prompt_file` must be a file"):
+        read_prompts(tmp_path / "nothing.txt")

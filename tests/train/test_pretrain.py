@@ -1,0 +1,160 @@
+"""Runs `lm pretrain`: what it writes, how it resumes, what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fairseq2.recipe.error import RecipeError
+from fairseq2.utils.validation import ValidationError
+
+from tests.train.tiny_data import TinyData, pretrain, read_metrics
+
+_VARYING = ("Time", "per Second")
+"""Parts of the names of metrics that two equal runs do not share."""
+
+
+def _without_times(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in metrics.items() if not any(p in k for p in _VARYING)}
+
+
+def test_run_records_every_term(pretrained_dir: Path) -> None:
+    train, valid = (read_metrics(pretrained_dir, c) for c in ("train", "valid"))
+
+    assert [m["Step"] for m in train] == list(range(1, 9))
+    assert [m["Step"] for m in valid] == [4, 8]
+
+    assert "Loss" in train[0]
+    assert "Bits per Byte" in valid[0]
+
+    for metrics in (train[0], valid[0]):
+        assert {"NLL Loss", "Perplexity", "Difficulty Loss", "Router Z Loss"} <= set(
+            metrics
+        )
+        assert 0.0 <= metrics["layer_1/mlstm_share"] <= 1.0
+
+    assert valid[1]["NLL Loss"] < valid[0]["NLL Loss"]
+
+
+def test_run_uses_the_output_directory_as_it_is(pretrained_dir: Path) -> None:
+    steps = [d.name for d in pretrained_dir.glob("checkpoints/step_*")]
+
+    assert sorted(steps) == ["step_4", "step_8"]
+    assert pretrained_dir.joinpath("config.yaml").is_file()
+
+
+def test_log_has_no_environment_variables(pretrained_dir: Path) -> None:
+    text = pretrained_dir.joinpath("logs", "rank_0.log").read_text()
+
+    assert "Environment Variables" not in text
+
+
+_KILLED_RUN = """
+import os, signal, sys, time
+from pathlib import Path
+
+from moxe_plugin.train.units import CausalLMTrainUnit
+from tests.train.tiny_data import TinyData, pretrain
+
+output_dir = Path(sys.argv[1])
+
+def set_step_nr(self, step_nr):
+    if step_nr in (5, 6):
+        time.sleep(0.5)  # Lets the checkpoint be written in the background.
+
+    if step_nr == 7:
+        assert output_dir.joinpath("checkpoints", "step_4").exists()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+CausalLMTrainUnit.set_step_nr = set_step_nr
+
+pretrain(TinyData(*map(Path, sys.argv[2:])), output_dir)
+"""
+
+
+def test_killed_run_continues_with_the_same_losses(
+    tiny_data: TinyData, pretrained_dir: Path, tmp_path: Path
+) -> None:
+    data_dirs = (
+        tiny_data.tokenizer_dir,
+        tiny_data.tokens_dir,
+        tiny_data.instructions_dir,
+    )
+
+    args = [sys.executable, "-c", _KILLED_RUN, tmp_path, *data_dirs]
+
+    process = subprocess.run(args, capture_output=True, text=True, check=False)
+
+    assert process.returncode == -9, process.stderr
+
+    pretrain(tiny_data, tmp_path)
+
+    train = read_metrics(tmp_path, "train")
+
+    assert [m["Step"] for m in train] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
+
+    expected = {m["Step"]: m for m in read_metrics(pretrained_dir, "train")}
+
+    for metrics in train:
+        assert _without_times(metrics) == _without_times(expected[metrics["Step"]])
+
+    last_valid = [read_metrics(d, "valid")[-1] for d in (tmp_path, pretrained_dir)]
+
+    assert _without_times(last_valid[0]) == _without_times(last_valid[1])
+
+
+def test_finished_run_is_not_run_again(
+    tiny_data: TinyData, pretrained_dir: Path
+) -> None:
+    before = read_metrics(pretrained_dir, "train")
+
+    pretrain(tiny_data, pretrained_dir, {"regime.keep_last_n_checkpoints": 2})
+
+    assert read_metrics(pretrained_dir, "train") == before
+
+
+def test_other_model_in_the_output_directory_is_refused(
+    tiny_data: TinyData, pretrained_dir: Path
+) -> None:
+    file = pretrained_dir / "checkpoints" / "model.yaml"
+
+    before = file.read_text()
+
+    with pytest.raises(RecipeError, match="holds a training run of another model"):
+        pretrain(tiny_data, pretrained_dir, {"model.family": "xlstm"})
+
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize("family", ["xlstm", "gemma2", "qwen_moe"])
+def test_baselines_train(tiny_data: TinyData, tmp_path: Path, family: str) -> None:
+    pretrain(
+        tiny_data,
+        tmp_path,
+        {"model.family": family, "regime.num_steps": 5, "dataset.valid_split": None},
+    )
+
+    train = read_metrics(tmp_path, "train")
+
+    assert train[-1]["NLL Loss"] < train[0]["NLL Loss"]
+    assert ("Load Balance Loss" in train[0]) == (family == "qwen_moe")
+    assert not tmp_path.joinpath("metrics", "valid.jsonl").exists()
+
+
+def test_model_that_does_not_fit_the_tokenizer_is_refused(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    overrides: dict[str, object] = {"model.config_overrides": {"pad_idx": 5}}
+
+    with pytest.raises(RecipeError, match="`pad_idx` of the model must be that"):
+        pretrain(tiny_data, tmp_path, overrides)
+
+
+def test_invalid_configuration_is_refused(tiny_data: TinyData, tmp_path: Path) -> None:
+    overrides = {"lr_scheduler.config.num_warmup_steps": 8}
+
+    with pytest.raises(ValidationError, match="the cosine would have no length"):
+        pretrain(tiny_data, tmp_path, overrides)
