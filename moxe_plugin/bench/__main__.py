@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -163,10 +164,8 @@ def _print_plan(console: Console, plans: list[RunPlan], results_dir: Path) -> No
             )
 
             if stage.argv:
-                command = " ".join(["fairseq2", *stage.argv])
-                console.print(
-                    f"  {command}", markup=False, highlight=False, soft_wrap=True
-                )
+                command = f"  fairseq2 {shlex.join(stage.argv)}"
+                console.print(command, markup=False, highlight=False, soft_wrap=True)
 
 
 def _describe_conflicts(conflicts: list[Conflict]) -> str:

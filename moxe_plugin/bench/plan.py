@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,7 @@ def train_argv(
 
     :returns: The arguments after ``fairseq2``.
     """
-    options: dict[str, Any] = {"common.seed": seed, "common.no_sweep_dir": "true"}
+    options: dict[str, Any] = {"common.seed": seed, "common.no_sweep_dir": True}
 
     if stage == "pretrain":
         command, preset = ["lm", "pretrain"], system.pretrain
@@ -155,7 +156,8 @@ def train_argv(
         *extra,
         "--no-rich",
         "--config",
-        *(f"{name}={_yaml(value)}" for name, value in options.items()),
+        # JSON is YAML.
+        *(f"{name}={json.dumps(value)}" for name, value in options.items()),
     ]
 
 
@@ -274,10 +276,3 @@ def _without_seed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     config["common"].pop("seed", None)
 
     return config
-
-
-def _yaml(value: object) -> str:
-    if value is None:
-        return "null"
-
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import yaml
@@ -135,14 +136,17 @@ def _read_metrics(
 
 
 def _config_yaml(plan: RunPlan) -> str:
-    configs: dict[str, object] = {}
+    parts = []
 
     for stage in plan.stages:
-        # What fairseq2 resolved says more than our own copy of the preset.
+        # What fairseq2 resolved says more than our own copy of the preset. Its text is
+        # kept as it is: PyYAML would read fairseq2's `off` as false.
         file = stage.output_dir / "config.yaml"
         if file.exists():
-            configs[stage.name] = yaml.safe_load(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
         else:
-            configs[stage.name] = dict(stage.config)
+            text = yaml.safe_dump(dict(stage.config))
 
-    return yaml.safe_dump(configs, sort_keys=False)
+        parts.append(f"{stage.name}:\n{indent(text, '  ')}")
+
+    return "".join(parts)

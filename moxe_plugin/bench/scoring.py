@@ -16,7 +16,8 @@ from torch import Tensor
 from moxe_plugin.bench.plan import StagePlan
 from moxe_plugin.bench.resolution import open_instructions_section
 from moxe_plugin.bench.stage_state import read_state
-from moxe_plugin.eval import LoadedModel, evaluate, load_checkpoint
+from moxe_plugin.eval.checkpoints import LoadedModel, load_checkpoint
+from moxe_plugin.eval.evaluation import evaluate
 from moxe_plugin.models.clm import AuxLossCausalLM
 
 

@@ -19,7 +19,7 @@ PRELOAD: Final = (
     "moxe_plugin.train.launch",
     "moxe_plugin.train.pretrain",
     "moxe_plugin.train.instruction_finetune",
-    "moxe_plugin.eval.harness",
+    "moxe_plugin.eval.evaluation",
     "moxe_plugin.bench.scoring",
     "moxe_plugin.bench.stages",
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
+from ruamel.yaml import YAML, YAMLError
 
 from moxe_plugin.resources import resource_dir
 
@@ -109,8 +109,9 @@ def parse_suite(text: str, source: str) -> Suite:
     :raises SuiteError: The suite is not valid.
     """
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as ex:
+        # As fairseq2 reads YAML: PyYAML would take `1e-3` for a text.
+        content = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as ex:
         raise SuiteError(f"{source}: not valid YAML: {ex}") from None
 
     suite: Suite = _structure(Suite, content, source)

@@ -224,7 +224,9 @@ def _note_differences(records: Sequence[RunRecord]) -> list[str]:
 
     dirty = sum(1 for e in trained if e.code.dirty)
     if dirty:
-        notes.append(f"{dirty} runs come from a checkout with uncommitted changes.")
+        notes.append(
+            f"{dirty} of {len(trained)} runs come from code with uncommitted changes."
+        )
 
     machines = {
         f"{e.hardware.model}, {e.hardware.num_threads} threads" for e in trained

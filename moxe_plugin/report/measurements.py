@@ -12,7 +12,7 @@ from moxe_plugin.report.records import RunRecord
 NLL_KEY: Final = "NLL Loss"
 """fairseq2's display name of the cross-entropy, in nats per token."""
 
-PERPLEXITY_TASK: Final = "moxe_embedded_perplexity"
+ROLLING_TASK: Final = "moxe_embedded_rolling"
 LAST_WORD_TASK: Final = "moxe_embedded_last_word"
 
 
@@ -142,14 +142,14 @@ COLUMNS: Final = (
         key="test_bits_per_byte",
         heading="bits per byte",
         meaning="on the documents of the test split, independent of the tokenizer",
-        measure=_harness(PERPLEXITY_TASK, "bits_per_byte"),
+        measure=_harness(ROLLING_TASK, "bits_per_byte"),
         number_format=".3f",
     ),
     Column(
         key="test_perplexity_per_word",
         heading="perplexity per word",
         meaning="on the documents of the test split",
-        measure=_harness(PERPLEXITY_TASK, "word_perplexity"),
+        measure=_harness(ROLLING_TASK, "word_perplexity"),
         number_format=",.0f",
     ),
     Column(

@@ -68,7 +68,7 @@ def make_trained(
         evals={
             "pretrained": {
                 "results": {
-                    "moxe_embedded_perplexity": {
+                    "moxe_embedded_rolling": {
                         "word_perplexity,none": 1500.2,
                         "bits_per_byte,none": 2.3456,
                     },
@@ -103,7 +103,7 @@ def make_guess(system: str = "uniform", loss: float = 7.624619) -> RunRecord:
         evals={
             "guess": {
                 "valid_loss_nats": loss,
-                "results": {"moxe_embedded_perplexity": {"bits_per_byte,none": 3.5}},
+                "results": {"moxe_embedded_rolling": {"bits_per_byte,none": 3.5}},
             }
         },
     )

@@ -153,7 +153,7 @@ def test_other_code_and_machine_are_noted() -> None:
     page = suite_markdown(suite)
 
     assert "different code: 0.1.0 (0123abc), 0.1.0 (fedcba)" in page
-    assert "1 runs come from a checkout with uncommitted changes" in page
+    assert "1 of 2 runs come from code with uncommitted changes" in page
     assert "times and memory do not compare" in page
 
 
