@@ -30,7 +30,7 @@ from moxe_plugin.data.shards import compute_sha256
 EmbeddedSize: TypeAlias = Literal["quickstart", "full"]
 
 MANIFEST_FILE: Final = "manifest.json"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 """Raised by every change that changes the text."""
 
 # Top-level module -> distribution, in the order they are read.
