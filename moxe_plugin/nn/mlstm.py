@@ -226,9 +226,9 @@ class MLSTMBlock(Module):
         return_memory: bool,
     ) -> tuple[Tensor, MLSTMMemory | None]:
         gates = self._gates(q, k, v)
-        # ([E,]N,S,I) -> ([E,]N,H,S,D)
+        # ([E,]N,S,I) -> ([E,]N,H,S,D), contiguous as they enter several products
         q, k, v = (
-            torch.unflatten(x, -1, (self.num_heads, -1)).transpose(-3, -2)
+            torch.unflatten(x, -1, (self.num_heads, -1)).transpose(-3, -2).contiguous()
             for x in (q, k, v)
         )
 

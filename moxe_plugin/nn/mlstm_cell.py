@@ -184,22 +184,20 @@ def mlstm_chunkwise(
 
     :returns: The outputs ``(…,S,D)`` and the memory, or ``None``.
     """
+    # split, not slices: its backward writes each gradient once.
+    vectors = [x.split(chunk_size, dim=-2) for x in (q, k, v)]
+    gates = [x.split(chunk_size, dim=-1) for x in (input_preact, forget_preact)]
     outputs = []
-    seq_len = q.size(-2)
+    num_left = q.size(-2)
 
-    for start in range(0, seq_len, chunk_size):
-        chunk = slice(start, start + chunk_size)
+    for q, k, v, i, f in zip(*vectors, *gates, strict=True):
+        num_left -= chunk_size
         output, memory = mlstm_parallel(
-            q[..., chunk, :],
-            k[..., chunk, :],
-            v[..., chunk, :],
-            input_preact[..., chunk],
-            forget_preact[..., chunk],
-            memory,
-            None if seq_lens is None else seq_lens - start,
-            return_memory=return_memory or start + chunk_size < seq_len,
+            *(q, k, v, i, f, memory, seq_lens),
+            return_memory=return_memory or num_left > 0,
         )
         outputs.append(output)
+        seq_lens = None if seq_lens is None else seq_lens - chunk_size
 
     return torch.cat(outputs, dim=-2), memory
 

@@ -115,7 +115,7 @@ class _SLSTMSequence(Function):
         weight = recurrent_weight.flatten(2).mT.contiguous()
 
         # Become w (in the place of f), tanh(z) and sigmoid(o); i stays as it is.
-        gates = gate_inputs.contiguous().clone()
+        gates = torch.empty_like(gate_inputs, memory_format=torch.contiguous_format)
         log_forget = gates.new_empty(num_steps, *state_shape)
         cs = gates.new_empty(num_steps + 1, *state_shape)
         ys = gates.new_empty(num_steps + 1, *state_shape)
@@ -123,7 +123,8 @@ class _SLSTMSequence(Function):
         log_n = log_n.clone()
         log_kept = torch.empty_like(log_n)
 
-        for gate, i, f, z, o, log_f, c_old, c_new, y_old, y_new in zip(
+        steps = zip(
+            gate_inputs.flatten(2, 3),
             gates.flatten(2, 3),
             *gates.unbind(2),
             log_forget,
@@ -132,8 +133,10 @@ class _SLSTMSequence(Function):
             ys[:-1],
             ys[1:],
             strict=True,
-        ):
-            gate.baddbmm_(weight, y_old)
+        )
+
+        for gate_input, gate, i, f, z, o, log_f, c_old, c_new, y_old, y_new in steps:
+            torch.baddbmm(gate_input, weight, y_old, out=gate)
             log_f.copy_(F.logsigmoid(f))
             torch.add(log_f, log_n, out=log_kept)
             torch.sub(i, log_kept, out=f).sigmoid_()

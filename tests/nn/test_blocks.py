@@ -20,15 +20,16 @@ State = MLSTMState | SLSTMState
 MakeBlock = Callable[[int | None], Block]
 
 
-@pytest.fixture(params=[MLSTMBlock, SLSTMBlock], ids=["mlstm", "slstm"])
+@pytest.fixture(params=["mlstm", "slstm"])
 def make_block(request: pytest.FixtureRequest, device: torch.device) -> MakeBlock:
     def make(num_experts: int | None) -> Block:
-        block = request.param(M, num_heads=2, num_experts=num_experts)
+        kind = MLSTMBlock if request.param == "mlstm" else SLSTMBlock
+        block: Block = kind(M, num_heads=2, num_experts=num_experts)
         # At their initial values several parameters have no effect.
         for name, parameter in block.named_parameters():
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
 
-        return block.to(device, float64)  # type: ignore[no-any-return]  # `param` is Any
+        return block.to(device, float64)
 
     return make
 
@@ -152,7 +153,7 @@ def test_stacked_blocks_equal_separate_blocks(
         outputs.append(output)
         finals.append(last)
 
-    expected = [torch.stack(x) for x in (outputs, *zip(*finals, strict=True))]
+    expected = [torch.stack(list(x)) for x in (outputs, *zip(*finals, strict=True))]
     assert_close([actual, *final], expected)
 
     for i, actual_grad in enumerate(actual_grads):

@@ -24,16 +24,23 @@ from moxe_plugin.nn.padding import EMPTY
 
 N, H, S, D = 3, 2, 11, 5
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Form = Callable[..., tuple[Tensor, MLSTMMemory]]
 
 
-def make_inputs(device: torch.device, *, spread: float = 2.0) -> list[Tensor]:
-    shapes = [(N, H, S, D)] * 3 + [(N, H, S)] * 2
+def make_inputs(device: torch.device) -> Inputs:
+    def randn(*shape: int) -> Tensor:
+        return (2 * torch.randn(shape, device=device, dtype=float64)).requires_grad_()
 
-    return [
-        (spread * torch.randn(s, device=device, dtype=float64)).requires_grad_()
-        for s in shapes
-    ]
+    vectors, gates = (N, H, S, D), (N, H, S)
+
+    return (
+        randn(*vectors),
+        randn(*vectors),
+        randn(*vectors),
+        randn(*gates),
+        randn(*gates),
+    )
 
 
 def make_memory(device: torch.device) -> MLSTMMemory:
@@ -51,8 +58,9 @@ def empty_memory(device: torch.device) -> MLSTMMemory:
 
 
 def run_steps(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, memory: MLSTMMemory | None
+    inputs: Sequence[Tensor], memory: MLSTMMemory | None
 ) -> tuple[Tensor, MLSTMMemory]:
+    q, k, v, i, f = inputs
     memory = empty_memory(q.device) if memory is None else memory
     outputs = []
 
@@ -80,7 +88,7 @@ def gradients(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tenso
 
 def test_step_is_the_unstabilised_recurrence(device: torch.device) -> None:
     q, k, v, i, f = (x.detach() for x in make_inputs(device))
-    h, memory = run_steps(q, k, v, i, f, None)
+    h, memory = run_steps([q, k, v, i, f], None)
 
     c = torch.zeros(N, H, D, D, device=device, dtype=float64)
     n = torch.zeros(N, H, D, device=device, dtype=float64)
@@ -136,7 +144,7 @@ def test_forms_agree_with_steps_in_values_and_gradients(
     memory = make_memory(device) if with_memory else None
     leaves = [*inputs, *(memory or ())]
 
-    expected_h, expected_memory = run_steps(*inputs, memory)
+    expected_h, expected_memory = run_steps(inputs, memory)
     h, final = form(*inputs, memory)
 
     assert_close(h, expected_h)
@@ -170,7 +178,7 @@ def test_padding_is_as_if_it_were_not_there(
         alone = MLSTMMemory(*(x[row : row + 1] for x in before))
         if length > 0:
             row_h, alone = run_steps(
-                *(x[row : row + 1, :, :length] for x in inputs), alone
+                [x[row : row + 1, :, :length] for x in inputs], alone
             )
             results.append(h[row : row + 1, :, :length])
             expected.append(row_h)
@@ -194,7 +202,9 @@ def test_extreme_gates_give_finite_values_and_gradients(
 ) -> None:
     q, k, v, i, f = (x.detach().float() for x in make_inputs(device))
     i[..., ::2], f[..., 1::3] = input_preact, forget_preact
-    inputs = [x.requires_grad_() for x in (q, k, v, i, f)]
+    inputs = (q, k, v, i, f)
+    for x in inputs:
+        x.requires_grad_()
     seq_lens = torch.tensor([0, 11, 6], device=device)[:, None]
 
     h, memory = mlstm_chunkwise(*inputs, None, seq_lens, chunk_size=chunk_size)
