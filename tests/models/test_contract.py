@@ -335,3 +335,12 @@ def test_tiny_model_overfits_one_batch(family: str) -> None:
 
     loss = model.eval()(inputs, _layout(inputs), targets, reduction="mean")
     assert float(loss) < 0.1
+
+
+def test_quickstart_models_are_of_one_size_within_5_percent() -> None:
+    sizes = {
+        family: sum(p.numel() for p in create_model(family, "quickstart").parameters())
+        for family in FAMILIES
+    }
+
+    assert max(sizes.values()) <= 1.05 * min(sizes.values()), sizes

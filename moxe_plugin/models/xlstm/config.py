@@ -91,7 +91,12 @@ def register_xlstm_configs(container: DependencyContainer) -> None:
     @arch("quickstart")
     def _quickstart() -> XLSTMConfig:
         return XLSTMConfig(
-            vocab_size=2048, pad_idx=1, model_dim=128, num_blocks=6, num_heads=4
+            vocab_size=2048,
+            pad_idx=1,
+            model_dim=160,
+            num_blocks=6,
+            num_heads=4,
+            slstm_ffn_proj_factor=2.4,
         )
 
     @arch("tiny")
