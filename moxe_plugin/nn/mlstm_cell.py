@@ -47,7 +47,7 @@ def mlstm_step(
 ) -> tuple[Tensor, MLSTMMemory]:
     """Advance the cell by one position.
 
-    ::
+    The primes mark what ``memory`` holds::
 
         m = max(logsigmoid(f) + m', i)
         c = exp(logsigmoid(f) + m' - m) c' + exp(i - m) k v^T / sqrt(D)

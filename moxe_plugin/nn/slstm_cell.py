@@ -44,9 +44,8 @@ def slstm_step(
 ) -> tuple[Tensor, SLSTMMemory]:
     """Advance the cell by one position, in the paper's form.
 
-    ::
+    With the pre-activations ``i, f, z, o = g_in + R y'``::
 
-        g = g_in + R y'                            for the gates g = i, f, z, o
         m = max(logsigmoid(f) + m', i)
         c = exp(logsigmoid(f) + m' - m) c' + exp(i - m) tanh(z)
         n = exp(logsigmoid(f) + m' - m) n' + exp(i - m)
