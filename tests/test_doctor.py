@@ -29,20 +29,32 @@ def test_this_installation_passes(tmp_path: Path) -> None:
     assert result.returncode == 0
 
 
+_CRASHING_PROBES = """
+import os, sys
+for name in sys.argv[1:]:
+    if name == "extension":
+        raise OSError("no library") from KeyError("cause")
+    if name == "lm_eval":
+        os.abort()
+    print("a library talks")
+    print("moxe_plugin.doctor: found", name, flush=True)
+"""
+
+
 def test_a_failed_probe_does_not_hide_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("MOXE_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    probes = {name: checks._PROBES[name] for name in ("cache", "device")}
-    monkeypatch.setattr(checks, "_PROBES", probes)
+    script = tmp_path / "probes.py"
+    script.write_text(_CRASHING_PROBES)
+    monkeypatch.setattr(checks, "_PROBES_COMMAND", (sys.executable, str(script)))
 
-    cache, device = checks.check_probes()
+    device, extension, cache, lm_eval = checks.check_probes()
 
-    assert not cache.passed
-    assert cache.finding.startswith("NotADirectoryError: ")
-    assert "`MOXE_CACHE_DIR`" in cache.remedy
-    assert device.passed
+    assert (device.passed, device.finding) == (True, "found device")
+    assert not extension.passed
+    assert extension.finding == "KeyError: 'cause'; then OSError: no library"
+    assert (cache.passed, cache.finding) == (True, "found cache")
+    assert (lm_eval.passed, lm_eval.finding) == (False, "the process died")
 
 
 def test_versions_are_compared_with_what_fairseq2_pins() -> None:

@@ -162,6 +162,8 @@ def check_resources() -> Check:
     )
 
 
+_PROBES_COMMAND: Final = (sys.executable, "-m", "moxe_plugin.doctor.probes")
+
 _PROBES: Final = {
     "device": "Check the installation of torch and the driver of the GPU.",
     "extension": "fairseq2 does not know our models. If the error names another "
@@ -197,7 +199,7 @@ def check_probes() -> Iterator[Check]:
 
 def _run_probes(names: list[str], errors: IO[str]) -> Iterator[str]:
     with subprocess.Popen(
-        [sys.executable, "-m", "moxe_plugin.doctor.probes", *names],
+        [*_PROBES_COMMAND, *names],
         # fairseq2 only warns of an extension that fails, unless this is set.
         env=os.environ | {"FAIRSEQ2_EXTENSION_TRACE": "1"},
         stdout=subprocess.PIPE,
