@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+import signal
+import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from fairseq2.recipe.error import RecipeError
 from fairseq2.utils.validation import ValidationError
 
+from moxe_plugin.train.units import CausalLMTrainUnit
 from tests.train.tiny_data import TinyData, pretrain, read_metrics
 
 _VARYING = ("Time", "per Second")
@@ -52,43 +55,33 @@ def test_log_has_no_environment_variables(pretrained_dir: Path) -> None:
     assert "Environment Variables" not in text
 
 
-_KILLED_RUN = """
-import os, signal, sys, time
-from pathlib import Path
+def _pretrain_until_killed(data: TinyData, output_dir: Path) -> None:
+    def set_step_nr(_self: CausalLMTrainUnit, step_nr: int) -> None:
+        if step_nr in (5, 6):
+            # Lets the checkpoint be written in the background.
+            time.sleep(0.5)
 
-from moxe_plugin.train.units import CausalLMTrainUnit
-from tests.train.tiny_data import TinyData, pretrain
+        if step_nr == 7:
+            assert output_dir.joinpath("checkpoints", "step_4").exists()
 
-output_dir = Path(sys.argv[1])
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def set_step_nr(self, step_nr):
-    if step_nr in (5, 6):
-        time.sleep(0.5)  # Lets the checkpoint be written in the background.
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(CausalLMTrainUnit, "set_step_nr", set_step_nr)
 
-    if step_nr == 7:
-        assert output_dir.joinpath("checkpoints", "step_4").exists()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-CausalLMTrainUnit.set_step_nr = set_step_nr
-
-pretrain(TinyData(*map(Path, sys.argv[2:])), output_dir)
-"""
+        pretrain(data, output_dir)
 
 
 def test_killed_run_continues_with_the_same_losses(
     tiny_data: TinyData, pretrained_dir: Path, tmp_path: Path
 ) -> None:
-    data_dirs = (
-        tiny_data.tokenizer_dir,
-        tiny_data.tokens_dir,
-        tiny_data.instructions_dir,
+    process = get_context("fork").Process(
+        target=_pretrain_until_killed, args=(tiny_data, tmp_path)
     )
+    process.start()
+    process.join(timeout=60)
 
-    args = [sys.executable, "-c", _KILLED_RUN, tmp_path, *data_dirs]
-
-    process = subprocess.run(args, capture_output=True, text=True, check=False)
-
-    assert process.returncode == -9, process.stderr
+    assert process.exitcode == -signal.SIGKILL
 
     pretrain(tiny_data, tmp_path)
 
