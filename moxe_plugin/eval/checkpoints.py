@@ -180,10 +180,7 @@ def _load_recorded_tokenizer(output: TrainOutput) -> Tokenizer:
 def _load_custom_tokenizer(
     path: Path, family_name: str, overrides: object
 ) -> Tokenizer:
-    families = DependencyLookup(
-        get_dependency_resolver(),
-        TokenizerFamily,  # type: ignore[type-abstract]  # an interface, as in fairseq2
-    )
+    families = DependencyLookup(get_dependency_resolver(), TokenizerFamily)
 
     family = families.maybe_get(family_name)
     if family is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+from ruamel.yaml import YAML
 
 
 class TrainOutput(NamedTuple):
@@ -116,7 +116,8 @@ def _find_output_dir(path: Path) -> Path:
 
 
 def _read_yaml(file: Path) -> Mapping[str, Any]:
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    # As fairseq2 writes it: YAML 1.2, in which 1e-05 is a number.
+    content = YAML(typ="safe", pure=True).load(file)
 
     if not isinstance(content, dict):
         raise ValueError(f"'{file}' must hold a YAML mapping.")

@@ -1,0 +1,36 @@
+"""Tests of moxe_plugin/eval/batching.py."""
+
+from __future__ import annotations
+
+from moxe_plugin.eval.batching import Batching
+
+
+def test_similar_lengths_share_a_batch_the_longest_first() -> None:
+    batching = Batching(batch_size=2, vocab_size=10)
+
+    assert batching.make_batches([3, 9, 5, 7, 1]) == [[1, 3], [2, 0], [4]]
+
+
+def test_auto_keeps_to_the_budget_of_tokens() -> None:
+    batches = Batching(batch_size="auto", vocab_size=10).make_batches([2**12] * 9)
+
+    assert [len(batch) for batch in batches] == [4, 4, 1]
+
+
+def test_auto_keeps_to_the_budget_of_logits() -> None:
+    # 2**28 logits are 4096 tokens of this vocabulary.
+    batching = Batching(batch_size="auto:3", vocab_size=2**16)
+
+    assert [len(batch) for batch in batching.make_batches([2**11] * 5)] == [2, 2, 1]
+
+
+def test_auto_never_makes_an_empty_batch() -> None:
+    batching = Batching(batch_size="auto", vocab_size=2**16)
+
+    assert batching.make_batches([2**20, 1]) == [[0], [1]]
+
+
+def test_auto_can_be_limited() -> None:
+    batching = Batching(batch_size="auto", vocab_size=10, max_batch_size=2)
+
+    assert [len(batch) for batch in batching.make_batches([1] * 5)] == [2, 2, 1]
