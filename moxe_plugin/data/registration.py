@@ -66,7 +66,7 @@ def register_data(container: DependencyContainer) -> None:
         loader=load_hg_text_tokenizer,
     )
 
-    container.collection.register_type(AssetDownloadManager, EmbeddedAssets)  # type: ignore[type-abstract]  # an interface, as upstream registers it
+    container.collection.register_type(AssetDownloadManager, EmbeddedAssets)
 
 
 @final
