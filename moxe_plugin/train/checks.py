@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fairseq2.data.tokenizers import Tokenizer
 from fairseq2.gang import Gangs
 from fairseq2.nn import Embedding
@@ -34,7 +36,10 @@ def check_vocabulary(model: AuxLossCausalLM, tokenizer: Tokenizer) -> None:
     :raises RecipeError: The embedding table is smaller than the vocabulary, or the two
         disagree on the padding token.
     """
-    embed = model.decoder_frontend.embed
+    # All families have one, as fairseq2's own check asks.
+    frontend: Any = model.decoder_frontend
+
+    embed = frontend.embed
 
     assert isinstance(embed, Embedding)
 

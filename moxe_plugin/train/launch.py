@@ -21,7 +21,8 @@ from fairseq2.utils.config import (
 )
 from fairseq2.utils.env import StandardEnvironment
 from fairseq2.utils.structured import StandardValueConverter, StructureError
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from moxe_plugin.train.registry import find_preset, get_recipe_entry
 

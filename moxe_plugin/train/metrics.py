@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import MutableMapping
-from typing import Final
+from typing import Final, final
 
 import torch
 from fairseq2.metrics import Mean, MetricBag, format_as_float
@@ -12,6 +12,7 @@ from fairseq2.metrics.common import add_nll_loss_metric, update_nll_loss_metric
 from fairseq2.metrics.recorders import MetricDescriptor
 from fairseq2.runtime.dependency import DependencyContainer
 from torch import Tensor
+from typing_extensions import override
 
 from moxe_plugin.models.clm import AuxLossCausalLM, LossTerms
 
@@ -82,10 +83,10 @@ def add_loss_metrics(bag: MetricBag, model: AuxLossCausalLM) -> None:
     add_nll_loss_metric(bag)
 
     for name in model.aux_loss_scales:
-        bag.add(aux_metric_name(name), Mean())
+        bag.add(aux_metric_name(name), _ZeroableMean())
 
     for name in model.stat_names:
-        bag.add(name, Mean())
+        bag.add(name, _ZeroableMean())
 
 
 @torch.inference_mode()
@@ -150,6 +151,18 @@ def add_bits_per_byte(
     :param num_bytes_per_token: How many bytes of UTF-8 a target stands for on average.
     """
     values["bits_per_byte"] = _nll(values) / math.log(2) / num_bytes_per_token
+
+
+@final
+class _ZeroableMean(Mean):
+    """A mean that may be zero: the base class takes that for a missing update."""
+
+    @override
+    def compute(self) -> Tensor:
+        if self.weights == 0.0:
+            return self.weighted_sum
+
+        return self.weighted_sum / self.weights
 
 
 _MAX_EXPONENT: Final = 700.0

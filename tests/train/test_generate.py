@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def _generate(
     pretrained_dir: Path,
     output_dir: Path,
     preset: str | None,
-    overrides: dict[str, object],
+    overrides: Mapping[str, object],
 ) -> list[dict[str, Any]]:
     config = load_preset(
         preset,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from moxe_plugin.train.launch import load_preset, run_recipe
 from tests.train.tiny_data import TinyData, read_metrics
 
 
-def _finetune(data: TinyData, output_dir: Path, overrides: dict[str, object]) -> None:
+def _finetune(
+    data: TinyData, output_dir: Path, overrides: Mapping[str, object]
+) -> None:
     config = load_preset(
         "instruct/quickstart",
         {
