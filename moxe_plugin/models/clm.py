@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from fairseq2.models.clm import CausalLM
@@ -178,3 +178,6 @@ class AuxLossCausalLM(CausalLM):
             loss = LossTerms(aggregate, nll, prediction.aux_losses, prediction.stats)
 
         return (loss, prediction.logits) if return_logits else loss
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -1,0 +1,1 @@
+"""The mathematics of MoxE: cells, blocks, routing, experts and losses."""
