@@ -105,7 +105,7 @@ def record_run(plan: RunPlan, suite: str, results_dir: Path, day: date) -> Path:
     )
 
     record = RunRecord(
-        name="_".join(parts),
+        name=_free_name(results_dir, "_".join(parts), plan.config_sha256),
         environment=environment,
         model=None if model is None else ModelInfo(**model),
         train=train,
@@ -116,6 +116,19 @@ def record_run(plan: RunPlan, suite: str, results_dir: Path, day: date) -> Path:
     config_yaml = None if plan.is_guess else _config_yaml(plan)
 
     return write_run(results_dir, record, config_yaml)
+
+
+def _free_name(results_dir: Path, name: str, config_sha256: str) -> str:
+    # A record of another configuration, made the same day, must stay.
+    taken = {
+        record.name
+        for sha256, record in find_records(results_dir).items()
+        if sha256 != config_sha256
+    }
+
+    names = [name, *(f"{name}-{number}" for number in range(2, len(taken) + 3))]
+
+    return next(n for n in names if n not in taken)
 
 
 def _read_metrics(

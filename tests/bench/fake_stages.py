@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moxe_plugin.bench.plan import StagePlan
+from moxe_plugin.bench.plan import StagePlan, run_key
+from moxe_plugin.bench.suite import Suite
+from tests.report.synthetic import DATA
 
 _DEVICE = {"device": "cpu", "device_name": None, "num_threads": 2}
 
@@ -17,6 +20,25 @@ def count_calls(run_dir: Path, stage: str) -> int:
     file = run_dir / f"{stage}.calls"
 
     return len(file.read_text()) if file.exists() else 0
+
+
+def resolve(suite: Suite) -> dict[str, Any]:
+    configs: dict[str, Any] = {}
+
+    for system in suite.systems:
+        for seed in suite.seeds:
+            config = {
+                "regime": {"num_steps": 20, **suite.pretrain_config},
+                "common": {"seed": seed},
+                "dataset": {},
+                "tokenizer": {},
+            }
+            key = run_key(system, seed)
+            configs[key] = {"pretrain": config}
+            if system.finetune is not None:
+                configs[key]["finetune"] = config
+
+    return {"configs": configs, "data": {key: asdict(DATA) for key in configs}}
 
 
 def train(stage: StagePlan) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from moxe_plugin.bench.runner import (
     lock_work_dir,
     remove_conflicts,
 )
-from moxe_plugin.bench.suite import Suite, SuiteError, parse_suite
+from moxe_plugin.bench.suite import SuiteError, parse_suite
 from moxe_plugin.report.records import find_run_dirs, read_run
 from tests.bench import fake_stages
-from tests.report.synthetic import DATA
 
 Run = Callable[..., tuple[list[FailedRun], str]]
 """Runs plans; returns what failed and what was shown."""
@@ -46,29 +45,13 @@ def context() -> ForkServerContext:
     return create_context(["moxe_plugin.bench.children"])
 
 
-def _resolve(suite: Suite, num_steps: int = 20) -> Resolution:
-    configs = {
-        f"{system.name}_s{seed}": {
-            stage: {
-                "regime": {"num_steps": num_steps},
-                "common": {"seed": seed},
-                "dataset": {},
-                "tokenizer": {},
-            }
-            for stage in ("pretrain", "finetune")
-            if stage == "pretrain" or system.finetune is not None
-        }
-        for system in suite.systems
-        for seed in suite.seeds
-    }
-
-    return Resolution(configs=configs, data={key: asdict(DATA) for key in configs})
-
-
 def _plan(work_dir: Path, num_steps: int = 20, text: str = _SUITE) -> list[RunPlan]:
     suite = parse_suite(text, "mine.yaml")
+    resolution = fake_stages.resolve(
+        replace(suite, pretrain_config={"num_steps": num_steps})
+    )
 
-    return plan_suite(suite, _resolve(suite, num_steps), work_dir)
+    return plan_suite(suite, Resolution(**resolution), work_dir)
 
 
 @pytest.fixture
@@ -227,6 +210,16 @@ def test_changed_first_stage_invalidates_the_later_ones(
     conflicts = find_conflicts(_plan(tmp_path / "work", 30), tmp_path / "elsewhere")
 
     assert [c.stage.name for c in conflicts] == ["pretrain", "finetune", "evaluate"]
+
+
+def test_record_of_another_configuration_stays(run: Run, tmp_path: Path) -> None:
+    run(_plan(tmp_path / "work", 20))
+    run(_plan(tmp_path / "other_work", 30))
+
+    names = [p.name for p in find_run_dirs(tmp_path / "results")]
+    first, second = (name for name in names if name.startswith("moxe"))
+
+    assert second == f"{first}-2"
 
 
 def test_seed_changes_the_run_and_not_the_recipe(tmp_path: Path) -> None:
