@@ -157,6 +157,9 @@ def add_bits_per_byte(
 class _ZeroableMean(Mean):
     """A mean that may be zero: the base class takes that for a missing update."""
 
+    weighted_sum: Tensor
+    weights: Tensor
+
     @override
     def compute(self) -> Tensor:
         if self.weights == 0.0:

@@ -10,7 +10,9 @@ from fairseq2.datasets import SequenceBatch
 from fairseq2.metrics import MetricBag
 from torch.nn.functional import cross_entropy
 
+from moxe_plugin.models.clm import LossTerms
 from moxe_plugin.models.moxe import MoxEConfig, MoxELM, create_moxe_model
+from moxe_plugin.train.metrics import add_loss_metrics, update_loss_metrics
 from moxe_plugin.train.units import CausalLMEvalUnit, CausalLMTrainUnit
 from tests.common import assert_close
 
@@ -95,6 +97,23 @@ def test_train_unit_weighs_batches_by_their_size(model: MoxELM) -> None:
 
     for name, value in sums.items():
         assert metrics[name] == pytest.approx(value / 5), name
+
+
+def test_statistic_that_is_zero_causes_no_warning(
+    model: MoxELM, caplog: pytest.LogCaptureFixture
+) -> None:
+    bag = MetricBag(torch.device("cpu"))
+
+    add_loss_metrics(bag, model)
+
+    zero = torch.zeros(())
+    stats = {name: zero for name in model.stat_names}
+    losses = {name: zero for name in model.aux_loss_scales}
+
+    update_loss_metrics(bag, LossTerms(zero + 1, zero + 1, losses, stats), 2, 2)
+
+    assert _compute(bag)["layer_0/idle_experts"] == 0.0
+    assert not caplog.records
 
 
 def test_eval_unit_reports_pure_cross_entropy_per_token_and_byte(
