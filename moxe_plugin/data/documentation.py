@@ -102,13 +102,13 @@ def read_docstrings(module: str, file: Path) -> Iterator[DocEntry]:
     :param module: The name of the module.
     :param file: Its source; one that cannot be parsed has no docstrings.
 
-    :returns: The docstrings, in order.
+    :yields: The docstrings, in order.
     """
     try:
         tree = ast.parse(file.read_bytes())
     # Files for other versions of Python, and templates.
     except (SyntaxError, ValueError):
-        return
+        tree = ast.Module([], [])
 
     if text := ast.get_docstring(tree):
         yield DocEntry("module", module, "", text)
@@ -149,15 +149,14 @@ def _get_signature(args: ast.arguments) -> str:
 def read_topics() -> Iterator[DocEntry]:
     """Read the sections of the language reference that ``help()`` shows.
 
-    :returns: The sections, in order of topic.
+    :yields: The sections, in order of topic.
     """
     file = Path(sysconfig.get_paths()["stdlib"], "pydoc_data", "topics.py")
 
     # Some distributions leave it out.
-    if not file.exists():
-        return
+    source = file.read_bytes() if file.exists() else b""
 
-    for node in ast.parse(file.read_bytes()).body:
+    for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             topics: dict[str, str] = ast.literal_eval(node.value)
 

@@ -51,7 +51,7 @@ def assign_splits(
     :param texts: The texts.
     :param split: The split of all, or how to choose one.
 
-    :returns: The documents.
+    :yields: The documents.
     """
     for text in texts:
         if text.strip():
@@ -69,7 +69,7 @@ def read_texts(files: Sequence[Path], text_column: str) -> Iterator[str]:
     :param files: The files.
     :param text_column: The key or column of the text.
 
-    :returns: The documents, in order.
+    :yields: The documents, in order.
 
     :raises DatasetError: A file cannot be read.
     """
@@ -155,7 +155,7 @@ def read_hg_dataset(
     :param text_column: The column of the text.
     :param streaming: Whether to read while downloading, and no more than is used.
 
-    :returns: The documents, in order.
+    :yields: The documents, in order.
 
     :raises DatasetError: The dataset cannot be read.
     """

@@ -201,7 +201,7 @@ def read_instructions(file: Path) -> Iterator[Instruction]:
 
     :param file: A jsonl file.
 
-    :returns: The instructions, in order.
+    :yields: The instructions, in order.
 
     :raises DatasetError: A line is not an instruction.
     """

@@ -79,7 +79,7 @@ class Stage:
 
         :param items: The items.
 
-        :returns: The items.
+        :yields: The items.
         """
         for item in items:
             yield item
