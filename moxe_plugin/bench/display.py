@@ -150,17 +150,40 @@ class LineDisplay(Display):
 
         self._console = console
         self._last_line_at = 0.0
+        self._begun_at = 0.0
+        self._first_fraction: tuple[float, float] | None = None
 
     @override
     def update(self, progress: StageProgress) -> None:
-        if time.monotonic() - self._last_line_at < _LINE_EVERY_S:
+        now = time.monotonic()
+
+        if self._first_fraction is None and progress.fraction:
+            self._first_fraction = progress.fraction, now
+
+        if now - self._last_line_at < _LINE_EVERY_S:
             return
 
         details = progress.details
         if not details and progress.fraction is not None:
             details = f"{progress.fraction:.0%}"
 
-        self.show(f"{self._title}: {details or 'at work'}")
+        line = f"{self._title}: {details or 'at work'}, {now - self._begun_at:.0f} s"
+
+        if (left_s := self._estimate_left_s(progress.fraction, now)) is not None:
+            line += f", about {left_s:.0f} s left"
+
+        self.show(line)
+
+    def _estimate_left_s(self, fraction: float | None, now: float) -> float | None:
+        # A continued stage does not begin at 0.
+        if fraction is None or self._first_fraction is None:
+            return None
+
+        first_fraction, first_at = self._first_fraction
+        if fraction <= first_fraction:
+            return None
+
+        return (1 - fraction) * (now - first_at) / (fraction - first_fraction)
 
     @override
     def show(self, message: str) -> None:
@@ -170,6 +193,9 @@ class LineDisplay(Display):
 
     @override
     def _begin(self, title: str) -> None:
+        self._begun_at = time.monotonic()
+        self._first_fraction = None
+
         self.show(f"{title} ...")
 
     @override
