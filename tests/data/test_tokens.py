@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from moxe_plugin.data.reader import RowReader
 from moxe_plugin.data.shards import open_shards
 from moxe_plugin.data.tokens import (
-    EvalWindows,
     TokensConfig,
     TokensDataset,
     open_tokens,
 )
+from moxe_plugin.data.windows import EvalWindows
 from tests.common import ByteTokenizer
 from tests.data.streams import collect_targets, make_gangs, write_positions
 
