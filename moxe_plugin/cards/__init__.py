@@ -1,0 +1,1 @@
+"""Asset cards, registered by :mod:`moxe_plugin.composition`."""

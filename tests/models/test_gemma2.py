@@ -51,8 +51,8 @@ def test_table_1_size_has_the_parameters_of_the_paper() -> None:
 def test_logits_are_those_of_transformers() -> None:
     model = create_gemma2_model(_tiny()).eval()
 
-    hf = Gemma2ForCausalLM(  # type: ignore[no-untyped-call]  # transformers has no hints here
-        HfGemma2Config(  # type: ignore[no-untyped-call]  # as above
+    hf = Gemma2ForCausalLM(
+        HfGemma2Config(
             vocab_size=320,
             hidden_size=32,
             intermediate_size=64,

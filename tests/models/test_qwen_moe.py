@@ -38,8 +38,8 @@ def _tiny(**changes: Any) -> QwenMoEConfig:
 
 
 def _hf(model: QwenMoELM) -> Qwen2MoeForCausalLM:
-    hf = Qwen2MoeForCausalLM(  # type: ignore[no-untyped-call]  # transformers has no hints here
-        Qwen2MoeConfig(  # type: ignore[no-untyped-call]  # as above
+    hf = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
             vocab_size=320,
             hidden_size=32,
             num_hidden_layers=2,

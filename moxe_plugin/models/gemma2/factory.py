@@ -33,7 +33,7 @@ class Gemma2Factory:
 
         :returns: The model.
         """
-        hf = Gemma2ForCausalLM(self.create_hf_config())  # type: ignore[no-untyped-call]  # transformers has no hints here
+        hf = Gemma2ForCausalLM(self.create_hf_config())
 
         return Gemma2LM(hf, self._config.max_seq_len, aux_loss_scales={}, stat_names=())
 
@@ -46,7 +46,7 @@ class Gemma2Factory:
         """
         config = self._config
 
-        return HfGemma2Config(  # type: ignore[no-untyped-call]  # as above
+        return HfGemma2Config(
             vocab_size=config.vocab_size,
             pad_token_id=config.pad_idx,
             max_position_embeddings=config.max_seq_len,

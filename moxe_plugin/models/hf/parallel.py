@@ -62,7 +62,7 @@ def compile_hf(model: HfCausalLM, *args: Any, **kwargs: Any) -> None:
     :param kwargs: Keyword arguments of ``torch.compile``.
     """
     for layer in _layers(model):
-        layer.compile(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch has no hint
+        layer.compile(*args, **kwargs)
 
 
 def _layers(model: HfCausalLM) -> ModuleList:

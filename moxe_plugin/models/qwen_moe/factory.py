@@ -49,7 +49,7 @@ class QwenMoEFactory:
 
         :returns: The model.
         """
-        hf = Qwen2MoeForCausalLM(self.create_hf_config())  # type: ignore[no-untyped-call]  # transformers has no hints here
+        hf = Qwen2MoeForCausalLM(self.create_hf_config())
 
         for module in hf.modules():
             if isinstance(module, Qwen2MoeSparseMoeBlock):
@@ -66,7 +66,7 @@ class QwenMoEFactory:
         """
         config = self._config
 
-        return Qwen2MoeConfig(  # type: ignore[no-untyped-call]  # as above
+        return Qwen2MoeConfig(
             vocab_size=config.vocab_size,
             pad_token_id=config.pad_idx,
             max_position_embeddings=config.max_seq_len,
