@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Final, final
 
 import torch
 
 from moxe_plugin.eval.adapter import LoadedModelLM
 from moxe_plugin.eval.checkpoints import load_checkpoint
+
+_log = logging.getLogger(__name__)
 
 _DTYPES: Final = {
     "float32": torch.float32,
@@ -28,7 +31,8 @@ class MoxeHarnessLM(LoadedModelLM):
     :param step: The training step; the last one by default.
     :param tokenizer: Instead of the tokenizer of the training run: an asset name or a
         directory with a Hugging Face tokenizer.
-    :param device: Where to compute.
+    :param device: Where to compute. The harness' command line asks for ``cuda:0``
+        unless told otherwise; without CUDA that means the CPU, with a warning.
     :param dtype: The type of the parameters, by name; probabilities are always taken
         in float32.
     :param options: As for :class:`~moxe_plugin.eval.adapter.LoadedModelLM`.
@@ -58,6 +62,10 @@ class MoxeHarnessLM(LoadedModelLM):
                 f"`dtype` must be one of {', '.join(_DTYPES)}, but is '{dtype}' "
                 "instead."
             )
+
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            _log.warning("`device` is '%s', but CUDA is not available: cpu.", device)
+            device = "cpu"
 
         loaded = load_checkpoint(
             str(path_or_asset),

@@ -27,7 +27,7 @@ _FINEWEB_EDU_FILE: Final = "sample/10BT/013_00000.parquet"
 _SENTENCE_END: Final = re.compile(r"(?<=\S )[A-Za-z]{3,}(?=[.!?](\s|$))")
 _WORD: Final = re.compile(r"\S+\s*")
 _MIN_CONTEXT_WORDS: Final = 20
-_MAX_CONTEXT_WORDS: Final = 100
+_MAX_CONTEXT_WORDS: Final = 50
 
 
 def load_embedded_documents(
@@ -83,7 +83,7 @@ def find_last_words(text: str) -> list[tuple[str, str]]:
 
     :param text: The document.
 
-    :returns: At most 100 words before the space, and the word.
+    :returns: At most 50 words before the space, and the word.
     """
     passages = []
 

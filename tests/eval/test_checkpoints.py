@@ -188,3 +188,16 @@ def test_a_wrong_harness_argument_is_explained(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         MoxeHarnessLM(**options)
+
+
+@pytest.mark.usefixtures("fairseq2_setup")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_the_command_line_default_of_cuda_falls_back_to_the_cpu(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(tmp_path, "xlstm", steps=(1,))
+
+    lm = MoxeHarnessLM(checkpoint=str(tmp_path), device="cuda:0")
+
+    assert lm.get_model_info()["model_device"] == "cpu"
+    assert "CUDA is not available" in caplog.text
