@@ -100,7 +100,7 @@ class AuxLossCausalLM(CausalLM):
         return 0
 
     @override
-    def forward(  # type: ignore[override]  # one signature for all overloads
+    def forward(
         self,
         seqs: Tensor,
         seqs_layout: BatchLayout,

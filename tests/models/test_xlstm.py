@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 
 from moxe_plugin.models.xlstm import XLSTMLM
-from moxe_plugin.nn.mlstm import MLSTMBlock
-from moxe_plugin.nn.slstm import SLSTMBlock
 from tests.models.families import create_model
 
 pytestmark = pytest.mark.usefixtures("fairseq2_setup")
@@ -22,6 +20,6 @@ def test_338m_has_one_slstm_block_before_five_mlstm_blocks() -> None:
     model = create_model("xlstm", "338m", meta=True)
     assert isinstance(model, XLSTMLM)
 
-    kinds = [type(layer.block) for layer in model.decoder.layers]
+    kinds = [type(layer.block).__name__ for layer in model.decoder.layers]
 
-    assert kinds == [SLSTMBlock, *[MLSTMBlock] * 5] * 6
+    assert kinds == ["SLSTMBlock", *["MLSTMBlock"] * 5] * 6

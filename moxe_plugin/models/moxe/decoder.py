@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 
 from moxe_plugin.models.recurrent_state import RecurrentState
-from moxe_plugin.nn.experts import ExpertsState, SparseExperts
+from moxe_plugin.nn.experts import SparseExperts
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.routing import DifficultyRouter, Routing, StandardRouter
 from moxe_plugin.nn.slstm import SLSTMBlock
@@ -85,14 +85,12 @@ class MoxEDecoderLayer(Module):
             seqs,
             routing,
             seq_lens,
-            None if state is None else ExpertsState(*state.expert_states),
+            None if state is None else state.experts_state,
             return_state=keeps_state,
         )
 
         if keeps_state and state_bag is not None:
-            state_bag.set_state(
-                self, RecurrentState(block_states, experts_state or (None, None))
-            )
+            state_bag.set_state(self, RecurrentState(block_states, experts_state))
 
         return seqs, routing
 

@@ -166,8 +166,8 @@ class MoxELM(AuxLossCausalLM):
 
         expert_params = sum(
             p.numel()
-            for layer in self.decoder.layers
-            for p in layer.experts.parameters()  # type: ignore[union-attr]  # ModuleList
+            for name, p in self.decoder.named_parameters()
+            if ".experts." in name
         )
         idle_share = 1.0 - config.top_k / config.num_experts
         if config.expert_state == "dense":
