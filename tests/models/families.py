@@ -12,6 +12,8 @@ from fairseq2.runtime.dependency import get_dependency_resolver
 from torch import Tensor
 
 from moxe_plugin.models.clm import AuxLossCausalLM
+from moxe_plugin.models.gemma2 import create_gemma2_model
+from moxe_plugin.models.qwen_moe import create_qwen_moe_model
 
 FAMILIES = ("moxe", "xlstm", "gemma2", "qwen_moe")
 
@@ -74,6 +76,22 @@ def create_model(
     assert isinstance(model, AuxLossCausalLM)
 
     return model
+
+
+def create_unregistered(family: str, arch: str) -> AuxLossCausalLM:
+    """Create a model by its factory alone, on the current device.
+
+    :param family: The name of the family.
+    :param arch: The name of the architecture.
+
+    :returns: The model, in training mode.
+    """
+    factories: dict[str, Callable[[Any], AuxLossCausalLM]] = {
+        "gemma2": create_gemma2_model,
+        "qwen_moe": create_qwen_moe_model,
+    }
+
+    return factories[family](get_arch(family, arch))
 
 
 def random_ids(*shape: int) -> Tensor:

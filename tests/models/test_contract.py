@@ -14,6 +14,8 @@ from tests.models.families import (
     FAMILIES,
     RECURRENT_FAMILIES,
     create_model,
+    create_unregistered,
+    get_family,
     random_ids,
 )
 
@@ -344,3 +346,29 @@ def test_quickstart_models_are_of_one_size_within_5_percent() -> None:
     }
 
     assert max(sizes.values()) <= 1.05 * min(sizes.values()), sizes
+
+
+@pytest.mark.parametrize(
+    ("family", "arch", "num_millions"),
+    [
+        # The middle of the 139 and 145 for two mLSTM and two sLSTM experts.
+        ("moxe", "340m", 142.25),
+        ("qwen_moe", "350m", 210.1),
+        ("xlstm", "338m", 287.8),
+        ("gemma2", "356m", 355.9),
+    ],
+)
+def test_parameters_that_a_token_touches_are_those_of_the_reference(
+    family: str, arch: str, num_millions: float
+) -> None:
+    if get_family(family).supports_meta:
+        model = create_model(family, arch, meta=True)
+    else:
+        with torch.device("meta"):
+            model = create_unregistered(family, arch)
+
+    total = sum(p.numel() for p in model.parameters())
+
+    assert (total - model.num_idle_parameters()) / 1e6 == pytest.approx(
+        num_millions, abs=0.05
+    )

@@ -208,14 +208,6 @@ def test_340m_has_the_parameters_of_table_1(
     assert sum(p.numel() for p in model.parameters()) == num_parameters
 
 
-def test_340m_touches_the_parameters_of_the_reference() -> None:
-    model = create_model("moxe", "340m", meta=True)
-
-    total = sum(p.numel() for p in model.parameters())
-
-    assert 139e6 < total - model.num_idle_parameters() < 145e6
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

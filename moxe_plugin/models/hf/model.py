@@ -94,6 +94,15 @@ class HfCausalLM(AuxLossCausalLM):
 
         return Prediction(output["logits"], aux_losses, stats)
 
+    @override
+    def num_idle_parameters(self) -> float:
+        if self.hf.config.tie_word_embeddings:
+            return 0
+
+        embed = cast(nn.Embedding, self.hf.get_input_embeddings())
+
+        return embed.weight.numel()
+
     def _continue(
         self, seqs: Tensor, seqs_layout: BatchLayout, state_bag: IncrementalStateBag
     ) -> ModelOutput:

@@ -87,3 +87,12 @@ class QwenMoELM(HfCausalLM):
             stats[f"layer_{i}/idle_experts"] = (counts == 0).sum().float()
 
         return {LOAD_BALANCE: loss}, stats
+
+    @override
+    def num_idle_parameters(self) -> float:
+        expert_params = sum(
+            p.numel() for name, p in self.hf.named_parameters() if ".experts." in name
+        )
+        idle_share: float = 1.0 - self.top_k / self.hf.config.num_experts
+
+        return super().num_idle_parameters() + idle_share * expert_params
