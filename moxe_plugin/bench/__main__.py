@@ -29,11 +29,12 @@ def main(argv: list[str] | None = None) -> int:
 
     from moxe_plugin.bench.children import ChildFailedError
     from moxe_plugin.bench.suite import SuiteError
+    from moxe_plugin.report.terminal import create_console
 
     error_console = Console(stderr=True, soft_wrap=True)
 
     try:
-        return _run(args, Console())
+        return _run(args, create_console())
     except SuiteError as ex:
         error_console.print(f"error: {ex}", markup=False, highlight=False)
 

@@ -35,7 +35,7 @@ class StagePlan:
     """Where the run's work lies; the stage may read what earlier stages left there."""
 
     argv: Sequence[str] = ()
-    """The arguments of ``fairseq2`` for a training stage."""
+    """The arguments of ``fairseq2`` that run a training stage by hand."""
 
     config: Mapping[str, Any]
     """The resolved configuration of a training stage; the options of another."""
@@ -106,7 +106,11 @@ class RunPlan:
         return self.stages[0].run_dir
 
 
-_TRAIN_STAGES: Final[Sequence[StageName]] = ("pretrain", "finetune")
+RECIPES: Final[Mapping[StageName, str]] = {
+    "pretrain": "lm/pretrain",
+    "finetune": "lm/instruction_finetune",
+}
+"""The recipe of each training stage."""
 
 _GUESSES: Final = {"uniform": "uniform guess", "unigram": "unigram guess"}
 
@@ -138,18 +142,18 @@ def train_argv(
     options: dict[str, Any] = {"common.seed": seed, "common.no_sweep_dir": True}
 
     if stage == "pretrain":
-        command, preset = ["lm", "pretrain"], system.pretrain
+        preset = system.pretrain
         options |= {**suite.pretrain_config, **system.pretrain_config}
         extra = []
     else:
         assert system.finetune is not None
 
-        command, preset = ["lm", "instruction_finetune"], system.finetune
+        preset = system.finetune
         options |= {**suite.finetune_config, **system.finetune_config}
         extra = ["--from", str(run_dir / "pretrain")]
 
     return [
-        *command,
+        *RECIPES[stage].split("/"),
         str(run_dir / stage),
         "--preset",
         preset,
@@ -214,7 +218,7 @@ def _plan_run(
             )
         )
 
-    for name in _TRAIN_STAGES:
+    for name in RECIPES:
         if (config := resolution.configs[key].get(name)) is not None:
             append(name, train_argv(suite, system, seed, name, run_dir), config)
 

@@ -47,7 +47,9 @@ def resolve_preset(
 
     :returns: The configuration as plain values.
     """
-    config = load_preset(preset, {**overrides, "common.seed": seed}, recipe=recipe)
+    options = {**overrides, "common.seed": seed, "common.no_sweep_dir": True}
+
+    config = load_preset(preset, options, recipe=recipe)
 
     values: Any = StandardValueConverter().unstructure(config)
     assert isinstance(values, dict)

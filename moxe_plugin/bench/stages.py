@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Final
 
-from moxe_plugin.bench.plan import StagePlan, run_key
+from moxe_plugin.bench.plan import RECIPES, StagePlan, run_key
 from moxe_plugin.bench.suite import Suite
 
 PRELOAD: Final = (
@@ -45,14 +45,14 @@ def resolve_suite(suite: Suite) -> dict[str, Any]:
             overrides = {**suite.pretrain_config, **system.pretrain_config}
             configs[key] = {
                 "pretrain": resolve_preset(
-                    "lm/pretrain", system.pretrain, seed, overrides
+                    RECIPES["pretrain"], system.pretrain, seed, overrides
                 )
             }
 
             if system.finetune is not None:
                 overrides = {**suite.finetune_config, **system.finetune_config}
                 configs[key]["finetune"] = resolve_preset(
-                    "lm/instruction_finetune", system.finetune, seed, overrides
+                    RECIPES["finetune"], system.finetune, seed, overrides
                 )
 
             data[key] = describe_data(suite.data, configs[key])
@@ -61,22 +61,29 @@ def resolve_suite(suite: Suite) -> dict[str, Any]:
 
 
 def train(stage: StagePlan) -> dict[str, Any]:
-    """Run or continue a training stage, exactly as its command does.
+    """Run or continue a training stage, as its command does.
+
+    The configuration is the one that was resolved when the suite began: a preset may
+    be edited while the suite runs.
 
     :param stage: The stage.
 
     :returns: The device and the number of threads.
-
-    :raises SystemExit: The recipe failed.
     """
-    from moxe_plugin.cli import main
+    from moxe_plugin.train.launch import launch
+    from moxe_plugin.train.registry import get_recipe_entry
 
     # The parent shows progress from the metrics.
     os.environ["FAIRSEQ2_NO_PROGRESS"] = "1"
 
-    exit_code = main(stage.argv)
-    if exit_code:
-        raise SystemExit(exit_code)
+    config = dict(stage.config)
+    if stage.name == "finetune":
+        source = str(stage.run_dir / "pretrain")
+        config["pretrained"] = {**config["pretrained"], "source": source}
+
+    recipe = get_recipe_entry(RECIPES[stage.name]).load()
+
+    launch(recipe, config, [str(stage.output_dir), "--no-rich"])
 
     return _describe_device()
 

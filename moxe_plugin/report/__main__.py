@@ -23,9 +23,13 @@ def main(argv: list[str] | None = None) -> int:
 
     from moxe_plugin.report.records import find_run_dirs, read_runs
     from moxe_plugin.report.tables import write_tables
-    from moxe_plugin.report.terminal import print_excluded, print_results
+    from moxe_plugin.report.terminal import (
+        create_console,
+        print_excluded,
+        print_results,
+    )
 
-    console, error_console = Console(), Console(stderr=True, soft_wrap=True)
+    console, error_console = create_console(), Console(stderr=True, soft_wrap=True)
 
     results_dir: Path = args.results
 

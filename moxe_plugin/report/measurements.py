@@ -161,7 +161,7 @@ COLUMNS: Final = (
     ),
     Column(
         key="instruction_loss_before_nats",
-        heading="instruction loss before",
+        heading="instruction loss",
         meaning="cross-entropy of held-out answers before finetuning, nats per token",
         measure=_instruction_loss("pretrained"),
         number_format=".3f",

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from moxe_plugin.report.comparison import Comparison, Row, SuiteResults
 from moxe_plugin.report.measurements import NLL_KEY
+from moxe_plugin.report.records import RunRecord
 
 # Okabe and Ito's palette: told apart by colour-blind readers.
 _COLOURS: Final = (
@@ -82,16 +83,17 @@ def _plot_curves(
         for i, record in enumerate(row.records):
             label = row.label if i == 0 and not row.is_guess else None
 
-            steps, losses = _curve(record.train)
-            axes.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.5)
+            tokens, losses = _curve(record, record.train)
+            axes.plot(tokens, losses, color=colour, linewidth=0.8, alpha=0.5)
 
-            steps, losses = _curve(record.valid)
+            tokens, losses = _curve(record, record.valid)
             axes.plot(
-                steps, losses, color=colour, linewidth=1.8, marker=".", label=label
+                tokens, losses, color=colour, linewidth=1.8, marker=".", label=label
             )
 
     axes.set_title(f"Loss on `{comparison.data.name}`", loc="left", fontsize=11)
-    axes.set_xlabel("step")
+    axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("nats per token (bold: held-out, thin: training)")
     axes.grid(alpha=0.3)
 
@@ -99,14 +101,25 @@ def _plot_curves(
         axes.legend(frameon=False, fontsize=9)
 
 
-def _curve(lines: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
-    points = [
+def _curve(
+    record: RunRecord, lines: Sequence[Mapping[str, Any]]
+) -> tuple[list[float], list[float]]:
+    last_step = max((step for step, _ in _points(record.train)), default=1)
+
+    # Systems may take different numbers of steps for the same tokens.
+    tokens_per_step = (record.environment.training_tokens or 0) / last_step
+
+    points = _points(lines)
+
+    return [step * tokens_per_step for step, _ in points], [loss for _, loss in points]
+
+
+def _points(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    return [
         (line["Step"], line[NLL_KEY])
         for line in lines
         if line.get("Stage") == "pretrain" and NLL_KEY in line and "Step" in line
     ]
-
-    return [p[0] for p in points], [p[1] for p in points]
 
 
 def _plot_perplexities(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -13,6 +14,19 @@ from rich.table import Table
 from moxe_plugin.report.comparison import Comparison, SuiteResults
 from moxe_plugin.report.records import DamagedRun
 from moxe_plugin.report.tables import comparison_cells
+
+_WIDTH: Final = 110
+
+
+def create_console() -> Console:
+    """Create a console for results.
+
+    :returns: The console; where no terminal says how wide it is, wide enough for six
+        systems.
+    """
+    console = Console()
+
+    return console if console.is_terminal else Console(width=_WIDTH)
 
 
 def print_results(
@@ -53,7 +67,7 @@ def _print_comparison(suite: str, comparison: Comparison, console: Console) -> N
     cells = comparison_cells(comparison).set_index("system").T
 
     table = Table(
-        title=title, title_justify="left", box=SIMPLE, padding=0, collapse_padding=True
+        title=title, title_justify="left", box=SIMPLE, padding=0, show_edge=False
     )
 
     table.add_column(no_wrap=True)

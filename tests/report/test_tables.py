@@ -46,7 +46,7 @@ def test_cells_of_one_run() -> None:
         "bits per byte": "2.346",
         "perplexity per word": "1,500",
         "last-word accuracy": "6.2%",
-        "instruction loss before": "4.500",
+        "instruction loss": "4.500",
         "after finetuning": "3.000",
         "tokens/s": "1,234",
         "peak memory, GiB": "1.25",
