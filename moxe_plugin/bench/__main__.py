@@ -110,7 +110,7 @@ def _run(args: Namespace, console: Console) -> int:
 
 
 def _report(console: Console, results_dir: Path, failed: list[FailedRun]) -> int:
-    from moxe_plugin.report.records import find_run_dirs, read_runs
+    from moxe_plugin.report.run_dirs import find_run_dirs, read_runs
     from moxe_plugin.report.tables import write_tables
     from moxe_plugin.report.terminal import print_results
 

@@ -20,15 +20,8 @@ from moxe_plugin.bench.metrics import (
 from moxe_plugin.bench.plan import RunPlan
 from moxe_plugin.bench.stage_state import StageState, read_state
 from moxe_plugin.report.files import DamagedRecordError
-from moxe_plugin.report.records import (
-    Data,
-    Environment,
-    ModelInfo,
-    RunRecord,
-    find_run_dirs,
-    read_run,
-    write_run,
-)
+from moxe_plugin.report.records import Data, Environment, ModelInfo, RunRecord
+from moxe_plugin.report.run_dirs import find_run_dirs, read_run, write_run
 
 
 def find_records(results_dir: Path) -> dict[str, RunRecord]:

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     # pandas and matplotlib take a second to import; `--help` must not.
     from rich.console import Console
 
-    from moxe_plugin.report.records import find_run_dirs, read_runs
+    from moxe_plugin.report.run_dirs import find_run_dirs, read_runs
     from moxe_plugin.report.tables import write_tables
     from moxe_plugin.report.terminal import (
         create_console,

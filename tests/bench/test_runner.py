@@ -24,7 +24,7 @@ from moxe_plugin.bench.runner import (
     remove_conflicts,
 )
 from moxe_plugin.bench.suite import SuiteError, parse_suite
-from moxe_plugin.report.records import find_run_dirs, read_run
+from moxe_plugin.report.run_dirs import find_run_dirs, read_run
 from tests.bench import fake_stages
 
 Run = Callable[..., tuple[list[FailedRun], str]]

@@ -13,8 +13,8 @@ from moxe_plugin.report.records import (
     Hardware,
     ModelInfo,
     RunRecord,
-    write_run,
 )
+from moxe_plugin.report.run_dirs import write_run
 
 DATA = Data(
     name="embedded",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moxe_plugin.report.files import DamagedRecordError
-from moxe_plugin.report.records import find_run_dirs, read_run, read_runs
+from moxe_plugin.report.run_dirs import find_run_dirs, read_run, read_runs
 from tests.report.synthetic import make_guess, make_trained, write
 
 
