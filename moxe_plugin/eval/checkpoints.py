@@ -22,7 +22,7 @@ from fairseq2.runtime.dependency import DependencyLookup, get_dependency_resolve
 from fairseq2.utils.config import StandardConfigMerger
 from fairseq2.utils.structured import StandardValueConverter
 
-from moxe_plugin.eval.train_output import TrainOutput, open_train_output
+from moxe_plugin.models.train_output import TrainOutput, open_train_output
 
 _DIRECTORY_FAMILY: Final = "moxe_hg"
 """The tokenizer family that reads a directory with a ``tokenizer.json``."""

@@ -13,7 +13,7 @@ from fairseq2.recipe.config import (
 )
 from fairseq2.recipe.error import RecipeError
 
-from moxe_plugin.train.output_dir import find_trained_model
+from moxe_plugin.models.train_output import TrainOutput, open_train_output
 
 
 @dataclass(kw_only=True)
@@ -61,18 +61,39 @@ def apply_pretrained(
 
         return
 
-    trained_model = find_trained_model(Path(source), section.step)
+    output = _open(Path(source), section.step)
 
-    model.name = trained_model.name
+    recorded = output.recipe_config.get("tokenizer")
+    if recorded is None:
+        raise RecipeError(
+            f"'{output.dir / 'config.yaml'}' must tell the tokenizer of the model, but "
+            "is missing or has no section `tokenizer`."
+        )
 
-    path = trained_model.tokenizer["path"]
+    path = recorded["path"]
 
-    tokenizer.name = trained_model.tokenizer["name"]
+    tokenizer.name = recorded["name"]
     tokenizer.path = None if path is None else Path(path)
-    tokenizer.family = trained_model.tokenizer["family"]
-    tokenizer.config_overrides = trained_model.tokenizer["config_overrides"]
+    tokenizer.family = recorded["family"]
+    tokenizer.config_overrides = recorded["config_overrides"]
 
-    common.assets.prev_checkpoint_dir = trained_model.checkpoint_dir
+    # fairseq2 gives each checkpoint in the directory a name.
+    model.name = f"checkpoint_step_{output.step}"
+
+    common.assets.prev_checkpoint_dir = output.checkpoint_dir
+
+
+def _open(source: Path, step: int | None) -> TrainOutput:
+    if not source.is_dir():
+        raise RecipeError(
+            f"`pretrained.source` must be the output directory of a training run or "
+            f"the name of a model asset, but '{source}' is no directory."
+        )
+
+    try:
+        return open_train_output(source, step)
+    except ValueError as ex:
+        raise RecipeError(str(ex)) from ex
 
 
 def _is_asset_name(source: str) -> bool:

@@ -11,8 +11,12 @@ from fairseq2.trainer import Trainer
 from torch.nn import Module
 
 from moxe_plugin.models.clm import AuxLossCausalLM
-from moxe_plugin.train.checks import check_gangs, check_seq_len, check_vocabulary
-from moxe_plugin.train.output_dir import refuse_other_model
+from moxe_plugin.train.checks import (
+    check_gangs,
+    check_seq_len,
+    check_vocabulary,
+    refuse_other_model,
+)
 from moxe_plugin.train.units import CausalLMEvalUnit, CausalLMTrainUnit
 
 

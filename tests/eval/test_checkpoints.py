@@ -1,4 +1,4 @@
-"""Tests of moxe_plugin/eval/checkpoints.py and train_output.py."""
+"""Tests of moxe_plugin/eval/checkpoints.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ruamel.yaml import YAML
 from moxe_plugin.data.bpe import train_bpe
 from moxe_plugin.eval.checkpoints import load_checkpoint
 from moxe_plugin.eval.harness import MoxeHarnessLM
-from moxe_plugin.eval.train_output import list_steps, open_train_output
 from tests.common import ByteTokenizer
 from tests.models.families import create_model, get_arch
 
@@ -133,46 +132,6 @@ def test_an_unknown_asset_is_reported() -> None:
 
     with pytest.raises(ValueError, match="`step` must be left out for an asset"):
         load_checkpoint("no_such_model", step=3)
-
-
-def make_run(run_dir: Path, *names: str) -> None:
-    """Make the directories of checkpoints, empty."""
-    for name in names:
-        (run_dir / "checkpoints" / name / "model").mkdir(parents=True)
-
-    run_dir.joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
-    run_dir.joinpath("checkpoints/model.yaml").write_text("model_config: {eps: 1e-05}")
-
-
-def test_a_run_is_found_from_all_around_it(tmp_path: Path) -> None:
-    run_dir = tmp_path / "ws_1.abc"
-    make_run(run_dir, "step_5", "step_20", "step_30.tmp")
-
-    assert list_steps(run_dir) == [5, 20]
-
-    for path in (tmp_path, run_dir, run_dir / "checkpoints"):
-        output = open_train_output(path)
-        assert (output.dir, output.step) == (run_dir, 20)
-
-    assert open_train_output(run_dir / "checkpoints/step_5").step == 5
-    # Written by a YAML 1.2 library, in which this is a number.
-    assert open_train_output(run_dir).model_card == {"model_config": {"eps": 1e-05}}
-
-
-def test_a_wrong_directory_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no `checkpoints/model.yaml`"):
-        open_train_output(tmp_path)
-
-    make_run(tmp_path / "ws_1.a")
-    with pytest.raises(ValueError, match="has none yet"):
-        open_train_output(tmp_path)
-
-    make_run(tmp_path / "ws_1.b", "step_5", "step_20")
-    with pytest.raises(ValueError, match=r"holds several. Name one of: ws_1.a, ws_1.b"):
-        open_train_output(tmp_path)
-
-    with pytest.raises(ValueError, match="`step` must be one of 5, 20, but is 7"):
-        open_train_output(tmp_path / "ws_1.b", 7)
 
 
 @pytest.mark.parametrize(

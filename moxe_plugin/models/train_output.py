@@ -1,4 +1,4 @@
-"""Find the checkpoints in the output directory of a training run."""
+"""Finds the checkpoints in the output directory of a training run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 
 class TrainOutput(NamedTuple):
@@ -25,9 +26,14 @@ class TrainOutput(NamedTuple):
     """``config.yaml`` of the run; empty if there is none."""
 
     @property
+    def checkpoint_dir(self) -> Path:
+        """The directory with ``model.yaml`` and the ``step_N`` directories."""
+        return self.dir / "checkpoints"
+
+    @property
     def model_dir(self) -> Path:
         """The directory with the parameters."""
-        return self.dir / "checkpoints" / f"step_{self.step}" / "model"
+        return self.checkpoint_dir / f"step_{self.step}" / "model"
 
 
 def open_train_output(path: Path, step: int | None = None) -> TrainOutput:
@@ -44,24 +50,32 @@ def open_train_output(path: Path, step: int | None = None) -> TrainOutput:
     """
     path = path.resolve()
 
-    if path.name.startswith("step_") and (path.parent / "model.yaml").is_file():
-        path, step_in_path = path.parent, int(path.name.removeprefix("step_"))
-        step = step_in_path if step is None else step
+    step_in_path = path.name.removeprefix("step_")
+
+    if (path.parent / "model.yaml").is_file() and step_in_path.isdecimal():
+        if step not in (None, int(step_in_path)):
+            raise ValueError(
+                f"`step` must be left out or be that of '{path}', but is {step} "
+                "instead."
+            )
+
+        path, step = path.parent, int(step_in_path)
 
     output_dir = _find_output_dir(path)
     steps = list_steps(output_dir)
 
     if not steps:
         raise ValueError(
-            f"`checkpoint` must hold a checkpoint, but '{output_dir}' has none yet."
+            f"'{output_dir}' has no checkpoint. The training run must have reached its "
+            "end or `regime.checkpoint_every_n_steps`."
         )
 
     if step is None:
         step = steps[-1]
     elif step not in steps:
         raise ValueError(
-            f"`step` must be one of {', '.join(map(str, steps))}, but is {step} for "
-            f"'{output_dir}'."
+            f"'{output_dir}' has no checkpoint of step {step}. Its steps: "
+            f"{', '.join(map(str, steps))}."
         )
 
     config_file = output_dir / "config.yaml"
@@ -77,18 +91,16 @@ def open_train_output(path: Path, step: int | None = None) -> TrainOutput:
 def list_steps(output_dir: Path) -> list[int]:
     """List the training steps that have a complete checkpoint, in order.
 
-    :param output_dir: The output directory of the run.
+    :param output_dir: The output directory of the run; it need not exist.
 
     :returns: The steps.
     """
     names = (p.parent.name for p in output_dir.glob("checkpoints/step_*/model"))
 
-    # An unfinished checkpoint is called `step_N.tmp`.
-    return sorted(
-        int(n.removeprefix("step_"))
-        for n in names
-        if n.removeprefix("step_").isdecimal()
-    )
+    suffixes = [n.removeprefix("step_") for n in names]
+
+    # A checkpoint that is being written is called `step_N.tmp`.
+    return sorted(int(s) for s in suffixes if s.isdecimal())
 
 
 def _find_output_dir(path: Path) -> Path:
@@ -98,26 +110,29 @@ def _find_output_dir(path: Path) -> Path:
     if path.name == "checkpoints" and (path / "model.yaml").is_file():
         return path.parent
 
-    runs = sorted(p.parent.parent for p in path.glob("ws_*/checkpoints/model.yaml"))
+    runs = sorted(p.parents[1] for p in path.glob("ws_*/checkpoints/model.yaml"))
 
     if len(runs) == 1:
         return runs[0]
 
     if runs:
         raise ValueError(
-            f"`checkpoint` must hold one training run, but '{path}' holds several. "
-            f"Name one of: {', '.join(p.name for p in runs)}."
+            f"'{path}' holds more than one training run. Name one of its "
+            f"sub-directories: {', '.join(p.name for p in runs)}."
         )
 
     raise ValueError(
-        f"`checkpoint` must be the output directory of a training run, but '{path}' "
-        "has no `checkpoints/model.yaml`."
+        f"'{path}' is not the output directory of a training run: it has no "
+        "checkpoints/model.yaml."
     )
 
 
 def _read_yaml(file: Path) -> Mapping[str, Any]:
-    # As fairseq2 writes it: YAML 1.2, in which 1e-05 is a number.
-    content = YAML(typ="safe", pure=True).load(file)
+    try:
+        # As fairseq2 writes it: YAML 1.2, in which 1e-05 is a number.
+        content = YAML(typ="safe", pure=True).load(file)
+    except YAMLError as ex:
+        raise ValueError(f"'{file}' is not valid YAML: {ex}") from ex
 
     if not isinstance(content, dict):
         raise ValueError(f"'{file}' must hold a YAML mapping.")
