@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: Namespace, console: Console) -> int:
     from moxe_plugin.bench.children import create_context
     from moxe_plugin.bench.display import open_display
+    from moxe_plugin.bench.machine import plan_jobs
     from moxe_plugin.bench.plan import Resolution, plan_suite
     from moxe_plugin.bench.runner import (
         Runner,
@@ -68,6 +69,8 @@ def _run(args: Namespace, console: Console) -> int:
     results_dir: Path = args.out or Path("outputs") / suite.name
     work_dir: Path = (args.work or results_dir / "work").absolute()
 
+    jobs = plan_jobs(args.jobs)
+
     context = create_context(PRELOAD)
 
     with lock_work_dir(work_dir), open_display(console) as display:
@@ -78,6 +81,7 @@ def _run(args: Namespace, console: Console) -> int:
             title="Reading presets, preparing data",
             log_file=work_dir / "prepare.log",
             display=display,
+            num_threads=jobs.num_threads,
         )
 
         plans = plan_suite(suite, Resolution(**resolution.content), work_dir)
@@ -102,6 +106,7 @@ def _run(args: Namespace, console: Console) -> int:
             context=context,
             functions=STAGE_FUNCTIONS,
             display=display,
+            jobs=jobs,
         )
 
         failed = runner.run(plans)
@@ -186,6 +191,14 @@ def _describe_conflicts(conflicts: list[Conflict]) -> str:
     return "\n".join(lines)
 
 
+def _positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ArgumentTypeError(f"must be greater than or equal to 1, but is {number}")
+
+    return number
+
+
 def _create_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="moxe bench",
@@ -218,6 +231,13 @@ def _create_parser() -> ArgumentParser:
         nargs="+",
         type=int,
         help="run these seeds instead of the suite's",
+    )
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=_positive_int,
+        help="how many runs at a time share the cores (default: one per core, or one "
+        "in all where there is a GPU)",
     )
     parser.add_argument(
         "--redo",

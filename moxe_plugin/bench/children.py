@@ -28,6 +28,8 @@ ChildFunction = Callable[..., dict[str, Any]]
 _POLL_S: Final = 0.5
 _MAX_ERROR_LINES: Final = 15
 
+_LOCK: Final = threading.Lock()
+
 
 class ChildFailedError(Exception):
     """Raised when a child process did not finish.
@@ -89,14 +91,19 @@ def run_in_child(
     *,
     log_file: Path,
     on_poll: Callable[[], None],
+    num_threads: int,
 ) -> ChildResult:
     """Run a function in a process of its own and wait for it.
+
+    May be called from several threads at a time.
 
     :param context: Made by :func:`create_context`.
     :param function: The function.
     :param args: Its arguments, picklable.
     :param log_file: Gets what the process prints, after what is there already.
-    :param on_poll: Called about twice a second while the process runs.
+    :param on_poll: Called about twice a second while the process runs; what it raises
+        ends the process.
+    :param num_threads: The threads of one operation of the process.
 
     :returns: The result.
 
@@ -108,18 +115,22 @@ def run_in_child(
     result_file.unlink(missing_ok=True)
 
     process = context.Process(
-        target=_run, args=(function, tuple(args), log_file, result_file)
+        target=_run, args=(function, tuple(args), log_file, result_file, num_threads)
     )
-    process.start()
+
+    # Starting a process also looks which others have ended, and an end can be seen
+    # once only: hence the lock around both.
+    with _LOCK:
+        process.start()
 
     try:
-        while process.is_alive():
-            process.join(_POLL_S)
+        while not wait([process.sentinel], _POLL_S):
             on_poll()
     finally:
         # Reached early when the user interrupts.
-        process.terminate()
-        process.join()
+        with _LOCK:
+            process.terminate()
+            process.join()
 
     exit_code = process.exitcode
     if exit_code != 0 or not result_file.exists():
@@ -133,9 +144,20 @@ def run_in_child(
 
 
 def _run(
-    function: ChildFunction, args: tuple[Any, ...], log_file: Path, result_file: Path
+    function: ChildFunction,
+    args: tuple[Any, ...],
+    log_file: Path,
+    result_file: Path,
+    num_threads: int,
 ) -> None:
     _end_with_parent()
+
+    # fairseq2 leaves the number of threads alone if this is set; torch, imported by the
+    # server, does not read it any more.
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(num_threads)
 
     with log_file.open("ab") as log:
         os.dup2(log.fileno(), 1)

@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Final, final
 
 from rich.console import Console
@@ -53,12 +54,44 @@ def open_display(console: Console) -> Iterator[Display]:
         yield BarDisplay(progress)
 
 
+class Step(ABC):
+    """Something that runs: a stage, or what belongs to no run.
+
+    :param display: What shows it.
+    :param title: What to call it.
+    :param is_stage: Whether it counts among the stages.
+    """
+
+    def __init__(self, display: Display, title: str, *, is_stage: bool) -> None:
+        self._display = display
+        self._title = title
+        self._is_stage = is_stage
+
+    @abstractmethod
+    def update(self, progress: StageProgress) -> None:
+        """Show how far the step is; called often.
+
+        :param progress: How far it is.
+        """
+
+    def finish(self, elapsed_s: float | None) -> None:
+        """End the step.
+
+        :param elapsed_s: Its time; ``None`` if it failed.
+        """
+        if self._is_stage:
+            self._display.count_finished(1)
+
+        end = "failed" if elapsed_s is None else f"done in {elapsed_s:.0f} s"
+        self._display.show(f"{self._title}: {end}")
+
+
 class Display(ABC):
-    """Shows one stage after the other."""
+    """Shows steps, several at a time; its methods may be called from any thread."""
 
     def __init__(self) -> None:
-        self._title = ""
-        self._num_stages = self._num_finished = 0
+        self._lock = RLock()
+        self._num_stages = self._num_started = self._num_finished = 0
 
     def expect(self, plans: Sequence[RunPlan]) -> None:
         """Say what is to come.
@@ -67,39 +100,32 @@ class Display(ABC):
         """
         self._num_stages = sum(len(plan.stages) for plan in plans)
 
-        self._show_num_finished()
+        self.count_finished(0)
 
-    def start(self, plan: RunPlan, stage: StagePlan) -> None:
+    def start(self, plan: RunPlan, stage: StagePlan) -> Step:
         """Begin a stage.
 
         :param plan: Its run.
         :param stage: The stage.
+
+        :returns: The stage as the display shows it.
         """
-        number = self._num_finished + 1
+        with self._lock:
+            self._num_started += 1
+            number = self._num_started
 
-        self.start_step(f"[{number}/{self._num_stages}] {plan.title}: {stage.name}")
+        title = f"[{number}/{self._num_stages}] {plan.title}: {stage.name}"
 
-    def start_step(self, title: str) -> None:
-        """Begin a stage, or something that is none.
+        return self._start(title, is_stage=True)
+
+    def start_step(self, title: str) -> Step:
+        """Begin something that is no stage.
 
         :param title: What to call it.
+
+        :returns: The step as the display shows it.
         """
-        self._title = title
-        self._begin(title)
-
-    def finish(self, elapsed_s: float | None) -> None:
-        """End what was begun.
-
-        :param elapsed_s: Its time; ``None`` if it failed.
-        """
-        self._end()
-
-        if self._num_stages:
-            self._num_finished += 1
-            self._show_num_finished()
-
-        end = "failed" if elapsed_s is None else f"done in {elapsed_s:.0f} s"
-        self.show(f"{self._title}: {end}")
+        return self._start(title, is_stage=False)
 
     def skip(self, plan: RunPlan, stages: Sequence[StagePlan], reason: str) -> None:
         """Say that stages need not run.
@@ -108,18 +134,22 @@ class Display(ABC):
         :param stages: The stages.
         :param reason: Why.
         """
-        self._num_finished += len(stages)
-        self._show_num_finished()
+        with self._lock:
+            self._num_started += len(stages)
+
+        self.count_finished(len(stages))
 
         names = ", ".join(stage.name for stage in stages)
         self.show(f"{plan.title}: {names}: {reason}")
 
-    @abstractmethod
-    def update(self, progress: StageProgress) -> None:
-        """Show how far the stage is; called often.
+    def count_finished(self, num_stages: int) -> None:
+        """Say that stages are finished.
 
-        :param progress: How far it is.
+        :param num_stages: How many.
         """
+        with self._lock:
+            self._num_finished += num_stages
+            self._show_num_finished(self._num_finished, self._num_stages)
 
     @abstractmethod
     def show(self, message: str) -> None:
@@ -129,13 +159,10 @@ class Display(ABC):
         """
 
     @abstractmethod
-    def _begin(self, title: str) -> None: ...
+    def _start(self, title: str, *, is_stage: bool) -> Step: ...
 
     @abstractmethod
-    def _end(self) -> None: ...
-
-    @abstractmethod
-    def _show_num_finished(self) -> None: ...
+    def _show_num_finished(self, num_finished: int, num_stages: int) -> None: ...
 
 
 @final
@@ -149,8 +176,28 @@ class LineDisplay(Display):
         super().__init__()
 
         self._console = console
-        self._last_line_at = 0.0
-        self._begun_at = 0.0
+
+    @override
+    def show(self, message: str) -> None:
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    @override
+    def _start(self, title: str, *, is_stage: bool) -> Step:
+        self.show(f"{title} ...")
+
+        return _LineStep(self, title, is_stage=is_stage)
+
+    @override
+    def _show_num_finished(self, num_finished: int, num_stages: int) -> None:
+        pass
+
+
+@final
+class _LineStep(Step):
+    def __init__(self, display: Display, title: str, *, is_stage: bool) -> None:
+        super().__init__(display, title, is_stage=is_stage)
+
+        self._begun_at = self._last_line_at = time.monotonic()
         self._first_fraction: tuple[float, float] | None = None
 
     @override
@@ -163,6 +210,8 @@ class LineDisplay(Display):
         if now - self._last_line_at < _LINE_EVERY_S:
             return
 
+        self._last_line_at = now
+
         details = progress.details
         if not details and progress.fraction is not None:
             details = f"{progress.fraction:.0%}"
@@ -172,7 +221,7 @@ class LineDisplay(Display):
         if (left_s := self._estimate_left_s(progress.fraction, now)) is not None:
             line += f", about {left_s:.0f} s left"
 
-        self.show(line)
+        self._display.show(line)
 
     def _estimate_left_s(self, fraction: float | None, now: float) -> float | None:
         # A continued stage does not begin at 0.
@@ -185,31 +234,10 @@ class LineDisplay(Display):
 
         return (1 - fraction) * (now - first_at) / (fraction - first_fraction)
 
-    @override
-    def show(self, message: str) -> None:
-        self._last_line_at = time.monotonic()
-
-        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
-
-    @override
-    def _begin(self, title: str) -> None:
-        self._begun_at = time.monotonic()
-        self._first_fraction = None
-
-        self.show(f"{title} ...")
-
-    @override
-    def _end(self) -> None:
-        pass
-
-    @override
-    def _show_num_finished(self) -> None:
-        pass
-
 
 @final
 class BarDisplay(Display):
-    """Shows a bar for the suite and one for the stage that runs.
+    """Shows a bar for the suite and one for each stage that runs.
 
     :param progress: Draws the bars; a column may show the field ``details``.
     """
@@ -219,39 +247,46 @@ class BarDisplay(Display):
 
         self._progress = progress
         self._suite: TaskID | None = None
-        self._stage: TaskID | None = None
-
-    @override
-    def update(self, progress: StageProgress) -> None:
-        assert self._stage is not None
-
-        if progress.fraction is not None:
-            self._progress.update(self._stage, total=1.0, completed=progress.fraction)
-
-        self._progress.update(self._stage, details=progress.details)
 
     @override
     def show(self, message: str) -> None:
         self._progress.console.print(message, markup=False, highlight=False)
 
     @override
-    def _begin(self, title: str) -> None:
-        # rich would take brackets for markup.
-        title = title.replace("[", r"\[")
-
-        self._stage = self._progress.add_task(title, total=None, details="")
+    def _start(self, title: str, *, is_stage: bool) -> Step:
+        return _BarStep(self, self._progress, title, is_stage=is_stage)
 
     @override
-    def _end(self) -> None:
-        assert self._stage is not None
-
-        self._progress.remove_task(self._stage)
-
-    @override
-    def _show_num_finished(self) -> None:
+    def _show_num_finished(self, num_finished: int, num_stages: int) -> None:
         if self._suite is None:
             self._suite = self._progress.add_task("all stages", details="")
 
-        self._progress.update(
-            self._suite, total=self._num_stages, completed=self._num_finished
-        )
+        self._progress.update(self._suite, total=num_stages, completed=num_finished)
+
+
+@final
+class _BarStep(Step):
+    def __init__(
+        self, display: Display, progress: Progress, title: str, *, is_stage: bool
+    ) -> None:
+        super().__init__(display, title, is_stage=is_stage)
+
+        self._progress = progress
+
+        # rich would take brackets for markup.
+        name = title.replace("[", r"\[")
+
+        self._task = progress.add_task(name, total=None, details="")
+
+    @override
+    def update(self, progress: StageProgress) -> None:
+        if progress.fraction is not None:
+            self._progress.update(self._task, total=1.0, completed=progress.fraction)
+
+        self._progress.update(self._task, details=progress.details)
+
+    @override
+    def finish(self, elapsed_s: float | None) -> None:
+        self._progress.remove_task(self._task)
+
+        super().finish(elapsed_s)

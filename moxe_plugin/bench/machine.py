@@ -7,7 +7,7 @@ import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from moxe_plugin.report.records import Code, Hardware
 
@@ -22,14 +22,47 @@ _PACKAGES: Final = (
 """Packages whose version may change a number."""
 
 
+class Jobs(NamedTuple):
+    """How runs share the machine."""
+
+    num_jobs: int
+    """How many run at a time."""
+
+    num_threads: int
+    """Threads of one operation of a run."""
+
+
+def plan_jobs(num_jobs: int | None) -> Jobs:
+    """Decide how runs share the machine.
+
+    By default a core gets one run: operations on small models are too short to be
+    shared by threads, and far slower so when other processes need a core. An
+    accelerator gets one run at a time.
+
+    :param num_jobs: How many runs at a time, if the user says so.
+
+    :returns: The decision; ``OMP_NUM_THREADS`` overrides its threads.
+    """
+    num_cores = len(os.sched_getaffinity(0))
+    num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
+
+    if num_jobs is None:
+        has_accelerator = Path("/dev/nvidiactl").exists()
+
+        num_jobs = 1 if has_accelerator else max(1, num_cores // max(1, num_threads))
+
+    return Jobs(num_jobs, num_threads or max(1, num_cores // num_jobs))
+
+
 def describe_hardware(
-    device: str, device_name: str | None, num_threads: int
+    device: str, device_name: str | None, num_threads: int, num_jobs: int
 ) -> Hardware:
     """Describe the machine.
 
     :param device: ``cpu`` or ``cuda``.
     :param device_name: The accelerator's own name, if there is one.
     :param num_threads: Threads of one operation.
+    :param num_jobs: How many runs shared the machine.
 
     :returns: The description.
     """
@@ -39,7 +72,13 @@ def describe_hardware(
         words = device_name.lower().replace("nvidia", "").split()
         name, model = "-".join(words) or device, device_name
 
-    return Hardware(name=name, device=device, model=model, num_threads=num_threads)
+    return Hardware(
+        name=name,
+        device=device,
+        model=model,
+        num_threads=num_threads,
+        num_jobs=num_jobs,
+    )
 
 
 def describe_code() -> Code:

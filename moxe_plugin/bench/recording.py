@@ -46,13 +46,16 @@ def find_records(results_dir: Path) -> dict[str, RunRecord]:
     return records
 
 
-def record_run(plan: RunPlan, suite: str, results_dir: Path, day: date) -> Path:
+def record_run(
+    plan: RunPlan, suite: str, results_dir: Path, day: date, num_jobs: int
+) -> Path:
     """Write the record of a run whose stages are all done.
 
     :param plan: The run.
     :param suite: The name of the suite.
     :param results_dir: The directory of records.
     :param day: The date in the name of the record.
+    :param num_jobs: How many runs shared the machine.
 
     :returns: The record's directory.
     """
@@ -69,7 +72,7 @@ def record_run(plan: RunPlan, suite: str, results_dir: Path, day: date) -> Path:
     # Nothing is trained for a guess; it is evaluated on the cpu.
     first = states[plan.stages[0].name].result
     hardware = describe_hardware(
-        first["device"], first["device_name"], first["num_threads"]
+        first["device"], first["device_name"], first["num_threads"], num_jobs
     )
 
     parts = [plan.system, plan.data["name"], hardware.name, f"{day:%Y%m%d}"]

@@ -1,4 +1,4 @@
-"""Runs the stages of a suite, one process after the other, and continues what is there.
+"""Runs the stages of a suite, each in a process, and continues what is there.
 
 A stage is done when its state says so, and is then never run again. A stage that was
 killed is run again in the same directory: training continues from its last checkpoint,
@@ -12,11 +12,13 @@ import fcntl
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 from moxe_plugin.bench.children import (
@@ -26,6 +28,7 @@ from moxe_plugin.bench.children import (
     run_in_child,
 )
 from moxe_plugin.bench.display import Display
+from moxe_plugin.bench.machine import Jobs
 from moxe_plugin.bench.plan import RunPlan, StagePlan
 from moxe_plugin.bench.progress import StageProgress, read_progress
 from moxe_plugin.bench.recording import find_records, record_run
@@ -61,6 +64,7 @@ class Runner:
     :param context: Makes the child processes.
     :param functions: The function of each stage.
     :param display: Shows the progress.
+    :param jobs: How runs share the machine.
     """
 
     def __init__(
@@ -71,12 +75,16 @@ class Runner:
         context: ForkServerContext,
         functions: Mapping[str, ChildFunction],
         display: Display,
+        jobs: Jobs,
     ) -> None:
         self._suite_name = suite_name
         self._results_dir = results_dir
         self._context = context
         self._functions = functions
         self._display = display
+        self._jobs = jobs
+        self._record_lock = Lock()
+        self._is_interrupted = False
 
     def run(self, plans: Sequence[RunPlan]) -> list[FailedRun]:
         """Run all that is not done yet; a failed run does not stop the others.
@@ -85,20 +93,33 @@ class Runner:
 
         :returns: The runs that failed.
         """
-        failed = []
+        with ThreadPoolExecutor(self._jobs.num_jobs) as executor:
+            futures = [executor.submit(self._try_one, plan) for plan in plans]
 
-        for plan in plans:
             try:
-                self._run_one(plan)
-            except _StageFailedError as ex:
-                failed.append(FailedRun(plan, ex.stage, ex.error))
+                results = [future.result() for future in futures]
+            except BaseException:
+                # The executor waits for its threads, and they for their processes.
+                self._is_interrupted = True
+                executor.shutdown(wait=False, cancel_futures=True)
 
-                self._display.show(f"{plan.title}: {ex.stage.name} failed. {ex.error}")
+                raise
 
-        return failed
+        return [failed for failed in results if failed is not None]
+
+    def _try_one(self, plan: RunPlan) -> FailedRun | None:
+        try:
+            self._run_one(plan)
+        except _StageFailedError as ex:
+            self._display.show(f"{plan.title}: {ex.stage.name} failed. {ex.error}")
+
+            return FailedRun(plan, ex.stage, ex.error)
+
+        return None
 
     def _run_one(self, plan: RunPlan) -> None:
-        records = find_records(self._results_dir)
+        with self._record_lock:
+            records = find_records(self._results_dir)
 
         if (record := records.get(plan.config_sha256)) is not None:
             self._display.skip(plan, plan.stages, f"recorded in {record.name}")
@@ -111,7 +132,14 @@ class Runner:
             else:
                 self._run_stage(plan, stage)
 
-        record_run(plan, self._suite_name, self._results_dir, date.today())
+        with self._record_lock:
+            record_run(
+                plan,
+                self._suite_name,
+                self._results_dir,
+                date.today(),
+                self._jobs.num_jobs,
+            )
 
     def _run_stage(self, plan: RunPlan, stage: StagePlan) -> None:
         state = read_state(stage.state_file) or stage.start()
@@ -122,17 +150,20 @@ class Runner:
         def on_poll() -> None:
             nonlocal saved
 
+            if self._is_interrupted:
+                raise _InterruptedError
+
             now = time.monotonic()
             if now - saved > _SAVE_ELAPSED_S:
                 elapsed_s = state.elapsed_s + now - began
                 write_state(stage.state_file, replace(state, elapsed_s=elapsed_s))
                 saved = now
 
-            self._display.update(read_progress(stage, log_file))
+            step.update(read_progress(stage, log_file))
 
         log_file = stage.run_dir / f"{stage.name}.log"
 
-        self._display.start(plan, stage)
+        step = self._display.start(plan, stage)
 
         try:
             output = run_in_child(
@@ -141,9 +172,10 @@ class Runner:
                 [stage],
                 log_file=log_file,
                 on_poll=on_poll,
+                num_threads=self._jobs.num_threads,
             )
         except ChildFailedError as ex:
-            self._display.finish(None)
+            step.finish(None)
 
             raise _StageFailedError(stage, ex) from ex
 
@@ -159,7 +191,11 @@ class Runner:
             ),
         )
 
-        self._display.finish(elapsed_s)
+        step.finish(elapsed_s)
+
+
+class _InterruptedError(Exception):
+    """Ends a thread whose suite was interrupted."""
 
 
 class _StageFailedError(Exception):
@@ -178,6 +214,7 @@ def run_with_progress(
     title: str,
     log_file: Path,
     display: Display,
+    num_threads: int,
 ) -> ChildResult:
     """Run a step that belongs to no run in a child process.
 
@@ -187,12 +224,13 @@ def run_with_progress(
     :param title: What the display calls it.
     :param log_file: Gets what it prints.
     :param display: Shows the progress.
+    :param num_threads: The threads of one operation of the process.
 
     :returns: The result.
 
     :raises ChildFailedError: It failed.
     """
-    display.start_step(title)
+    step = display.start_step(title)
 
     began = time.monotonic()
 
@@ -201,10 +239,11 @@ def run_with_progress(
         function,
         args,
         log_file=log_file,
-        on_poll=lambda: display.update(StageProgress()),
+        on_poll=lambda: step.update(StageProgress()),
+        num_threads=num_threads,
     )
 
-    display.finish(time.monotonic() - began)
+    step.finish(time.monotonic() - began)
 
     return output
 

@@ -229,7 +229,9 @@ def _note_differences(records: Sequence[RunRecord]) -> list[str]:
         )
 
     machines = {
-        f"{e.hardware.model}, {e.hardware.num_threads} threads" for e in trained
+        f"{e.hardware.model}, {e.hardware.num_threads} threads, "
+        f"{e.hardware.num_jobs} runs at a time"
+        for e in trained
     }
     if len(machines) > 1:
         names = "; ".join(sorted(machines))

@@ -43,6 +43,9 @@ class Hardware:
     num_threads: int
     """Threads of one operation."""
 
+    num_jobs: int
+    """How many runs shared the machine, this one included."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Code:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,14 @@ def train_killed_once(stage: StagePlan) -> dict[str, Any]:
 
 def train_failing(stage: StagePlan) -> dict[str, Any]:
     raise RuntimeError(f"the {stage.name} of {stage.run_dir.name} went wrong")
+
+
+def train_for_ever(stage: StagePlan) -> dict[str, Any]:
+    stage.run_dir.mkdir(parents=True, exist_ok=True)
+    stage.run_dir.joinpath("pid").write_text(str(os.getpid()))
+
+    while True:
+        time.sleep(0.1)
 
 
 def evaluate(stage: StagePlan) -> dict[str, Any]:

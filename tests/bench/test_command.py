@@ -39,7 +39,7 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     suite_file = tmp_path / "mine.yaml"
     suite_file.write_text(_SUITE)
 
-    return [str(suite_file), "--out", str(tmp_path / "out")]
+    return [str(suite_file), "--out", str(tmp_path / "out"), "--jobs", "1"]
 
 
 def test_suite_ends_with_its_table(

@@ -57,10 +57,10 @@ def test_lines_are_rare_and_estimate_the_time_left(
     output = io.StringIO()
     lines = LineDisplay(Console(file=output))
 
-    lines.start_step("work")
+    step = lines.start_step("work")
     for now in (101.0, 109.0, 110.0, 119.0):
-        lines.update(StageProgress((now - 100) / 100, f"at {now:.0f}"))
-    lines.finish(19.0)
+        step.update(StageProgress((now - 100) / 100, f"at {now:.0f}"))
+    step.finish(19.0)
 
     assert output.getvalue().splitlines() == [
         "work ...",
@@ -76,8 +76,8 @@ def test_terminal_gets_bars() -> None:
 
     with open_display(console) as bars:
         bars.expect([])
-        bars.start_step("[1/2] work")
-        bars.update(StageProgress(0.5, "step 1/2"))
-        bars.finish(1.0)
+        step = bars.start_step("[1/2] work")
+        step.update(StageProgress(0.5, "step 1/2"))
+        step.finish(1.0)
 
     assert "[1/2] work: done in 1 s" in output.getvalue()

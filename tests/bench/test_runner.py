@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from moxe_plugin.bench import runner
 from moxe_plugin.bench.children import create_context
 from moxe_plugin.bench.display import LineDisplay
+from moxe_plugin.bench.machine import Jobs
 from moxe_plugin.bench.plan import Resolution, RunPlan, plan_suite
 from moxe_plugin.bench.runner import (
     FailedRun,
@@ -57,11 +60,11 @@ def _plan(work_dir: Path, num_steps: int = 20, text: str = _SUITE) -> list[RunPl
 @pytest.fixture
 def run(context: ForkServerContext, tmp_path: Path) -> Run:
     def run(
-        plans: list[RunPlan], train: Any = fake_stages.train
+        plans: list[RunPlan], train: Any = fake_stages.train, num_jobs: int = 1
     ) -> tuple[list[FailedRun], str]:
         output = io.StringIO()
 
-        runner = Runner(
+        suite_runner = Runner(
             "mine",
             tmp_path / "results",
             context=context,
@@ -72,9 +75,10 @@ def run(context: ForkServerContext, tmp_path: Path) -> Run:
                 "guess": fake_stages.guess,
             },
             display=LineDisplay(Console(file=output, width=200)),
+            jobs=Jobs(num_jobs, num_threads=2),
         )
 
-        return runner.run(plans), output.getvalue()
+        return suite_runner.run(plans), output.getvalue()
 
     return run
 
@@ -180,6 +184,38 @@ def test_failed_run_does_not_stop_the_others(run: Run, tmp_path: Path) -> None:
     assert [f.plan.system for f in failed] == ["moxe", "b"]
     assert "the pretrain of b_s2 went wrong" in failed[1].error.read_log_tail()
     assert "B, seed 2: pretrain failed. The process ended with exit code 1" in output
+
+
+def test_runs_share_the_machine(run: Run, tmp_path: Path) -> None:
+    text = _SUITE.replace("[2]", "[2, 3, 4]")
+
+    failed, output = run(_plan(tmp_path / "work", text=text), num_jobs=3)
+
+    assert failed == []
+
+    records = [read_run(path) for path in find_run_dirs(tmp_path / "results")]
+    assert [r.environment.seed for r in records if r.model] == [2, 3, 4]
+    assert {r.environment.hardware.num_jobs for r in records} == {3}
+
+    lines = output.splitlines()
+    begun = [i for i, line in enumerate(lines) if line.endswith(" ...")]
+    assert begun[:3] == [0, 1, 2], "three begin before the first ends"
+
+
+def test_interruption_ends_all_processes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "record_run", interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(_plan(tmp_path / "work"), fake_stages.train_for_ever, num_jobs=3)
+
+    pid = int((tmp_path / "work" / "moxe_s2" / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_changed_configuration_is_a_conflict_and_not_reused(

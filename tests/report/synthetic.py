@@ -35,7 +35,9 @@ def make_trained(
         seed=seed,
         config_sha256=f"config-{system}-{seed}",
         recipe_sha256=f"recipe-{system}",
-        hardware=Hardware(name="cpu2", device="cpu", model="Test CPU", num_threads=2),
+        hardware=Hardware(
+            name="cpu2", device="cpu", model="Test CPU", num_threads=2, num_jobs=1
+        ),
         code=Code(version="0.1.0", commit="0123abc", dirty=False),
         versions={"python": "3.11", "torch": "2.9.1"},
         data=DATA,
