@@ -8,6 +8,7 @@ import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 if TYPE_CHECKING:
@@ -187,12 +188,13 @@ def _run_recipe(args: Namespace) -> int:
     if args.output_dir is None and not args.dump_config:
         args.parser.error("OUTPUT_DIR is required; put it before all options.")
 
+    if args.output_dir is not None and Path(args.output_dir).is_file():
+        args.parser.error(f"OUTPUT_DIR must be no file, but is {args.output_dir}.")
+
     preset: str | None = args.preset
 
     if preset is None and not args.config_file:
         preset = entry.default_preset
-
-    from pathlib import Path
 
     files = [Path(f) for f in args.config_file]
 

@@ -228,3 +228,12 @@ def test_moxe_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
 
     assert all(name in out for name in ("data", "bench", "tables", "doctor"))
+
+
+def test_file_as_output_dir_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "a.txt"
+    file.touch()
+
+    assert "OUTPUT_DIR must be no file" in _fail(capsys, "lm", "pretrain", str(file))

@@ -127,6 +127,9 @@ def _build(args: Namespace) -> None:
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"{args.output} already exists; give --overwrite to replace.")
 
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise ValueError(f"`--max-tokens` must be positive, but is {args.max_tokens}.")
+
     with Stages() as stages, stages.start(f"Writing {args.output}") as stage:
         manifest = build_shards(
             stage.over(_read_documents(args)),
@@ -149,9 +152,12 @@ def _read_documents(args: Namespace) -> Iterator[Document]:
         test=0.0 if args.test_files else args.test_fraction,
     )
 
-    if not 0.0 <= fractions.valid + fractions.test < 1.0:
+    smallest = min(fractions.valid, fractions.test)
+
+    if smallest < 0.0 or fractions.valid + fractions.test >= 1.0:
         raise ValueError(
-            "`--valid-fraction` and `--test-fraction` must leave something to train on."
+            "`--valid-fraction` and `--test-fraction` must not be negative and must "
+            "leave something to train on."
         )
 
     # Held-out files first: `--max-tokens` must not cut them off.

@@ -205,7 +205,8 @@ def read_instructions(file: Path) -> Iterator[Instruction]:
 
     :raises DatasetError: A line is not an instruction.
     """
-    with file.open(encoding="utf-8") as fp:
+    # Bytes: a line that is not UTF-8 must be told by its number too.
+    with file.open("rb") as fp:
         for line_nr, line in enumerate(fp, start=1):
             if not line.strip():
                 continue

@@ -191,8 +191,10 @@ def open_instructions(config: InstructionsConfig) -> InstructionsDataset:
             f"{MOXE_INSTRUCTIONS_FAMILY} dataset must be specified."
         )
 
-    if not path.is_dir():
-        raise RecipeError(f"{path} is not a directory of instructions.")
+    if not any(path.glob("*.jsonl")):
+        raise RecipeError(
+            f"{path} is not a directory of instructions: it has no <split>.jsonl."
+        )
 
     return InstructionsDataset(path)
 

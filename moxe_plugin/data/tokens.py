@@ -13,7 +13,7 @@ from fairseq2.recipe.error import RecipeError, SplitNotKnownError
 from fairseq2.utils.validation import Validatable, ValidationResult
 
 from moxe_plugin.data.reader import RowReader, RowSource
-from moxe_plugin.data.shards import TokenShards, open_shards
+from moxe_plugin.data.shards import MANIFEST_FILE, TokenShards, open_shards
 from moxe_plugin.data.tokenizer import HgTextTokenizer
 from moxe_plugin.data.windows import EvalWindows, TrainWindows
 
@@ -191,10 +191,10 @@ def open_tokens(config: TokensConfig) -> TokensDataset:
             "must be specified."
         )
 
-    if not path.is_dir():
+    if not path.joinpath(MANIFEST_FILE).is_file():
         raise RecipeError(
-            f"{path} is not a directory of token shards. Build one with "
-            "`moxe data build`."
+            f"{path} is not a directory of token shards: it has no {MANIFEST_FILE}. "
+            "Build one with `moxe data build`."
         )
 
     return TokensDataset(str(path), open_shards(path, verify=config.verify))

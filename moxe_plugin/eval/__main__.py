@@ -7,6 +7,7 @@ file by which ``lm_eval`` itself learns of the model.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     :param argv: The arguments; those of the process by default.
 
-    :returns: The exit code.
+    :returns: The exit code: 2 for a user error.
     """
     parser = argparse.ArgumentParser(
         prog="moxe_plugin.eval",
@@ -46,7 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
 
-    _run_harness(rest, task_path)
+    try:
+        _run_harness(rest, task_path)
+    # The harness and the adapter say so that a task, checkpoint or option is wrong.
+    except ValueError as ex:
+        logging.getLogger(__name__).debug("The harness failed.", exc_info=True)
+        print(f"moxe_plugin.eval: error: {ex}", file=sys.stderr)  # noqa: T201  # as argparse
+        return 2
 
     return 0
 

@@ -130,11 +130,9 @@ def _retrieve_card(name: str, step: int | None) -> AssetCard:
     try:
         return store.retrieve_card(name)
     except AssetNotFoundError:
-        known = sorted(n for n in store.asset_names if n.startswith("moxe"))
-
         raise ValueError(
             f"`checkpoint` must be an existing directory or a known asset, but is "
-            f"'{name}' instead. Assets of this package: {', '.join(known) or 'none'}."
+            f"'{name}' instead. `fairseq2 assets list --type model` lists the assets."
         ) from None
 
 

@@ -103,6 +103,14 @@ class TrainConfig(Validatable):
     def validate(self) -> ValidationResult:
         result = ValidationResult()
 
+        optimizer_config = self.optimizer.config
+
+        if isinstance(optimizer_config, AdamWConfig) and optimizer_config.lr < 0.0:
+            result.add_error(
+                "`optimizer.config.lr` must be greater than or equal to 0, but is "
+                f"{optimizer_config.lr} instead."
+            )
+
         lr_config, num_steps = self.lr_scheduler.config, self.regime.num_steps
 
         if isinstance(lr_config, CosineAnnealingLRConfig) and num_steps is not None:

@@ -24,6 +24,7 @@ from fairseq2.utils.structured import StandardValueConverter, StructureError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from moxe_plugin.train.error_lines import describe_config_error, shorten_trace
 from moxe_plugin.train.registry import find_preset, get_recipe_entry
 
 
@@ -74,7 +75,7 @@ def load_preset(
     except StructureError as ex:
         raise ConfigFileError(
             f"The preset '{preset}' with its overrides does not fit "
-            f"`{config_kls.__name__}`: {_innermost(ex)}"
+            f"`{config_kls.__name__}`: {describe_config_error(ex)}"
         ) from ex
 
 
@@ -185,10 +186,12 @@ def _own_logger(quiet: bool) -> Iterator[None]:
         logger.setLevel(logging.WARNING)
 
     logger.addFilter(_is_not_environment)
+    logger.addFilter(shorten_trace)
 
     try:
         yield
     finally:
+        logger.removeFilter(shorten_trace)
         logger.removeFilter(_is_not_environment)
 
         for handler in logger.handlers[:]:
@@ -210,7 +213,9 @@ def _read(file: Path) -> object:
             config = _yaml().load(fp)
     except FileNotFoundError:
         raise ConfigFileError(f"'{file}' does not exist.") from None
-    except YAMLError as ex:
+    except OSError as ex:
+        raise ConfigFileError(f"'{file}' cannot be read: {ex.strerror}.") from None
+    except (YAMLError, UnicodeDecodeError) as ex:
         raise ConfigFileError(f"'{file}' is not valid YAML: {ex}") from ex
 
     processor = StandardConfigProcessor([ReplaceEnvDirective(StandardEnvironment())])
@@ -234,13 +239,6 @@ def _merge(
     assert isinstance(merged, Mapping)
 
     return merged
-
-
-def _innermost(ex: BaseException) -> BaseException:
-    while ex.__cause__ is not None:
-        ex = ex.__cause__
-
-    return ex
 
 
 def _yaml() -> YAML:

@@ -93,7 +93,8 @@ def _open(source: Path, step: int | None) -> TrainOutput:
     try:
         return open_train_output(source, step)
     except ValueError as ex:
-        raise RecipeError(str(ex)) from ex
+        # With a cause, fairseq2 logs a stack trace.
+        raise RecipeError(str(ex)) from None
 
 
 def _is_asset_name(source: str) -> bool:

@@ -215,5 +215,10 @@ def test_mistakes_are_explained(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is not a directory of instructions"):
         open_instructions(InstructionsConfig(path=tmp_path / "nothing"))
 
+    tmp_path.joinpath("other").mkdir()
+
+    with pytest.raises(RecipeError, match=r"it has no <split>\.jsonl"):
+        open_instructions(InstructionsConfig(path=tmp_path / "other"))
+
     with pytest.raises(RecipeError, match="Exactly one"):
         open_instructions(InstructionsConfig())

@@ -123,6 +123,30 @@ def test_build_stops_at_the_limit(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert 100 <= sum(s.num_documents for s in splits) <= 256
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-tokens", "0"], "`--max-tokens` must be positive, but is 0"),
+        (["--valid-fraction", "-0.1"], "must not be negative"),
+        (["--test-fraction", "1"], "must leave something to train on"),
+    ],
+    ids=["no_tokens", "negative", "nothing_left"],
+)
+def test_wrong_amounts_are_refused(
+    tmp_path: Path,
+    tokenizer_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    file = _write_jsonl(tmp_path / "a.jsonl", TEXTS)
+
+    args = ["build", str(tmp_path / "shards"), "--tokenizer", str(tokenizer_dir)]
+
+    assert main([*args, "--files", str(file), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_tokenizer_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = _write_jsonl(tmp_path / "a.jsonl", TEXTS)
     tok, output = str(tmp_path / "tok"), str(tmp_path / "shards")

@@ -28,3 +28,20 @@ def test_the_harness_gets_our_tasks_and_its_own_options(
     assert args.command == "run"
     assert args.model == "moxe"
     assert args.include_path == [str(resource_dir("eval_tasks")), "/mine"]
+
+
+def test_a_wrong_option_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval._cli import HarnessCLI
+
+    def fail(*_: object) -> None:
+        raise ValueError("Tasks not found: nope")
+
+    monkeypatch.setattr(HarnessCLI, "execute", fail)
+
+    assert main(["--model", "moxe", "--tasks", "nope"]) == 2
+
+    assert capsys.readouterr().err == (
+        "moxe_plugin.eval: error: Tasks not found: nope\n"
+    )

@@ -106,6 +106,19 @@ def test_unreadable_prompts_are_refused(
         read_prompts(file)
 
 
+def test_file_without_prompts_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text(" \n")
+
+    with pytest.raises(RecipeError, match="must have a prompt, but '.*' has none"):
+        read_prompts(file)
+
+    file.write_bytes(b"\xff")
+
+    with pytest.raises(RecipeError, match="cannot be read: 'utf-8' codec"):
+        read_prompts(file)
+
+
 def test_missing_prompt_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="`prompt_file` must be a file"):
+    with pytest.raises(RecipeError, match="`prompt_file` must be a text file"):
         read_prompts(tmp_path / "nothing.txt")

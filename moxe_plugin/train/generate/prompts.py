@@ -23,16 +23,19 @@ def read_prompts(file: Path) -> list[str]:
 
     :returns: The prompts, in order.
 
-    :raises RecipeError: The file does not exist, or a line has no prompt.
+    :raises RecipeError: The file cannot be read, has no prompt or one without text.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    except (OSError, UnicodeDecodeError) as ex:
         raise RecipeError(
-            f"`prompt_file` must be a file, but '{file}' is none."
+            f"`prompt_file` must be a text file, but '{file}' cannot be read: {ex}."
         ) from None
 
     lines_by_nr = [(n, s) for n, s in enumerate(lines, start=1) if s.strip()]
+
+    if not lines_by_nr:
+        raise RecipeError(f"`prompt_file` must have a prompt, but '{file}' has none.")
 
     if file.suffix != ".jsonl":
         return [line for _, line in lines_by_nr]
