@@ -1,10 +1,11 @@
-"""FSDP, activation checkpointing and compilation of a model with decoder layers."""
+"""What families do under tensor parallelism, FSDP, checkpointing and compilation."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol, cast
 
 from fairseq2.error import NotSupportedError
+from fairseq2.gang import get_current_gangs
 from fairseq2.models.utils.ac import apply_layerwise_ac
 from fairseq2.models.utils.fsdp import apply_layerwise_fsdp
 from fairseq2.nn.fsdp import FSDPWrapper
@@ -13,6 +14,24 @@ from torch.nn import Module, ModuleList
 
 class _Decoder(Protocol):
     layers: ModuleList
+
+
+def check_no_tensor_parallelism(family: str) -> None:
+    """Check that the current gangs do not split a model.
+
+    A family that ignored them would silently train replicas.
+
+    :param family: The name of the family of the model.
+
+    :raises NotSupportedError: Tensor parallelism is on.
+    """
+    tp_size = get_current_gangs().tp.size
+
+    if tp_size > 1:
+        raise NotSupportedError(
+            f"`gang.tensor_parallel_size` must be 1 for family '{family}', which has "
+            f"no tensor parallelism yet, but is {tp_size} instead."
+        )
 
 
 def apply_fsdp_to_decoder(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from transformers import Gemma2Config as HfGemma2Config
 from transformers import Gemma2ForCausalLM
 
-from moxe_plugin.models.gemma2.config import Gemma2Config
+from moxe_plugin.models.gemma2.config import GEMMA2_FAMILY, Gemma2Config
 from moxe_plugin.models.gemma2.model import Gemma2LM
+from moxe_plugin.models.parallel import check_no_tensor_parallelism
 
 
 def create_gemma2_model(config: Gemma2Config) -> Gemma2LM:
@@ -15,7 +16,11 @@ def create_gemma2_model(config: Gemma2Config) -> Gemma2LM:
     :param config: The configuration.
 
     :returns: The model with the initial weights of transformers.
+
+    :raises NotSupportedError: Tensor parallelism is on.
     """
+    check_no_tensor_parallelism(GEMMA2_FAMILY)
+
     return Gemma2Factory(config).create_model()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fairseq2.error import NotSupportedError
-from fairseq2.gang import get_current_gangs
 from fairseq2.models.transformer import (
     TransformerEmbeddingFrontend,
     TransformerFrontend,
@@ -18,9 +16,10 @@ from fairseq2.nn import (
 )
 from torch import nn
 
-from moxe_plugin.models.moxe.config import MoxEConfig
+from moxe_plugin.models.moxe.config import MOXE_FAMILY, MoxEConfig
 from moxe_plugin.models.moxe.decoder import MoxEDecoder, MoxEDecoderLayer
 from moxe_plugin.models.moxe.model import MoxELM
+from moxe_plugin.models.parallel import check_no_tensor_parallelism
 from moxe_plugin.nn.experts import SparseExperts
 from moxe_plugin.nn.layers import GatedFeedForward
 from moxe_plugin.nn.mlstm import MLSTMBlock
@@ -43,12 +42,7 @@ def create_moxe_model(config: MoxEConfig) -> MoxELM:
 
     :raises NotSupportedError: Tensor parallelism is on.
     """
-    gangs = get_current_gangs()
-    if gangs.tp.size > 1:
-        raise NotSupportedError(
-            "`gang.tensor_parallel_size` must be 1 for family 'moxe', which has no "
-            f"tensor parallelism yet, but is {gangs.tp.size} instead."
-        )
+    check_no_tensor_parallelism(MOXE_FAMILY)
 
     return MoxEFactory(config).create_model()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from moxe_plugin.models.qwen_moe.config import QwenMoEConfig
+from moxe_plugin.models.parallel import check_no_tensor_parallelism
+from moxe_plugin.models.qwen_moe.config import QWEN_MOE_FAMILY, QwenMoEConfig
 from moxe_plugin.models.qwen_moe.experts import touch_every_expert
 from moxe_plugin.models.qwen_moe.model import QwenMoELM
 
@@ -16,7 +17,11 @@ def create_qwen_moe_model(config: QwenMoEConfig) -> QwenMoELM:
     :param config: The configuration.
 
     :returns: The model with the initial weights of transformers.
+
+    :raises NotSupportedError: Tensor parallelism is on.
     """
+    check_no_tensor_parallelism(QWEN_MOE_FAMILY)
+
     return QwenMoEFactory(config).create_model()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fairseq2.error import NotSupportedError
-from fairseq2.gang import get_current_gangs
 from fairseq2.models.transformer import (
     TransformerEmbeddingFrontend,
     TransformerFrontend,
@@ -17,7 +15,8 @@ from fairseq2.nn import (
 )
 from torch import nn
 
-from moxe_plugin.models.xlstm.config import XLSTMConfig
+from moxe_plugin.models.parallel import check_no_tensor_parallelism
+from moxe_plugin.models.xlstm.config import XLSTM_FAMILY, XLSTMConfig
 from moxe_plugin.models.xlstm.model import XLSTMLM, XLSTMDecoder, XLSTMDecoderLayer
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.slstm import SLSTMBlock
@@ -32,12 +31,7 @@ def create_xlstm_model(config: XLSTMConfig) -> XLSTMLM:
 
     :raises NotSupportedError: Tensor parallelism is on.
     """
-    gangs = get_current_gangs()
-    if gangs.tp.size > 1:
-        raise NotSupportedError(
-            "`gang.tensor_parallel_size` must be 1 for family 'xlstm', which has no "
-            f"tensor parallelism yet, but is {gangs.tp.size} instead."
-        )
+    check_no_tensor_parallelism(XLSTM_FAMILY)
 
     return XLSTMFactory(config).create_model()
 
