@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from fairseq2.nn import BatchLayout, IncrementalStateBag
-from fairseq2.nn.utils.module import to_empty
 from fairseq2.utils.validation import StandardObjectValidator, ValidationError
 from torch import Tensor
 
@@ -168,27 +166,6 @@ def test_odds_of_the_groups_grow_with_difficulty() -> None:
     assert_close(odds, torch.exp(2 * gamma * routing.difficulty) * raw_odds)
 
 
-def test_meta_model_is_initialised_by_reset_parameters() -> None:
-    model = _create(meta=True, dtype=torch.float32)
-    assert all(p.is_meta for p in model.parameters())
-
-    to_empty(model, torch.device("cpu"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(math.nan)
-
-    for module in model.modules():
-        if list(module.parameters(recurse=False)):
-            module.reset_parameters()  # type: ignore[operator]  # every such module has it
-
-    assert all(bool(p.isfinite().all()) for p in model.parameters())
-
-    seqs = random_ids(1, 6)
-    fresh = _create(dtype=torch.float32)
-    reset, expected = _terms(model, seqs), _terms(fresh, seqs)
-    assert float(reset.nll) == pytest.approx(float(expected.nll), rel=0.1)
-
-
 def test_projections_of_the_matrix_memory_do_not_start_at_zero() -> None:
     for name, parameter in _create().named_parameters():
         if any(part in name for part in ("q_proj", "k_proj", "v_proj")):
@@ -217,6 +194,15 @@ def test_340m_has_the_parameters_of_table_1(
         ({"difficulty_bias_scale": -1.0}, "`difficulty_bias_scale` must be greater"),
         ({"num_mlstm_experts": 8}, "Set `router` to 'standard'"),
         ({"num_mlstm_experts": 9}, "`num_mlstm_experts` must be between 0 and"),
+        (
+            {"num_experts": 1, "num_mlstm_experts": 1, "top_k": 1},
+            "`num_experts` must be greater than or equal to 2, but is 1",
+        ),
+        (
+            {"qkv_block_size": 48},
+            r"`qkv_block_size` must divide the mLSTM's inner dimension \(1280: `mlstm",
+        ),
+        ({"conv_kernel_size": 0}, "`conv_kernel_size` must be greater"),
         ({"mixer_blocks": []}, "`mixer_blocks` must name at least one block"),
         ({"group_loss_scale": -0.1}, "`group_loss_scale` must be greater"),
         ({"vocab_size": 0}, "`vocab_size` must be greater than or equal to 1"),

@@ -10,6 +10,8 @@ from fairseq2.runtime.dependency import DependencyContainer
 from fairseq2.utils.validation import Validatable, ValidationResult
 from typing_extensions import override
 
+from moxe_plugin.nn.layers import round_up_to_64
+
 MOXE_FAMILY: Final = "moxe"
 
 
@@ -124,7 +126,13 @@ class MoxEConfig(Validatable):
     def validate(self) -> ValidationResult:
         result = ValidationResult()
 
-        for name in ("vocab_size", "max_seq_len", "model_dim", "num_layers"):
+        for name in (
+            "vocab_size",
+            "max_seq_len",
+            "model_dim",
+            "num_layers",
+            "conv_kernel_size",
+        ):
             if getattr(self, name) < 1:
                 result.add_error(
                     f"`{name}` must be greater than or equal to 1, but is "
@@ -135,6 +143,14 @@ class MoxEConfig(Validatable):
             result.add_error(
                 f"`model_dim` ({self.model_dim}) must be a multiple of `num_heads`, "
                 f"but `num_heads` is {self.num_heads}."
+            )
+
+        self._validate_mlstm(result)
+
+        if self.num_experts < 2:
+            result.add_error(
+                "`num_experts` must be greater than or equal to 2, but is "
+                f"{self.num_experts} instead."
             )
 
         if not 1 <= self.top_k <= self.num_experts:
@@ -167,6 +183,19 @@ class MoxEConfig(Validatable):
                 )
 
         return result
+
+    def _validate_mlstm(self, result: ValidationResult) -> None:
+        inner_dim = round_up_to_64(self.mlstm_proj_factor * self.model_dim)
+
+        for name in ("num_heads", "qkv_block_size"):
+            value = getattr(self, name)
+
+            if value < 1 or inner_dim % value != 0:
+                result.add_error(
+                    f"`{name}` must divide the mLSTM's inner dimension ({inner_dim}: "
+                    "`mlstm_proj_factor` * `model_dim`, rounded up to a multiple of "
+                    f"64), but is {value} instead."
+                )
 
     def _validate_groups(self, result: ValidationResult) -> None:
         if self.num_mlstm_experts is None:

@@ -10,6 +10,8 @@ from fairseq2.runtime.dependency import DependencyContainer
 from fairseq2.utils.validation import Validatable, ValidationResult
 from typing_extensions import override
 
+from moxe_plugin.nn.layers import round_up_to_64
+
 XLSTM_FAMILY: Final = "xlstm"
 
 
@@ -64,6 +66,7 @@ class XLSTMConfig(Validatable):
             "model_dim",
             "num_blocks",
             "slstm_period",
+            "conv_kernel_size",
         ):
             if getattr(self, name) < 1:
                 result.add_error(
@@ -76,6 +79,18 @@ class XLSTMConfig(Validatable):
                 f"`model_dim` ({self.model_dim}) must be a multiple of `num_heads`, "
                 f"but `num_heads` is {self.num_heads}."
             )
+
+        inner_dim = round_up_to_64(self.mlstm_proj_factor * self.model_dim)
+
+        for name in ("num_heads", "qkv_block_size"):
+            value = getattr(self, name)
+
+            if value < 1 or inner_dim % value != 0:
+                result.add_error(
+                    f"`{name}` must divide the mLSTM's inner dimension ({inner_dim}: "
+                    "`mlstm_proj_factor` * `model_dim`, rounded up to a multiple of "
+                    f"64), but is {value} instead."
+                )
 
         return result
 
