@@ -85,7 +85,8 @@ class AuxLossCausalLM(CausalLM):
 
         :param seqs: Token ids. *Shape:* ``(N,S)``, or ``(S)`` for a packed batch.
         :param seqs_layout: Where the sequences of the batch begin and end.
-        :param state_bag: Holds the recurrent state during generation.
+        :param state_bag: Holds the recurrent state during generation; ``None`` for a
+            packed batch.
 
         :returns: The prediction; ``aux_losses`` has the keys of ``aux_loss_scales``
             and ``stats`` those of ``stat_names``.
@@ -129,8 +130,12 @@ class AuxLossCausalLM(CausalLM):
         :returns: The logits when ``targets`` is ``None``; otherwise the loss, a tensor
             or :class:`LossTerms`, or a pair ``(loss, logits)``.
 
-        :raises ValueError: ``reduction`` is neither ``"sum"`` nor ``"mean"``.
+        :raises ValueError: ``reduction`` is neither ``"sum"`` nor ``"mean"``, or
+            ``seqs`` is packed and ``state_bag`` is given.
         """
+        if seqs_layout.packed and state_bag is not None:
+            raise ValueError("`seqs` must not be packed when `state_bag` is given.")
+
         prediction = self.predict(seqs, seqs_layout, state_bag=state_bag)
 
         if targets is None:

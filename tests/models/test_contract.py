@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from fairseq2.datasets import SequenceBatch
 from fairseq2.nn import BatchLayout, Embedding, IncrementalStateBag
+from fairseq2.nn.utils.module import reset_parameters, to_empty
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -67,12 +71,29 @@ def test_loss_is_the_cross_entropy_of_targets_that_are_shifted_once(
     assert_close(actual, (expected * mask).sum().float(), rtol=1e-5, atol=0.0)
     assert_close(log_softmax(logits, dim=-1), log_probs)
 
-    smoothed = model(seqs, _layout(seqs), targets, label_smoothing=0.1)
     rest = -log_probs.sum(-1) - expected
     share = 0.1 / (log_probs.size(-1) - 1)
-    assert_close(
-        smoothed, (0.9 * expected + share * rest).sum().float(), rtol=1e-5, atol=0.0
+    smoothed = 0.9 * expected + share * rest
+
+    actual = model(seqs, _layout(seqs), targets, label_smoothing=0.1)
+    assert_close(actual, smoothed.sum().float(), rtol=1e-5, atol=0.0)
+
+    # Neither masked targets nor padding count.
+    seq_lens = [7, 2, 5]
+    counted = mask & (torch.arange(7) < torch.tensor(seq_lens).unsqueeze(1))
+    layout = BatchLayout.of(seqs, seq_lens)
+    actual = model(seqs, layout, targets, label_smoothing=0.1, target_mask=mask)
+    assert_close(actual, smoothed[counted].sum().float(), rtol=1e-5, atol=0.0)
+
+    actual = model(
+        seqs,
+        layout,
+        targets,
+        label_smoothing=0.1,
+        target_mask=mask,
+        reduction="mean",
     )
+    assert_close(actual, smoothed[counted].mean().float(), rtol=1e-5, atol=0.0)
 
 
 @all_families
@@ -82,6 +103,38 @@ def test_unknown_reduction_is_refused(family: str) -> None:
 
     with pytest.raises(ValueError, match="`reduction` must be 'sum' or 'mean'"):
         model(seqs, _layout(seqs), seqs, reduction="none")  # type: ignore[arg-type]  # the mistake under test
+
+
+@all_families
+def test_packed_batch_has_no_state_to_continue(family: str) -> None:
+    model = create_model(family).eval()
+    seqs = random_ids(6)
+    layout = BatchLayout.of(seqs, [2, 4], packed=True)
+
+    with pytest.raises(ValueError, match="`seqs` must not be packed when `state_bag`"):
+        model(seqs, layout, state_bag=IncrementalStateBag(max_num_steps=64))
+
+
+@all_families
+def test_auxiliary_losses_are_scaled_as_the_trainer_counts_targets(
+    family: str,
+) -> None:
+    model = create_model(family).train()
+    seqs = random_ids(3, 8)
+    batch = SequenceBatch(seqs, [8, 3, 5])
+    packed = SequenceBatch(seqs.flatten()[:20], [7, 9, 1], packed=True)
+
+    for inputs, targets in (batch.as_auto_regressive(), packed.as_auto_regressive()):
+        terms = model(*inputs.as_input(), targets.seqs, return_terms=True)
+        assert isinstance(terms, LossTerms)
+
+        aux = sum(
+            scale * float(terms.aux_losses[name].detach())
+            for name, scale in model.aux_loss_scales.items()
+        )
+        assert float((terms.aggregate - terms.nll).detach()) == pytest.approx(
+            targets.num_target_elements * aux, rel=1e-4, abs=1e-9
+        )
 
 
 @all_families
@@ -310,6 +363,31 @@ def test_model_has_no_persistent_buffers_and_no_scalar_parameters(family: str) -
 
     assert set(model.state_dict()) == set(parameters)
     assert all(p.ndim > 0 for p in parameters.values())
+
+
+@pytest.mark.parametrize("family", RECURRENT_FAMILIES)
+def test_meta_model_is_initialised_by_reset_parameters(family: str) -> None:
+    model = create_model(family, meta=True, dtype=torch.float32)
+    assert all(p.is_meta for p in model.parameters())
+
+    to_empty(model, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+
+    reset_parameters(model)
+
+    for name, parameter in create_model(family, dtype=torch.float32).named_parameters():
+        actual = model.get_parameter(name).detach()
+        expected = parameter.detach()
+
+        assert actual.isfinite().all(), name
+        # Drawn again: large ones are alike in mean and deviation.
+        if expected.numel() >= 64:
+            std = float(expected.std())
+
+            assert float((actual.mean() - expected.mean()).abs()) <= std, name
+            assert float(actual.std()) == pytest.approx(std, rel=0.5), name
 
 
 @all_families

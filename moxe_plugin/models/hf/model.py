@@ -74,9 +74,6 @@ class HfCausalLM(AuxLossCausalLM):
         state_bag: IncrementalStateBag | None = None,
     ) -> Prediction:
         if seqs_layout.packed:
-            if state_bag is not None:
-                raise ValueError("`seqs` must not be packed when `state_bag` is given.")
-
             rows, rows_layout = unpack_documents(seqs, seqs_layout)
             prediction = self.predict(rows, rows_layout)
             logits = repack_documents(prediction.logits, seqs_layout)
