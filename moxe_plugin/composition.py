@@ -5,7 +5,7 @@ from __future__ import annotations
 from fairseq2.composition import register_package_assets
 from fairseq2.runtime.dependency import DependencyContainer
 
-from moxe_plugin.data import register_data
+from moxe_plugin.data.registration import register_data
 from moxe_plugin.models.gemma2 import register_gemma2
 from moxe_plugin.models.moxe import register_moxe
 from moxe_plugin.models.qwen_moe import register_qwen_moe

@@ -50,14 +50,24 @@ def _fail(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "args", ["-h", "lm -h", "lm pretrain -h", "lm pretrain --list-presets", "assets -h"]
+    ("command", "args"),
+    [
+        ("main", "-h"),
+        ("main", "lm -h"),
+        ("main", "lm pretrain -h"),
+        ("main", "lm pretrain --list-presets"),
+        ("main", "assets -h"),
+        ("moxe_main", "-h"),
+        ("moxe_main", "data -h"),
+        ("moxe_main", "data build -h"),
+    ],
 )
-def test_help_imports_nothing_heavy(args: str) -> None:
+def test_help_imports_nothing_heavy(command: str, args: str) -> None:
     code = (
         "import sys\n"
-        "from moxe_plugin.cli import main\n"
+        f"from moxe_plugin.cli import {command}\n"
         "try:\n"
-        "    main(sys.argv[1:])\n"
+        f"    {command}(sys.argv[1:])\n"
         "except SystemExit:\n"
         "    pass\n"
         "sys.exit(any(m in sys.modules for m in ('torch', 'fairseq2', 'yaml')))\n"

@@ -110,7 +110,7 @@ def test_file_without_prompts_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text(" \n")
 
-    with pytest.raises(RecipeError, match="must have a prompt, but '.*' has none"):
+    with pytest.raises(RecipeError, match=r"must have a prompt, but '.*' has none"):
         read_prompts(file)
 
     file.write_bytes(b"\xff")

@@ -1,13 +1,10 @@
-"""The commands `fairseq2` and `moxe`; nothing heavy is imported to answer ``-h``."""
+"""The commands that run recipes: their options, and what fairseq2 makes of them."""
 
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -20,65 +17,12 @@ if TYPE_CHECKING:
 
 _GROUPS: Final = {"lm": "language models"}
 
-_MOXE_COMMANDS: Final = {
-    "data": ("moxe_plugin.data.__main__", "build and inspect token shards"),
-    "bench": ("moxe_plugin.bench.__main__", "run a suite: train, finetune, evaluate"),
-    "tables": ("moxe_plugin.report.__main__", "write the tables of recorded runs"),
-    "doctor": ("moxe_plugin.doctor", "check the installation"),
-}
 
+def add_recipes(groups: _SubParsers) -> None:
+    """Add a command for every recipe, ours and those of other packages.
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the `fairseq2` command: 0.4's interface on 0.8's recipe engine.
-
-    :param argv: The arguments; those of the process by default.
-
-    :returns: The exit code; errors of a recipe exit by themselves.
+    :param groups: Where the groups of commands go.
     """
-    parser = ArgumentParser(
-        prog="fairseq2", description="Train and use models.", allow_abbrev=False
-    )
-
-    groups = parser.add_subparsers(dest="group", metavar="GROUP", required=True)
-
-    _add_recipes(groups)
-    _add_assets(groups)
-
-    args = parser.parse_args(argv)
-
-    if args.group == "assets":
-        return _run_assets(args)
-
-    return _run_recipe(args)
-
-
-def moxe_main(argv: Sequence[str] | None = None) -> int:
-    """Run the `moxe` command, which hands over to a module per sub-command.
-
-    :param argv: The arguments; those of the process by default.
-
-    :returns: The exit code.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-
-    parser = ArgumentParser(
-        prog="moxe", description="Data, suites, tables and checks of moxe_plugin."
-    )
-
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    for name, (_, summary) in _MOXE_COMMANDS.items():
-        commands.add_parser(name, help=summary, add_help=False)
-
-    # The module parses what follows its name, `-h` included.
-    args = parser.parse_args(argv[:1])
-
-    module, _ = _MOXE_COMMANDS[args.command]
-
-    return int(import_module(module).main(argv[1:]))
-
-
-def _add_recipes(groups: _SubParsers) -> None:
     from moxe_plugin.train.registry import list_recipes
 
     commands: dict[str, _SubParsers] = {}
@@ -171,7 +115,13 @@ def _add_recipe_options(parser: ArgumentParser, entry: RecipeEntry) -> None:
     add("--quiet", action="store_true", help="show progress and warnings only")
 
 
-def _run_recipe(args: Namespace) -> int:
+def run_recipe_command(args: Namespace) -> int:
+    """Run a recipe as its command line says.
+
+    :param args: What a parser of :func:`add_recipes` has parsed.
+
+    :returns: The exit code; errors of a recipe exit by themselves.
+    """
     from moxe_plugin.train.registry import UnknownNameError, find_preset, list_presets
 
     entry: RecipeEntry = args.entry
@@ -275,42 +225,6 @@ def _option_values(args: Namespace, preset: str | None) -> dict[str, object]:
         values["common.debug"] = args.debug
 
     return values
-
-
-def _add_assets(groups: _SubParsers) -> None:
-    parser = groups.add_parser(
-        "assets", help="models, datasets and tokenizers", description="Known assets."
-    )
-
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    list_parser = commands.add_parser("list", help="list the assets")
-    list_parser.add_argument(
-        "--type",
-        "--kind",
-        dest="kind",
-        choices=("all", "model", "dataset", "tokenizer"),
-        default="all",
-        help="which assets (default: all)",
-    )
-
-    show_parser = commands.add_parser("show", help="show an asset")
-    show_parser.add_argument("name", metavar="NAME", help="the name of the asset")
-
-
-def _run_assets(args: Namespace) -> int:
-    options = ["--kind", args.kind] if args.command == "list" else [args.name]
-
-    original = sys.argv
-
-    sys.argv = ["fairseq2 assets", args.command, *options]
-
-    try:
-        runpy.run_module("fairseq2.assets", run_name="__main__")
-    finally:
-        sys.argv = original
-
-    return 0
 
 
 def _fail(args: Namespace, ex: ValueError) -> NoReturn:
