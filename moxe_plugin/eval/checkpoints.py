@@ -12,6 +12,7 @@ from fairseq2.data.tokenizers import (
     Tokenizer,
     TokenizerFamily,
     TokenizerFamilyNotKnownError,
+    TokenizerNotKnownError,
     load_tokenizer,
 )
 from fairseq2.device import CPU
@@ -143,7 +144,13 @@ def _load_named_tokenizer(tokenizer: str | Path | Tokenizer) -> Tokenizer:
     if Path(tokenizer).is_dir():
         return _load_custom_tokenizer(Path(tokenizer), _DIRECTORY_FAMILY, None)
 
-    return load_tokenizer(str(tokenizer))
+    try:
+        return load_tokenizer(str(tokenizer))
+    except TokenizerNotKnownError:
+        raise ValueError(
+            f"`tokenizer` must be an existing directory or a known asset, but is "
+            f"'{tokenizer}' instead."
+        ) from None
 
 
 def _load_recorded_tokenizer(output: TrainOutput) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from inspect import signature
 from typing import Any, Final, final
 
 import torch
@@ -57,11 +58,27 @@ class MoxeHarnessLM(LoadedModelLM):
                 "`--model_args checkpoint=DIR`."
             )
 
+        known = [*signature(LoadedModelLM).parameters][1:]
+
+        if unknown := sorted(options.keys() - known):
+            raise ValueError(
+                f"`{unknown[0]}` must not be given. The options of the model are: "
+                "checkpoint, model, step, tokenizer, device, dtype, "
+                f"{', '.join(known)}."
+            )
+
         if dtype not in _DTYPES:
             raise ValueError(
                 f"`dtype` must be one of {', '.join(_DTYPES)}, but is '{dtype}' "
                 "instead."
             )
+
+        try:
+            torch.device(device)
+        except RuntimeError:
+            raise ValueError(
+                f"`device` must be cpu, cuda or cuda:N, but is '{device}' instead."
+            ) from None
 
         if device.startswith("cuda") and not torch.cuda.is_available():
             _log.warning("`device` is '%s', but CUDA is not available: cpu.", device)

@@ -113,6 +113,9 @@ def test_another_tokenizer_can_be_given(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`tokenizer` must be given, because"):
         load_checkpoint(tmp_path)
 
+    with pytest.raises(ValueError, match="`tokenizer` must be an existing directory"):
+        load_checkpoint(tmp_path, tokenizer="nothing")
+
 
 @pytest.mark.usefixtures("fairseq2_setup")
 def test_a_moved_tokenizer_is_reported(tmp_path: Path) -> None:
@@ -140,6 +143,8 @@ def test_an_unknown_asset_is_reported() -> None:
         ({}, "Exactly one of `checkpoint` and `model` must be given"),
         ({"checkpoint": "a", "model": "b"}, "Exactly one of"),
         ({"checkpoint": "a", "dtype": "int8"}, "`dtype` must be one of float32"),
+        ({"checkpoint": "a", "device": "gpu"}, "`device` must be cpu, cuda or"),
+        ({"checkpoint": "a", "foo": 1}, "`foo` must not be given.* batch_size, max_"),
     ],
 )
 def test_a_wrong_harness_argument_is_explained(
