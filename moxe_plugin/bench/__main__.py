@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moxe_plugin.bench.plan import RunPlan
-    from moxe_plugin.bench.runner import Conflict, FailedRun
+    from moxe_plugin.bench.runner import FailedRun
+    from moxe_plugin.bench.work_dir import Conflict
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,15 +55,14 @@ def _run(args: Namespace, console: Console) -> int:
     from moxe_plugin.bench.display import open_display
     from moxe_plugin.bench.machine import plan_jobs
     from moxe_plugin.bench.plan import Resolution, plan_suite
-    from moxe_plugin.bench.runner import (
-        Runner,
+    from moxe_plugin.bench.runner import Runner, run_with_progress
+    from moxe_plugin.bench.stages import PRELOAD, STAGE_FUNCTIONS, resolve_suite
+    from moxe_plugin.bench.suite import SuiteError, load_suite, select
+    from moxe_plugin.bench.work_dir import (
         find_conflicts,
         lock_work_dir,
         remove_conflicts,
-        run_with_progress,
     )
-    from moxe_plugin.bench.stages import PRELOAD, STAGE_FUNCTIONS, resolve_suite
-    from moxe_plugin.bench.suite import SuiteError, load_suite, select
 
     suite = select(load_suite(args.suite), args.only, args.seeds)
 

@@ -19,14 +19,13 @@ from moxe_plugin.bench.children import create_context
 from moxe_plugin.bench.display import LineDisplay
 from moxe_plugin.bench.machine import Jobs
 from moxe_plugin.bench.plan import Resolution, RunPlan, plan_suite
-from moxe_plugin.bench.runner import (
-    FailedRun,
-    Runner,
+from moxe_plugin.bench.runner import FailedRun, Runner
+from moxe_plugin.bench.suite import SuiteError, parse_suite
+from moxe_plugin.bench.work_dir import (
     find_conflicts,
     lock_work_dir,
     remove_conflicts,
 )
-from moxe_plugin.bench.suite import SuiteError, parse_suite
 from moxe_plugin.report.run_dirs import find_run_dirs, read_run
 from tests.bench import fake_stages
 
