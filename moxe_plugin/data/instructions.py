@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +233,19 @@ class InstructionRows:
     def __len__(self) -> int:
         """Count the rows."""
         return len(self._examples)
+
+    def compute_sha256(self) -> str:
+        """Compute a digest of the encoded examples.
+
+        :returns: The digest, in hexadecimal.
+        """
+        digest = hashlib.sha256()
+
+        for example in self._examples:
+            digest.update(example.tokens.tobytes())
+            digest.update(example.target_mask.tobytes())
+
+        return digest.hexdigest()
 
     def collate(self, indices: NDArray[np.int64]) -> SequenceBatch:
         """Make a batch of examples, padded on the right.

@@ -31,6 +31,12 @@ class RowSource(Protocol):
         :returns: The batch.
         """
 
+    def compute_sha256(self) -> str:
+        """Compute a digest that tells these rows from those of other data.
+
+        :returns: The digest, in hexadecimal.
+        """
+
 
 @final
 class RowReader(DataReader[SequenceBatch]):
@@ -40,7 +46,8 @@ class RowReader(DataReader[SequenceBatch]):
     order, of which rank ``r`` takes every ``dp.size``-th starting at ``r``.
 
     The state counts rows over all ranks, so a run may resume with another number of
-    ranks: at most one global batch is then read again.
+    ranks: at most one global batch is then read again. It also holds what the order
+    depends on; a run does not resume with other rows or another seed.
 
     :param rows: The rows. Unless ``drop_remainder``, their number must be a multiple
         of the number of ranks.
@@ -151,15 +158,19 @@ class RowReader(DataReader[SequenceBatch]):
             "epoch": self._epoch,
             "position": self._batch_nr * self._global_batch_size,
             "num_rows": len(self._rows),
+            "rows_sha256": self._rows.compute_sha256(),
+            "seed": self._seed,
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         state = dict(state_dict)
 
-        epoch, position, num_rows = (
-            _pop_int(state, key) for key in ("epoch", "position", "num_rows")
+        epoch, position, num_rows, seed = (
+            _pop_int(state, key) for key in ("epoch", "position", "num_rows", "seed")
         )
+
+        rows_sha256 = state.pop("rows_sha256", None)
 
         StateDictError.raise_if_not_empty(state)
 
@@ -167,6 +178,19 @@ class RowReader(DataReader[SequenceBatch]):
             raise StateDictError(
                 f"The dataset split had {num_rows} rows when the checkpoint was saved, "
                 f"but has {len(self._rows)} now."
+            )
+
+        if rows_sha256 != self._rows.compute_sha256():
+            raise StateDictError(
+                "The dataset split has other content than when the checkpoint was "
+                "saved. Bring back the old data, or choose another output directory."
+            )
+
+        if seed != self._seed:
+            raise StateDictError(
+                f"The order of the data had the seed {seed} when the checkpoint was "
+                f"saved, but has {self._seed} now. Bring back the old seed, or choose "
+                "another output directory."
             )
 
         self._epoch = epoch

@@ -7,6 +7,7 @@ the sum of the losses over the UTF-8 size of the documents gives bits per byte.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -119,6 +120,15 @@ class TokenStream:
     def __len__(self) -> int:
         """Count the tokens."""
         return self.info.num_tokens
+
+    def compute_sha256(self) -> str:
+        """Compute a digest of the stream from those of its shards in the manifest.
+
+        :returns: The digest, in hexadecimal.
+        """
+        digests = " ".join(shard.sha256 for shard in self.info.shards)
+
+        return hashlib.sha256(digests.encode()).hexdigest()
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Read the tokens ``[start, stop)`` of the stream, across shards.

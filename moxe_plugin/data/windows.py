@@ -26,6 +26,13 @@ class TrainWindows:
         """Count the rows."""
         return max(0, len(self._stream) - 1) // self._seq_len
 
+    def compute_sha256(self) -> str:
+        """Compute a digest of the stream.
+
+        :returns: The digest, in hexadecimal.
+        """
+        return self._stream.compute_sha256()
+
     def collate(self, indices: NDArray[np.int64]) -> SequenceBatch:
         """Make a batch of windows.
 
@@ -95,6 +102,13 @@ class EvalWindows:
     def __len__(self) -> int:
         """Count the rows."""
         return len(self._bounds) - 1
+
+    def compute_sha256(self) -> str:
+        """Compute a digest of the stream.
+
+        :returns: The digest, in hexadecimal.
+        """
+        return self._stream.compute_sha256()
 
     def collate(self, indices: NDArray[np.int64]) -> SequenceBatch:
         """Make a batch of windows.

@@ -199,6 +199,12 @@ def test_state_of_other_data_is_refused(dataset: TokensDataset) -> None:
     with pytest.raises(StateDictError, match=r"had 24 rows .* has 25"):
         reader.load_state_dict({**state, "num_rows": 24})
 
+    with pytest.raises(StateDictError, match="has other content"):
+        reader.load_state_dict({**state, "rows_sha256": "0" * 64})
+
+    with pytest.raises(StateDictError, match=r"had the seed 5 .* has 0 now"):
+        reader.load_state_dict({**state, "seed": 5})
+
     with pytest.raises(StateDictError, match="unexpected key"):
         reader.load_state_dict({**state, "more": 1})
 
