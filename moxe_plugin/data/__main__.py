@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from moxe_plugin.data.build import Document
-    from moxe_plugin.data.shards import ShardManifest
+    from moxe_plugin.data.manifest import ShardManifest
 
 _EPILOG = """examples:
   moxe data embedded
@@ -198,7 +198,7 @@ def _train_tokenizer(args: Namespace) -> None:
 
 def _prepare_embedded(args: Namespace) -> None:
     from moxe_plugin.data.corpus import prepare_embedded
-    from moxe_plugin.data.shards import read_manifest
+    from moxe_plugin.data.manifest import read_manifest
 
     data = prepare_embedded(args.size)
 

@@ -10,8 +10,8 @@ from typing import Final, NamedTuple, TypeVar
 from fairseq2.datasets import DatasetError
 from tokenizers import Tokenizer
 
+from moxe_plugin.data.manifest import ShardManifest, compute_sha256
 from moxe_plugin.data.shard_writer import ShardWriter
-from moxe_plugin.data.shards import ShardManifest, compute_sha256
 from moxe_plugin.data.tokenizer import (
     HgTextTokenizerConfig,
     find_tokenizer_file,

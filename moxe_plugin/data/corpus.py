@@ -24,8 +24,8 @@ from moxe_plugin.data.bpe import train_bpe
 from moxe_plugin.data.build import Document, build_shards
 from moxe_plugin.data.documentation import STDLIB, TOPICS, get_versions
 from moxe_plugin.data.gathering import gather
+from moxe_plugin.data.manifest import compute_sha256
 from moxe_plugin.data.progress import Stages
-from moxe_plugin.data.shards import compute_sha256
 
 EmbeddedSize: TypeAlias = Literal["quickstart", "full"]
 

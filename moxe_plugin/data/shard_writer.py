@@ -13,14 +13,14 @@ import numpy as np
 from fairseq2.datasets import DatasetError
 from typing_extensions import Self
 
-from moxe_plugin.data.shards import (
+from moxe_plugin.data.manifest import (
     DTYPES,
     FileInfo,
     ShardManifest,
     SplitInfo,
     compute_sha256,
-    open_shards,
 )
+from moxe_plugin.data.shards import open_shards
 
 MAX_SHARD_TOKENS: Final = 1 << 27
 

@@ -27,7 +27,7 @@ from fairseq2.error import NotSupportedError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typing_extensions import override
 
-from moxe_plugin.data.shards import compute_sha256
+from moxe_plugin.data.manifest import compute_sha256
 
 MOXE_HG_TOKENIZER_FAMILY: Final = "moxe_hg"
 TOKENIZER_FILE: Final = "tokenizer.json"

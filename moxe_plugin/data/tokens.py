@@ -12,8 +12,9 @@ from fairseq2.gang import Gangs
 from fairseq2.recipe.error import RecipeError, SplitNotKnownError
 from fairseq2.utils.validation import Validatable, ValidationResult
 
+from moxe_plugin.data.manifest import MANIFEST_FILE
 from moxe_plugin.data.reader import RowReader, RowSource
-from moxe_plugin.data.shards import MANIFEST_FILE, TokenShards, open_shards
+from moxe_plugin.data.shards import TokenShards, open_shards
 from moxe_plugin.data.tokenizer import HgTextTokenizer
 from moxe_plugin.data.windows import EvalWindows, TrainWindows
 

@@ -12,7 +12,7 @@ from fairseq2.error import NotSupportedError
 from transformers import AutoTokenizer
 
 from moxe_plugin.data.bpe import EOS_TOKEN, train_bpe
-from moxe_plugin.data.shards import compute_sha256
+from moxe_plugin.data.manifest import compute_sha256
 from moxe_plugin.data.tokenizer import (
     HgTextTokenizer,
     HgTextTokenizerConfig,

@@ -11,8 +11,8 @@ from typing import Any, Final
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from moxe_plugin.data.manifest import compute_sha256
 from moxe_plugin.data.shard_writer import ShardWriter
-from moxe_plugin.data.shards import compute_sha256
 from moxe_plugin.train.launch import load_preset, run_recipe
 
 VOCAB_SIZE: Final = 320
