@@ -94,6 +94,7 @@ def _plot_curves(
     axes.set_title(f"Loss on `{comparison.data.name}`", loc="left", fontsize=11)
     axes.set_xlabel("training tokens")
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", nbins=5)
     axes.set_ylabel("nats per token (bold: held-out, thin: training)")
     axes.grid(alpha=0.3)
 
