@@ -1,7 +1,7 @@
 """Equality with numbers that the authors' own code produced.
 
 The fixtures lie in the directory that ``MOXE_PARITY_DIR`` names, by default
-``../shared/parity`` beside the checkout. Their README gives the tolerances.
+``../shared/parity`` beside the checkout; without it, one of them is among our own.
 """
 
 from __future__ import annotations
@@ -27,17 +27,21 @@ from moxe_plugin.models.xlstm import XLSTMConfig, create_xlstm_model
 from moxe_plugin.models.xlstm.interop import authors_xlstm_parameters
 from tests.common import assert_close
 
-PARITY_DIR = Path(
-    os.environ.get(
-        "MOXE_PARITY_DIR", Path(__file__).parents[3].joinpath("shared/parity")
-    )
-)
+
+def _find_parity_dir() -> Path:
+    if directory := os.environ.get("MOXE_PARITY_DIR"):
+        return Path(directory)
+
+    shared = Path(__file__).parents[3].joinpath("shared/parity")
+
+    return shared if shared.is_dir() else Path(__file__).parents[1] / "fixtures/parity"
+
+
+PARITY_DIR = _find_parity_dir()
 
 FIXTURES = sorted(path.stem for path in PARITY_DIR.glob("*.npz"))
 
-pytestmark = pytest.mark.skipif(
-    not FIXTURES, reason=f"`MOXE_PARITY_DIR` ({PARITY_DIR}) has no fixtures."
-)
+assert FIXTURES, f"`MOXE_PARITY_DIR` ({PARITY_DIR}) must have fixtures, but has none."
 
 Arrays = dict[str, npt.NDArray[Any]]
 
