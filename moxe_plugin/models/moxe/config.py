@@ -1,12 +1,10 @@
-"""Configuration and named architectures of MoxE."""
+"""Configuration of MoxE."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
-from fairseq2.runtime.dependency import DependencyContainer
 from fairseq2.utils.validation import Validatable, ValidationResult
 from typing_extensions import override
 
@@ -230,29 +228,3 @@ class MoxEConfig(Validatable):
             return self.num_experts // 2
 
         return self.num_mlstm_experts
-
-
-def register_moxe_configs(container: DependencyContainer) -> None:
-    """Register the named architectures with fairseq2."""
-    arch = ConfigRegistrar(container, MoxEConfig)
-
-    @arch("340m")
-    def _340m() -> MoxEConfig:
-        return MoxEConfig()
-
-    @arch("quickstart")
-    def _quickstart() -> MoxEConfig:
-        return MoxEConfig(
-            vocab_size=2048, pad_idx=1, model_dim=96, num_layers=2, num_heads=4
-        )
-
-    @arch("tiny")
-    def _tiny() -> MoxEConfig:
-        return MoxEConfig(
-            vocab_size=320,
-            max_seq_len=64,
-            model_dim=32,
-            num_layers=2,
-            num_heads=2,
-            num_experts=4,
-        )

@@ -5,11 +5,8 @@ from __future__ import annotations
 from fairseq2.composition import register_model_family
 from fairseq2.runtime.dependency import DependencyContainer
 
-from moxe_plugin.models.moxe.config import (
-    MOXE_FAMILY,
-    MoxEConfig,
-    register_moxe_configs,
-)
+from moxe_plugin.models.moxe.architectures import register_moxe_configs
+from moxe_plugin.models.moxe.config import MOXE_FAMILY, MoxEConfig
 from moxe_plugin.models.moxe.factory import create_moxe_model
 from moxe_plugin.models.moxe.model import MoxELM
 from moxe_plugin.models.parallel import (

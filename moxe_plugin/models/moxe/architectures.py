@@ -1,0 +1,106 @@
+"""The named architectures of MoxE: three sizes, and the paper's ablations of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from fairseq2.runtime.config_registry import ConfigRegistrar
+from fairseq2.runtime.dependency import DependencyContainer
+
+from moxe_plugin.models.moxe.config import MoxEConfig
+
+
+def register_moxe_configs(container: DependencyContainer) -> None:
+    """Register the named architectures with fairseq2.
+
+    A size alone is full MoxE; ``SIZE_ABLATION`` is one of the paper's Table 2.
+
+    :param container: fairseq2's dependency container.
+    """
+    arch = ConfigRegistrar(container, MoxEConfig)
+
+    for size, create_size in SIZES.items():
+        arch(size)(create_size)
+
+        for ablation, ablate in ABLATIONS.items():
+            arch(f"{size}_{ablation}")(_compose(create_size, ablate))
+
+
+def _compose(
+    create_size: Callable[[], MoxEConfig], ablate: Callable[[MoxEConfig], MoxEConfig]
+) -> Callable[[], MoxEConfig]:
+    return lambda: ablate(create_size())
+
+
+def _340m() -> MoxEConfig:
+    return MoxEConfig()
+
+
+def _quickstart() -> MoxEConfig:
+    return MoxEConfig(
+        vocab_size=2048, pad_idx=1, model_dim=96, num_layers=2, num_heads=4
+    )
+
+
+def _tiny() -> MoxEConfig:
+    return MoxEConfig(
+        vocab_size=320,
+        max_seq_len=64,
+        model_dim=32,
+        num_layers=2,
+        num_heads=2,
+        num_experts=4,
+    )
+
+
+SIZES = {"340m": _340m, "quickstart": _quickstart, "tiny": _tiny}
+"""Full MoxE by size; ``340m`` is the paper's Table 1."""
+
+
+def _gamma0(config: MoxEConfig) -> MoxEConfig:
+    return replace(config, difficulty_bias_scale=0.0)
+
+
+def _standard(config: MoxEConfig) -> MoxEConfig:
+    return replace(config, router="standard")
+
+
+def _no_group_loss(config: MoxEConfig) -> MoxEConfig:
+    return replace(config, group_loss_scale=0.0)
+
+
+def _ffn(config: MoxEConfig) -> MoxEConfig:
+    return replace(config, router="standard", experts="ffn")
+
+
+def _mlstm(config: MoxEConfig) -> MoxEConfig:
+    return replace(
+        config,
+        router="standard",
+        mixer_blocks=["mlstm", "mlstm"],
+        num_mlstm_experts=config.num_experts,
+    )
+
+
+def _slstm(config: MoxEConfig) -> MoxEConfig:
+    return replace(
+        config,
+        router="standard",
+        mixer_blocks=["slstm", "slstm"],
+        num_mlstm_experts=0,
+    )
+
+
+ABLATIONS = {
+    "gamma0": _gamma0,
+    "standard": _standard,
+    "no_group_loss": _no_group_loss,
+    "ffn": _ffn,
+    "mlstm": _mlstm,
+    "slstm": _slstm,
+}
+"""The rows of the paper's Table 2. Its "no entropy bias" is ``gamma0`` by the paper's
+text, and by the authors' code ``standard`` (MoxE-Standard), which has neither the
+difficulty nor its two losses. ``ffn`` is xLSTM-MoE; ``mlstm`` and ``slstm`` are
+mLSTM-MoE and sLSTM-MoE, whose mixers have blocks of the same kind."""
