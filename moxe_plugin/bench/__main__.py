@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return 2
     except ChildFailedError as ex:
-        _print_failure(error_console, str(ex), ex)
+        _print_failure(error_console, "The preparation failed.", ex)
 
         return 1
     except KeyboardInterrupt:

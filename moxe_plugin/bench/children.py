@@ -113,6 +113,8 @@ def run_in_child(
 
     result_file = log_file.with_suffix(".result")
     result_file.unlink(missing_ok=True)
+    # A process that dies before it prints anything has a log all the same.
+    log_file.touch()
 
     process = context.Process(
         target=_run, args=(function, tuple(args), log_file, result_file, num_threads)
@@ -129,7 +131,9 @@ def run_in_child(
     finally:
         # Reached early when the user interrupts.
         with _LOCK:
-            process.terminate()
+            # The id of a process that has ended may be another's by now.
+            if process.is_alive():
+                process.terminate()
             process.join()
 
     exit_code = process.exitcode

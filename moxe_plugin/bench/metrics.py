@@ -66,7 +66,7 @@ def read_last_train_metrics(output_dir: Path) -> Mapping[str, Any]:
     # Only whole lines end with a line break.
     lines = file.read_text(encoding="utf-8").split("\n")[:-1]
 
-    return json.loads(lines[-1]) if lines else {}
+    return _parse(lines[-1]) if lines else {}
 
 
 def sum_up(lines: Sequence[Mapping[str, Any]]) -> TrainingSums:
@@ -94,9 +94,7 @@ def _read(file: Path, labels: Mapping[str, str]) -> list[dict[str, Any]]:
     by_step: dict[int, dict[str, Any]] = {}
 
     for line in file.read_text(encoding="utf-8").splitlines():
-        # A kill may have cut a line short, to which the next attempt appended; entries
-        # hold no objects, so the last one begins at the last brace.
-        entry = json.loads(line[line.rindex("{") :])
+        entry = _parse(line)
 
         # A continued run repeats the steps after its last checkpoint.
         for step in [s for s in by_step if s >= entry[_STEP]]:
@@ -105,3 +103,11 @@ def _read(file: Path, labels: Mapping[str, str]) -> list[dict[str, Any]]:
         by_step[entry[_STEP]] = {**labels, **entry}
 
     return list(by_step.values())
+
+
+def _parse(line: str) -> dict[str, Any]:
+    # A kill may have cut a line short, to which the next attempt appended; entries
+    # hold no objects, so the last one begins at the last brace.
+    entry: dict[str, Any] = json.loads(line[line.rindex("{") :])
+
+    return entry

@@ -163,6 +163,10 @@ class Runner:
                 num_threads=self._jobs.num_threads,
             )
         except ChildFailedError as ex:
+            # A terminal interrupts the children too; that is no failure of theirs.
+            if self._is_interrupted:
+                raise _InterruptedError from ex
+
             step.finish(None)
 
             raise _StageFailedError(stage, ex) from ex

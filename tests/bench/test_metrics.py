@@ -35,6 +35,7 @@ def test_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     file.write_text(file.read_text() + '{"Step": 2' + '{"Step": 20}\n')
 
     assert [x["Step"] for x in read_train_metrics(tmp_path, "pretrain")] == [10, 20]
+    assert read_last_train_metrics(tmp_path) == {"Step": 20}
 
 
 def test_validation_splits_are_named(tmp_path: Path) -> None:
