@@ -1,6 +1,6 @@
 """Run records: what one training run leaves behind in ``results/``.
 
-A run is one directory (STYLE section 8)::
+A run is one directory (CONTRIBUTING, section 8)::
 
     results/<system>_<data>_<hardware>_<yyyymmdd>_s<seed>/
       config.yaml        every stage's configuration, as resolved
@@ -90,7 +90,7 @@ class Environment:
 
     seed: int | None
     config_sha256: str
-    """Hash of ``config.yaml`` as resolved."""
+    """Hash of the data and of the configuration of every stage."""
 
     recipe_sha256: str
     """The same without the seed: runs that share it differ in the seed only."""
