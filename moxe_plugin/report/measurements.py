@@ -119,14 +119,14 @@ COLUMNS: Final = (
     ),
     Column(
         key="train_loss_nats",
-        heading="train loss",
+        heading="train loss, nats",
         meaning="cross-entropy over the last logged training interval, nats per token",
         measure=lambda r: _last_loss(r.train, "pretrain"),
         number_format=".3f",
     ),
     Column(
         key="valid_loss_nats",
-        heading="valid loss",
+        heading="valid loss, nats",
         meaning="cross-entropy on the held-out split, nats per token",
         measure=valid_loss,
         number_format=".3f",
@@ -161,14 +161,14 @@ COLUMNS: Final = (
     ),
     Column(
         key="instruction_loss_before_nats",
-        heading="instruction loss",
+        heading="instruction loss, nats",
         meaning="cross-entropy of held-out answers before finetuning, nats per token",
         measure=_instruction_loss("pretrained"),
         number_format=".3f",
     ),
     Column(
         key="instruction_loss_after_nats",
-        heading="after finetuning",
+        heading="after finetuning, nats",
         meaning="the same after finetuning on instructions",
         measure=_instruction_loss("finetuned"),
         number_format=".3f",

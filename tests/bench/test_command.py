@@ -49,7 +49,7 @@ def test_suite_ends_with_its_table(
 
     output = capsys.readouterr().out
     assert "[3/6] MoxE, seed 2: pretrain: done in" in output
-    assert "valid loss" in output
+    assert "valid loss, nats" in output
     assert f"Records: {tmp_path}/out/<run>" in output.replace("\n", "")
     assert (tmp_path / "out" / "tables" / "mine.md").is_file()
 

@@ -40,14 +40,14 @@ def test_cells_of_one_run() -> None:
         "parameters": "1,900,000",
         "active": "800,000",
         "training tokens": "40,960",
-        "train loss": "3.900",
-        "valid loss": "4.000",
+        "train loss, nats": "3.900",
+        "valid loss, nats": "4.000",
         "perplexity per token": "54.6",
         "bits per byte": "2.346",
         "perplexity per word": "1,500",
         "last-word accuracy": "6.2%",
-        "instruction loss": "4.500",
-        "after finetuning": "3.000",
+        "instruction loss, nats": "4.500",
+        "after finetuning, nats": "3.000",
         "tokens/s": "1,234",
         "peak memory, GiB": "1.25",
         "wall time, s": "46",
@@ -59,7 +59,7 @@ def test_cells_of_two_seeds_are_mean_and_sample_deviation() -> None:
 
     assert cells.loc["Moxe", "seeds"] == "2, 3"
     # sqrt((0.1**2 + 0.1**2) / 1) = 0.141
-    assert cells.loc["Moxe", "valid loss"] == "4.100 ± 0.141"
+    assert cells.loc["Moxe", "valid loss, nats"] == "4.100 ± 0.141"
     # exp(4) = 54.598 and exp(4.2) = 66.686
     assert cells.loc["Moxe", "perplexity per token"] == "60.6 ± 8.5"
     assert cells.loc["Moxe", "parameters"] == "1,900,000"
@@ -69,7 +69,7 @@ def test_missing_number_is_a_dash_and_never_zero() -> None:
     record = replace(make_trained(), evals={}, valid=[])
     cells = _cells(record, make_guess())
 
-    for heading in ("valid loss", "last-word accuracy", "after finetuning"):
+    for heading in ("valid loss, nats", "last-word accuracy", "after finetuning, nats"):
         assert cells.loc["Moxe", heading] == "—"
 
     for heading in ("parameters", "last-word accuracy", "tokens/s", "wall time, s"):
