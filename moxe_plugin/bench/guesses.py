@@ -15,10 +15,10 @@ from torch.nn import Parameter
 from typing_extensions import override
 
 from moxe_plugin.bench.plan import StagePlan
-from moxe_plugin.bench.resolution import load_tokenizer_section, open_tokens_section
+from moxe_plugin.bench.resolution import open_tokens_section
 from moxe_plugin.bench.scoring import evaluate_tasks, measure_loss
 from moxe_plugin.data.tokens import TokensDataset
-from moxe_plugin.eval.checkpoints import LoadedModel
+from moxe_plugin.eval.checkpoints import LoadedModel, load_recorded_tokenizer
 from moxe_plugin.models.clm import AuxLossCausalLM, Prediction
 
 _COUNT_CHUNK = 1 << 20
@@ -111,7 +111,7 @@ def evaluate_guess(stage: StagePlan) -> dict[str, Any]:
     section = config["dataset"]
 
     dataset = open_tokens_section(section)
-    tokenizer = load_tokenizer_section(config["tokenizer"])
+    tokenizer = load_recorded_tokenizer(config["tokenizer"], stage.run_dir)
 
     if config["guess"] == "uniform":
         logprobs = uniform_logprobs(dataset.shards.manifest.vocab_size)

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fairseq2.data.tokenizers import Tokenizer, load_tokenizer
 from fairseq2.datasets import DatasetHubAccessor
 from fairseq2.utils.structured import StandardValueConverter
 
@@ -108,13 +107,3 @@ def open_instructions_section(section: Mapping[str, Any]) -> InstructionsDataset
         return open_instructions(InstructionsConfig(path=Path(section["path"])))
 
     return _get_instructions_hub().open_dataset(section["name"])
-
-
-def load_tokenizer_section(section: Mapping[str, Any]) -> Tokenizer:
-    """Load the tokenizer that a recipe's ``tokenizer`` section names.
-
-    :param section: The section; it must give a name.
-
-    :returns: The tokenizer.
-    """
-    return load_tokenizer(section["name"])

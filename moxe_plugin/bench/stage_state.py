@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,17 +57,6 @@ def write_state(file: Path, state: StageState) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
 
     write_json(file, asdict(state))
-
-
-def with_elapsed(state: StageState, elapsed_s: float) -> StageState:
-    """Return the state after a longer time.
-
-    :param state: The state.
-    :param elapsed_s: Seconds over all attempts.
-
-    :returns: The same state otherwise.
-    """
-    return replace(state, elapsed_s=elapsed_s)
 
 
 def hash_config(config: object) -> str:

@@ -23,7 +23,7 @@ from fairseq2.runtime.dependency import DependencyLookup, get_dependency_resolve
 from fairseq2.utils.config import StandardConfigMerger
 from fairseq2.utils.structured import StandardValueConverter
 
-from moxe_plugin.models.train_output import TrainOutput, open_train_output
+from moxe_plugin.models.train_output import open_train_output
 
 _DIRECTORY_FAMILY: Final = "moxe_hg"
 """The tokenizer family that reads a directory with a ``tokenizer.json``."""
@@ -102,7 +102,8 @@ def load_checkpoint(
         provenance["tokenizer"] = str(tokenizer)
         tokenizer = _load_named_tokenizer(tokenizer)
     elif output is not None:
-        tokenizer = _load_recorded_tokenizer(output)
+        section = output.recipe_config.get("tokenizer", {})
+        tokenizer = load_recorded_tokenizer(section, output.dir)
     else:
         tokenizer = load_tokenizer(card)
 
@@ -153,12 +154,20 @@ def _load_named_tokenizer(tokenizer: str | Path | Tokenizer) -> Tokenizer:
         ) from None
 
 
-def _load_recorded_tokenizer(output: TrainOutput) -> Tokenizer:
-    section = output.recipe_config.get("tokenizer")
+def load_recorded_tokenizer(section: Mapping[str, Any], run_dir: Path) -> Tokenizer:
+    """Load the tokenizer of a training run.
 
+    :param section: The ``tokenizer`` section of the run's configuration.
+    :param run_dir: The directory of the run, for error messages.
+
+    :returns: The tokenizer.
+
+    :raises ValueError: The section is empty, its path is gone, or it changes the
+        configuration of an asset.
+    """
     if not section:
         raise ValueError(
-            f"`tokenizer` must be given, because '{output.dir}' records none in its "
+            f"`tokenizer` must be given, because '{run_dir}' records none in its "
             "`config.yaml`."
         )
 
@@ -167,7 +176,7 @@ def _load_recorded_tokenizer(output: TrainOutput) -> Tokenizer:
     if (path := section.get("path")) is not None:
         if not Path(path).exists():
             raise ValueError(
-                f"`tokenizer` must be given, because the tokenizer that '{output.dir}' "
+                f"`tokenizer` must be given, because the tokenizer that '{run_dir}' "
                 f"was trained with is no longer at '{path}'."
             )
 
@@ -176,7 +185,7 @@ def _load_recorded_tokenizer(output: TrainOutput) -> Tokenizer:
     if overrides:
         raise ValueError(
             "`tokenizer` must be given, because a tokenizer recorded by `name` with "
-            f"`config_overrides` cannot be rebuilt. '{output.dir}' has one."
+            f"`config_overrides` cannot be rebuilt. '{run_dir}' has one."
         )
 
     return load_tokenizer(section["name"])
