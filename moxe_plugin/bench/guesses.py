@@ -88,6 +88,7 @@ class GuessLM(AuxLossCausalLM):
         seqs: Tensor,
         seqs_layout: BatchLayout,
         *,
+        with_terms: bool,
         state_bag: IncrementalStateBag | None = None,
     ) -> Prediction:
         # (V) -> (N,S,V)

@@ -79,17 +79,19 @@ class AuxLossCausalLM(CausalLM):
         seqs: Tensor,
         seqs_layout: BatchLayout,
         *,
+        with_terms: bool,
         state_bag: IncrementalStateBag | None = None,
     ) -> Prediction:
-        """Compute logits, auxiliary losses and statistics.
+        """Compute logits and, when they are wanted, auxiliary losses and statistics.
 
         :param seqs: Token ids. *Shape:* ``(N,S)``, or ``(S)`` for a packed batch.
         :param seqs_layout: Where the sequences of the batch begin and end.
+        :param with_terms: Whether auxiliary losses and statistics are wanted.
         :param state_bag: Holds the recurrent state during generation; ``None`` for a
             packed batch.
 
         :returns: The prediction; ``aux_losses`` has the keys of ``aux_loss_scales``
-            and ``stats`` those of ``stat_names``.
+            and ``stats`` those of ``stat_names``, or both are empty.
         """
 
     def num_idle_parameters(self) -> float:
@@ -136,7 +138,12 @@ class AuxLossCausalLM(CausalLM):
         if seqs_layout.packed and state_bag is not None:
             raise ValueError("`seqs` must not be packed when `state_bag` is given.")
 
-        prediction = self.predict(seqs, seqs_layout, state_bag=state_bag)
+        # A step of a generation is short: it would spend much of its time on them.
+        with_terms = targets is not None and (self.training or return_terms)
+
+        prediction = self.predict(
+            seqs, seqs_layout, with_terms=with_terms, state_bag=state_bag
+        )
 
         if targets is None:
             return prediction.logits

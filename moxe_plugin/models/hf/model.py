@@ -71,11 +71,12 @@ class HfCausalLM(AuxLossCausalLM):
         seqs: Tensor,
         seqs_layout: BatchLayout,
         *,
+        with_terms: bool,
         state_bag: IncrementalStateBag | None = None,
     ) -> Prediction:
         if seqs_layout.packed:
             rows, rows_layout = unpack_documents(seqs, seqs_layout)
-            prediction = self.predict(rows, rows_layout)
+            prediction = self.predict(rows, rows_layout, with_terms=with_terms)
             logits = repack_documents(prediction.logits, seqs_layout)
 
             return prediction._replace(logits=logits)
@@ -86,6 +87,9 @@ class HfCausalLM(AuxLossCausalLM):
             self._check_seq_len(seqs_layout.max_seq_len)
 
             output = self.hf(input_ids=seqs, use_cache=False)
+
+        if not with_terms:
+            return Prediction(output["logits"], {}, {})
 
         aux_losses, stats = self.read_output(output, seqs_layout)
 

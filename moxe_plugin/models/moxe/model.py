@@ -75,6 +75,7 @@ class MoxELM(AuxLossCausalLM):
         seqs: Tensor,
         seqs_layout: BatchLayout,
         *,
+        with_terms: bool,
         state_bag: IncrementalStateBag | None = None,
     ) -> Prediction:
         packed_layout = None
@@ -99,8 +100,13 @@ class MoxELM(AuxLossCausalLM):
             # (N,S,M) -> (S,M)
             hidden = repack_documents(hidden, packed_layout)
 
+        logits = self.final_proj(hidden)
+
+        if not with_terms:
+            return Prediction(logits, {}, {})
+
         return Prediction(
-            self.final_proj(hidden),
+            logits,
             self._aux_losses(routings, token_mask),
             self._stats(routings, token_mask),
         )

@@ -130,6 +130,7 @@ class XLSTMLM(AuxLossCausalLM):
         seqs: Tensor,
         seqs_layout: BatchLayout,
         *,
+        with_terms: bool,
         state_bag: IncrementalStateBag | None = None,
     ) -> Prediction:
         packed_layout = None
