@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from fairseq2.models.clm import CausalLM
@@ -26,6 +26,10 @@ class Prediction(NamedTuple):
     stats: dict[str, Tensor]
     """Statistics by name, detached, ``()``; for reports, never part of a loss."""
 
+    expert_loads: Tensor | None = None
+    """How many tokens each expert got, if the model adjusts to it after a training
+    step: see :meth:`AuxLossCausalLM.adjust_to_loads`. *Shape:* ``(L,E)``."""
+
 
 class LossTerms(NamedTuple):
     """A loss and what it is made of.
@@ -46,6 +50,9 @@ class LossTerms(NamedTuple):
     stats: dict[str, Tensor]
     """As in :class:`Prediction`."""
 
+    expert_loads: Tensor | None = None
+    """As in :class:`Prediction`."""
+
 
 class AuxLossCausalLM(CausalLM):
     """A causal language model whose training loss has named auxiliary terms.
@@ -59,6 +66,11 @@ class AuxLossCausalLM(CausalLM):
     :param aux_loss_scales: The weight of each auxiliary loss in the aggregate.
     :param stat_names: The names of the statistics that :meth:`predict` returns.
     """
+
+    has_recurrent_state: ClassVar[bool] = False
+    """Whether a state bag holds nothing but
+    :class:`~moxe_plugin.models.recurrent_state.RecurrentState`: of constant size, and
+    of rows of different lengths if the batch was padded."""
 
     def __init__(
         self,
@@ -101,6 +113,17 @@ class AuxLossCausalLM(CausalLM):
             and the experts a token is not sent to (on average, where experts differ).
         """
         return 0
+
+    def adjust_to_loads(self, expert_loads: Tensor) -> None:
+        """Change what follows the load of experts, and no gradient.
+
+        To be called once after each optimizer step, and only if :class:`LossTerms` has
+        loads.
+
+        :param expert_loads: The sum of ``LossTerms.expert_loads`` over the batches of
+            the step, in all processes. *Shape:* ``(L,E)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not follow any load.")
 
     @override
     def forward(
@@ -187,7 +210,13 @@ class AuxLossCausalLM(CausalLM):
         loss: Tensor | LossTerms = aggregate
 
         if return_terms:
-            loss = LossTerms(aggregate, nll, prediction.aux_losses, prediction.stats)
+            loss = LossTerms(
+                aggregate,
+                nll,
+                prediction.aux_losses,
+                prediction.stats,
+                prediction.expert_loads,
+            )
 
         return (loss, prediction.logits) if return_logits else loss
 

@@ -1,18 +1,35 @@
 """Parameters of the authors' JAX code (github thiomajid/moxe) under our names.
 
 Each of our parameters is made from one or more of theirs. Their names are paths joined
-by ``/``; their linear kernels are stored ``(in, out)``, their head-wise ones
-``(heads, out, in)``.
+by ``/``, which ours never have; their linear kernels are stored ``(in, out)``, their
+head-wise ones ``(heads, out, in)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Final, TypeVar, final
 
 import torch
+from fairseq2.device import META_DEVICE
+from fairseq2.models import ModelFactory, ModelStateDictConverter
 from torch import Tensor
+from torch.nn import Module
+
+_WAY_OUT: Final = (
+    "Describe the model that was saved: in an asset card by `model_arch` and "
+    "`model_config_overrides`, in a recipe by `model.arch` and "
+    "`model.config_overrides`. The architectures of the authors begin with `authors_`."
+)
+
+ConfigT = TypeVar("ConfigT")
+
+ModelT = TypeVar("ModelT", bound=Module)
+
+
+class AuthorsCheckpointError(ValueError):
+    """A checkpoint of the authors' code does not fit the model."""
 
 
 @final
@@ -96,99 +113,67 @@ def stacked_experts(parameters: list[AuthorsParameter]) -> AuthorsParameter:
     return AuthorsParameter(names, join, split)
 
 
-def mlstm_block_parameters(prefix: str) -> dict[str, AuthorsParameter]:
-    """List the parameters of an mLSTM block.
+def create_authors_converter(
+    factory: ModelFactory[ConfigT, ModelT],
+    list_parameters: Callable[[ConfigT], Mapping[str, AuthorsParameter]],
+) -> ModelStateDictConverter[ConfigT]:
+    """Create what fairseq2 applies to every checkpoint of a family that it loads.
 
-    :param prefix: Their name of the block.
+    Names tell a checkpoint of theirs from one of ours, which is left as it is.
 
-    :returns: Correspondences by our name within the block.
+    :param factory: Creates a model of the family.
+    :param list_parameters: Lists the correspondence for each of its parameters.
+
+    :returns: The converter. It raises :class:`AuthorsCheckpointError`, if names of
+        both codes are mixed or :func:`from_authors` does.
     """
-    layer = f"{prefix}/xlstm"
-    cell = f"{layer}/mlstm_cell"
 
-    return {
-        "norm.weight": same(f"{prefix}/xlstm_norm/scale"),
-        "up_proj": same(f"{layer}/proj_up/kernel"),
-        "conv.weight": squeezed(f"{layer}/conv1d/conv/kernel", 1),
-        "conv.bias": same(f"{layer}/conv1d/conv/bias"),
-        "q_proj": transposed(f"{layer}/q_proj/kernel"),
-        "k_proj": transposed(f"{layer}/k_proj/kernel"),
-        "v_proj": transposed(f"{layer}/v_proj/kernel"),
-        "input_gate_weight": same(f"{cell}/igate/kernel"),
-        "input_gate_bias": same(f"{cell}/igate/bias"),
-        "forget_gate_weight": same(f"{cell}/fgate/kernel"),
-        "forget_gate_bias": same(f"{cell}/fgate/bias"),
-        "out_norm.weight": same(f"{cell}/outnorm/scale"),
-        "skip": same(f"{layer}/learnable_skip"),
-        "down_proj": same(f"{layer}/proj_down/kernel"),
-    }
+    def convert(state_dict: dict[str, object], config: ConfigT) -> dict[str, object]:
+        theirs = {name for name in state_dict if "/" in name}
 
+        if not theirs:
+            return state_dict
 
-def slstm_block_parameters(prefix: str) -> dict[str, AuthorsParameter]:
-    """List the parameters of an sLSTM block.
+        if ours := state_dict.keys() - theirs:
+            raise AuthorsCheckpointError(
+                "A checkpoint must have the names of the authors' code or ours, not "
+                f"both, but has {len(theirs)} like '{min(theirs)}' and {len(ours)} "
+                f"like '{min(ours)}'."
+            )
 
-    :param prefix: Their name of the block.
+        with META_DEVICE:
+            model = factory(config)
 
-    :returns: Correspondences by our name within the block.
-    """
-    layer = f"{prefix}/xlstm"
+        return {**from_authors(state_dict, list_parameters(config), model.state_dict())}
 
-    gates = AuthorsParameter(
-        tuple(f"{layer}/{gate}gate/kernel" for gate in "ifzo"),
-        # (H,out,in) each -> (H,in,gate,out)
-        lambda theirs: torch.stack([kernel.mT for kernel in theirs], dim=2),
-        lambda ours: [kernel.mT for kernel in ours.unbind(2)],
-    )
-
-    return {
-        "norm.weight": same(f"{prefix}/xlstm_norm/scale"),
-        "conv.weight": squeezed(f"{layer}/conv1d/conv/kernel", 1),
-        "conv.bias": same(f"{layer}/conv1d/conv/bias"),
-        "gate_proj": gates,
-        "recurrent_weight": same(f"{layer}/slstm_cell/_recurrent_kernel_"),
-        "gate_bias": same(f"{layer}/slstm_cell/_bias_"),
-        "out_norm.weight": same(f"{layer}/group_norm/scale"),
-        "ffn_norm.weight": same(f"{prefix}/ffn_norm/scale"),
-        "ffn.up_proj": same(f"{prefix}/ffn/proj_up/kernel"),
-        "ffn.down_proj": same(f"{prefix}/ffn/proj_down/kernel"),
-    }
-
-
-def ffn_expert_parameters(prefix: str) -> dict[str, AuthorsParameter]:
-    """List the parameters of a feed-forward expert.
-
-    :param prefix: Their name of the expert.
-
-    :returns: Correspondences by our name within the expert.
-    """
-    return {
-        "up_proj": AuthorsParameter(
-            (f"{prefix}/w1/kernel", f"{prefix}/w3/kernel"),
-            lambda theirs: torch.cat(theirs, dim=-1),
-            lambda ours: list(ours.chunk(2, dim=-1)),
-        ),
-        "down_proj": same(f"{prefix}/w2/kernel"),
-    }
+    return convert
 
 
 def from_authors(
-    theirs: Mapping[str, Tensor], parameters: Mapping[str, AuthorsParameter]
+    theirs: Mapping[str, object],
+    parameters: Mapping[str, AuthorsParameter],
+    ours: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Convert a state dict of theirs to ours.
 
     :param theirs: Their parameters by name.
     :param parameters: The correspondence for each of our parameters.
+    :param ours: The parameters of a model of ours, for their shapes; they may be on
+        the meta device.
 
     :returns: Our parameters by name.
 
-    :raises ValueError: A name of theirs is missing, or one is unknown.
+    :raises AuthorsCheckpointError: A name of theirs is missing or unknown, or what it
+        names is not a tensor of the expected shape.
     """
-    expected = {name for parameter in parameters.values() for name in parameter.names}
+    shapes = {name: tuple(t.shape) for name, t in _split(ours, parameters)}
 
-    _check_names(theirs, expected, "the authors'")
+    _check_names(theirs, shapes, "the authors'")
+
+    tensors = _check_shapes(theirs, shapes)
 
     return {
-        name: parameter.join([theirs[n] for n in parameter.names]).contiguous()
+        name: parameter.join([tensors[n] for n in parameter.names]).contiguous()
         for name, parameter in parameters.items()
     }
 
@@ -203,30 +188,60 @@ def to_authors(
 
     :returns: Their parameters by name.
 
-    :raises ValueError: A name of ours is missing, or one is unknown.
+    :raises AuthorsCheckpointError: A name of ours is missing, or one is unknown.
     """
     _check_names(ours, parameters, "our")
 
-    return {
-        name: tensor.contiguous()
-        for key, parameter in parameters.items()
-        for name, tensor in zip(
-            parameter.names, parameter.split(ours[key]), strict=True
-        )
-    }
+    return {name: tensor.contiguous() for name, tensor in _split(ours, parameters)}
+
+
+def _split(
+    ours: Mapping[str, Tensor], parameters: Mapping[str, AuthorsParameter]
+) -> Iterator[tuple[str, Tensor]]:
+    for key, parameter in parameters.items():
+        yield from zip(parameter.names, parameter.split(ours[key]), strict=True)
 
 
 def _check_names(found: Iterable[str], expected: Iterable[str], whose: str) -> None:
     found, expected = set(found), set(expected)
 
-    if missing := sorted(expected - found):
-        raise ValueError(
-            f"`state_dict` must have every parameter of {whose} model, but "
-            f"'{missing[0]}' is missing ({len(missing)} in all)."
+    problems = [
+        f"'{min(names)}' {problem} ({len(names)} in all)"
+        for names, problem in (
+            (expected - found, "is missing"),
+            (found - expected, "is none of them"),
+        )
+        if names
+    ]
+
+    if problems:
+        raise AuthorsCheckpointError(
+            f"A checkpoint must have exactly the parameters of {whose} model, but "
+            f"{' and '.join(problems)}. {_WAY_OUT}"
         )
 
-    if unknown := sorted(found - expected):
-        raise ValueError(
-            f"`state_dict` must have the parameters of {whose} model only, but "
-            f"'{unknown[0]}' is none of them ({len(unknown)} in all)."
-        )
+
+def _check_shapes(
+    theirs: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    tensors = {}
+
+    for name, shape in shapes.items():
+        tensor = theirs[name]
+
+        if not isinstance(tensor, Tensor):
+            raise AuthorsCheckpointError(
+                f"'{name}' of a checkpoint must be a tensor, but is of type "
+                f"`{type(tensor)}` instead."
+            )
+
+        if tensor.shape != shape:
+            raise AuthorsCheckpointError(
+                f"'{name}' of the checkpoint must have the shape {shape} that the "
+                f"configuration asks for, but has {tuple(tensor.shape)} instead. "
+                f"{_WAY_OUT}"
+            )
+
+        tensors[name] = tensor
+
+    return tensors

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias, TypeVar, final
 
-from fairseq2.nn import IncrementalState
+from fairseq2.nn import IncrementalState, IncrementalStateBag
 from torch import Tensor
+from torch.nn import Module
 from typing_extensions import override
 
 from moxe_plugin.nn.experts import ExpertsState
@@ -35,19 +36,33 @@ class RecurrentState(IncrementalState):
         self.block_states = tuple(block_states)
         self.experts_state = experts_state
 
-    @override
-    def reorder(self, new_order: Tensor) -> None:
-        self.block_states = tuple(
-            _select(state, 0, new_order) for state in self.block_states
+    def select(self, rows: Tensor) -> RecurrentState:
+        """Copy the states of some sequences of the batch.
+
+        :param rows: Which sequences; one may occur several times. *Shape:* ``(N)``.
+
+        :returns: The copy, with a batch of ``N`` sequences.
+        """
+        block_states = [_select(state, 0, rows) for state in self.block_states]
+
+        if self.experts_state is None:
+            return RecurrentState(block_states)
+
+        mlstm, slstm = self.experts_state
+
+        experts_state = ExpertsState(
+            None if mlstm is None else _select(mlstm, 1, rows),
+            None if slstm is None else _select(slstm, 1, rows),
         )
 
-        if self.experts_state is not None:
-            mlstm, slstm = self.experts_state
+        return RecurrentState(block_states, experts_state)
 
-            self.experts_state = ExpertsState(
-                None if mlstm is None else _select(mlstm, 1, new_order),
-                None if slstm is None else _select(slstm, 1, new_order),
-            )
+    @override
+    def reorder(self, new_order: Tensor) -> None:
+        selected = self.select(new_order)
+
+        self.block_states = selected.block_states
+        self.experts_state = selected.experts_state
 
     @override
     def size_bytes(self) -> int:
@@ -68,3 +83,37 @@ class RecurrentState(IncrementalState):
 
 def _select(state: BlockStateT, batch_dim: int, rows: Tensor) -> BlockStateT:
     return type(state)(*(t.index_select(batch_dim, rows) for t in state))
+
+
+def fork_states(
+    model: Module, state_bag: IncrementalStateBag, rows: Tensor
+) -> IncrementalStateBag:
+    """Copy the states of some sequences, so that several texts can continue each.
+
+    :param model: A model whose ``has_recurrent_state`` is true.
+    :param state_bag: What the model left there; it stays as it is.
+    :param rows: Which sequences; one may occur several times. *Shape:* ``(N)``.
+
+    :returns: A bag for a batch of ``N`` sequences.
+    """
+    fork = IncrementalStateBag(state_bag.max_num_steps)
+
+    for module in model.modules():
+        state = state_bag.maybe_get_state(module, RecurrentState)
+        if state is not None:
+            fork.set_state(module, state.select(rows))
+
+    return fork
+
+
+def count_state_bytes(model: Module, state_bag: IncrementalStateBag) -> int:
+    """Count the bytes of the recurrent states in a bag.
+
+    :param model: The model whose states they are.
+    :param state_bag: The bag.
+
+    :returns: The sum over all modules and sequences.
+    """
+    states = (state_bag.maybe_get_state(m, RecurrentState) for m in model.modules())
+
+    return sum(state.size_bytes() for state in states if state is not None)

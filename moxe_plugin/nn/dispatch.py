@@ -40,8 +40,8 @@ class DispatchPlan(NamedTuple):
     """The slot of each choice; any slot if it was not sent. *Shape:* ``(T,K)``."""
 
     is_sent: Tensor | None
-    """Whether the choice is that of a token and not of padding; ``None`` if all are.
-    *Shape:* ``(T,K)``."""
+    """Whether the choice is a token's expert, and neither padding's nor an empty place;
+    ``None`` if all are. *Shape:* ``(T,K)``."""
 
 
 def plan_dispatch(
@@ -49,7 +49,8 @@ def plan_dispatch(
 ) -> DispatchPlan:
     """Assign a slot to every choice.
 
-    :param expert_indices: The distinct experts of each token. *Shape:* ``(N,S,K)``.
+    :param expert_indices: The distinct experts of each token; -1 at places that it
+        leaves empty, to which nothing is sent. *Shape:* ``(N,S,K)``.
     :param token_mask: Which tokens to send; all if ``None``. *Shape:* ``(N,S)``.
     :param grid_sizes: How many experts share each grid: first come the experts of the
         first grid, and so on.
@@ -74,7 +75,11 @@ def plan_dispatch(
     grid_lens = list(torch.split(num_sent[:, -1].t(), list(grid_sizes)))
 
     # A grid without a token keeps a slot, so that its experts get a (zero) gradient.
-    row_lens = [max(n, 1) for n in torch.stack([x.max() for x in grid_lens]).tolist()]
+    *max_lens, min_index = torch.stack(
+        [*(lens.max() for lens in grid_lens), expert_indices.min()]
+    ).tolist()
+
+    row_lens = [max(n, 1) for n in max_lens]
 
     grid_shapes = [(e, num_seqs, n) for e, n in zip(grid_sizes, row_lens, strict=True)]
 
@@ -88,6 +93,14 @@ def plan_dispatch(
 
             num_slots += num_seqs * row_len
 
+    is_sent = None if token_mask is None else token_mask.unsqueeze(-1)
+
+    if min_index < 0:
+        is_place_used = expert_indices >= 0
+        is_sent = is_place_used if is_sent is None else is_place_used & is_sent
+
+        expert_indices = expert_indices.clamp(min=0)
+
     begin, stride = torch.tensor([begins, strides], device=device)[:, expert_indices]
 
     seq_ids = torch.arange(num_seqs, device=device)[:, None, None]
@@ -97,12 +110,10 @@ def plan_dispatch(
         begin + seq_ids * stride + num_sent.gather(2, expert_indices) - 1
     ).flatten(0, 1)
 
-    is_sent = None
+    if is_sent is not None:
+        is_sent = is_sent.flatten(0, 1).expand(-1, top_k)
 
-    if token_mask is not None:
-        is_sent = token_mask.flatten().unsqueeze(-1).expand(-1, top_k)
-
-        # Padding shares an extra slot, which is then cut off.
+        # Padding and empty places share an extra slot, which is then cut off.
         slot_of_choice = slot_of_choice.where(is_sent, num_slots)
 
     choice_of_slot = torch.full((num_slots + 1,), -1, device=device)

@@ -1,7 +1,11 @@
-"""Auxiliary losses: MoxE eqs. (10)-(20). Each is the mean over tokens, in float32."""
+"""Auxiliary losses: MoxE eqs. (10)-(20), and one more for a dynamic number of experts.
+
+Each is the mean over tokens, in float32.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Final, Literal, TypeAlias
 
@@ -109,18 +113,19 @@ def load_balancing_loss(
 ) -> Tensor:
     """Keep the load of experts even.
 
-    - ``switch``: ``E sum_i f_i P_i``, MoxE eq. (20), where ``f_i`` is the share of the
-      ``T * K`` assignments that expert ``i`` gets and ``P_i`` its mean probability; 1
-      when even;
+    - ``switch``: ``E sum_i f_i P_i``, MoxE eq. (20), where ``f_i`` is the share of all
+      assignments of a token to an expert, ``T * K`` if no place is empty, that expert
+      ``i`` gets, and ``P_i`` its mean probability; 1 when even;
     - ``squared``, the authors' code: ``sum_i (u_i - 1/E) ** 2``, where ``u_i`` is the
       sum of the probabilities, not renormalised, of the tokens that chose ``i``, over
-      ``T * K``.
+      the number of assignments.
 
     The gradient flows through the probabilities. Computed in float32 (float64 stays
     float64).
 
     :param router_probs: Routing probabilities after the bias. *Shape:* ``(T,E)``.
-    :param expert_indices: The experts of each token. *Shape:* ``(T,K)``.
+    :param expert_indices: The experts of each token; -1 at empty places. *Shape:*
+        ``(T,K)``.
     :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
     :param form: Which of the forms to compute.
 
@@ -137,9 +142,27 @@ def load_balancing_loss(
     # (T,K,1) == (E) -> (T,K,E) -> (T,E)
     chosen = (expert_indices.unsqueeze(-1) == expert_ids).any(dim=1).to(probs.dtype)
 
-    top_k = expert_indices.size(1)
+    # Of no token at all the load is 0.
+    num_per_token = _mean(chosen.sum(dim=-1), token_mask).clamp(min=1)
 
-    return _LOAD_BALANCING_FORMS[form](probs, chosen / top_k, token_mask)
+    return _LOAD_BALANCING_FORMS[form](probs, chosen / num_per_token, token_mask)
+
+
+def dynamic_loss(router_probs: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Make a router certain, so that few experts reach a threshold of probability.
+
+    ``mean(-sum_i p_i ln(p_i))``, the mean entropy: the "dynamic loss" of Huang et al.,
+    arXiv 2403.07652. Computed in float32 (float64 stays float64).
+
+    :param router_probs: Routing probabilities by which experts are chosen. *Shape:*
+        ``(T,E)``.
+    :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
+
+    :returns: The mean over tokens in nats. *Shape:* ``()``.
+    """
+    entropy = normalized_entropy(_at_least_float32(router_probs))
+
+    return math.log(router_probs.size(-1)) * _mean(entropy, token_mask)
 
 
 def _check_form(form: str, forms: Mapping[str, object]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor, float32, promote_types
@@ -14,6 +14,9 @@ from torch.nn.init import trunc_normal_, zeros_
 from typing_extensions import override
 
 from moxe_plugin.nn.modulation import Modulation, standard_modulation
+
+if TYPE_CHECKING:
+    from moxe_plugin.nn.selection import ExpertSelection
 
 MIN_ENTROPY_PROB: Final = 1e-6
 """Below this a probability no longer enters the logarithm of the entropy."""
@@ -45,50 +48,40 @@ class Routing(NamedTuple):
     *Shape:* ``(T)``."""
 
     expert_indices: Tensor
-    """The chosen experts, most probable first; int64. *Shape:* ``(T,K)``."""
+    """The chosen experts, the best first; int64. A place that a token leaves empty has
+    :data:`~moxe_plugin.nn.selection.NO_EXPERT` (-1). *Shape:* ``(T,K)``."""
 
     expert_weights: Tensor
-    """The weights of the chosen experts, eq. (9); rows sum to 1. *Shape:* ``(T,K)``."""
+    """The weights of the chosen experts, eq. (9); 0 at empty places; rows sum to 1.
+    *Shape:* ``(T,K)``."""
 
 
 class Router(Module, ABC):
-    """Scores experts linearly, ``z = W_r h (+ b_r)``, and chooses the best ``top_k``.
+    """Scores experts linearly, ``z = W_r h (+ b_r)``, and has a rule choose the best.
 
     Weights start as LeCun normal (truncated), biases as 0.
 
     :param model_dim: The dimensionality of the model.
-    :param num_experts: The number of experts.
-    :param top_k: The number of experts of each token.
+    :param selection: Chooses experts by their probabilities, after the difficulty bias.
     :param bias: Whether the scores have a learned bias ``b_r``.
-
-    :raises ValueError: ``top_k`` is not between 1 and ``num_experts``.
     """
 
     weight: Parameter
     bias: Parameter | None
 
     def __init__(
-        self, model_dim: int, num_experts: int, top_k: int, *, bias: bool = False
+        self, model_dim: int, selection: ExpertSelection, *, bias: bool = False
     ) -> None:
         super().__init__()
 
-        if top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1, but is {top_k} instead.")
-
-        if top_k > num_experts:
-            raise ValueError(
-                f"`top_k` must be at most `num_experts` ({num_experts}), but is "
-                f"{top_k} instead."
-            )
-
         self.model_dim = model_dim
-        self.num_experts = num_experts
-        self.top_k = top_k
+        self.num_experts = selection.num_experts
+        self.selection = selection
 
-        self.weight = Parameter(torch.empty(num_experts, model_dim))
+        self.weight = Parameter(torch.empty(self.num_experts, model_dim))
 
         if bias:
-            self.bias = Parameter(torch.empty(num_experts))
+            self.bias = Parameter(torch.empty(self.num_experts))
         else:
             self.register_parameter("bias", None)
 
@@ -121,17 +114,6 @@ class Router(Module, ABC):
 
         return linear(hidden, self.weight.to(hidden.dtype), bias)
 
-    def _choose(self, probs: Tensor) -> tuple[Tensor, Tensor]:
-        # Stable: of equally probable experts the one with the lower index wins.
-        sorted_probs, order = torch.sort(probs, dim=-1, descending=True, stable=True)
-
-        top_probs = sorted_probs[:, : self.top_k]
-
-        return (
-            order[:, : self.top_k].contiguous(),
-            top_probs / top_probs.sum(dim=-1, keepdim=True),
-        )
-
 
 class StandardRouter(Router):
     """Routes by the scores alone: MoxE eqs. (1)-(3), "MoxE-Standard".
@@ -140,9 +122,9 @@ class StandardRouter(Router):
     """
 
     def __init__(
-        self, model_dim: int, num_experts: int, top_k: int, *, bias: bool = False
+        self, model_dim: int, selection: ExpertSelection, *, bias: bool = False
     ) -> None:
-        super().__init__(model_dim, num_experts, top_k, bias=bias)
+        super().__init__(model_dim, selection, bias=bias)
 
         self.reset_parameters()
 
@@ -152,7 +134,7 @@ class StandardRouter(Router):
 
         probs = softmax(logits, dim=-1)
 
-        return Routing(logits, logits, probs, probs, None, *self._choose(probs))
+        return Routing(logits, logits, probs, probs, None, *self.selection(probs))
 
 
 class DifficultyRouter(Router):
@@ -162,8 +144,7 @@ class DifficultyRouter(Router):
     ``0 .. num_mlstm_experts - 1`` get the bias ``+s`` and all others ``-s``.
 
     :param model_dim: The dimensionality of the model.
-    :param num_experts: The number of experts.
-    :param top_k: The number of experts of each token.
+    :param selection: Chooses experts by their probabilities, after the difficulty bias.
     :param num_mlstm_experts: How many of the first experts hard tokens are sent to. In
         the paper it is half of them; we leave it free.
     :param difficulty_bias_scale: The scale gamma of the bias.
@@ -171,8 +152,8 @@ class DifficultyRouter(Router):
         a :class:`MaskedModulation` or :class:`ProportionalModulation`.
     :param bias: Whether the scores have a learned bias ``b_r``.
 
-    :raises ValueError: ``top_k`` or ``num_mlstm_experts`` does not fit ``num_experts``,
-        or ``difficulty_bias_scale`` is negative.
+    :raises ValueError: ``num_mlstm_experts`` does not fit the number of experts, or
+        ``difficulty_bias_scale`` is negative.
     """
 
     difficulty_weight: Parameter
@@ -181,20 +162,20 @@ class DifficultyRouter(Router):
     def __init__(
         self,
         model_dim: int,
-        num_experts: int,
-        top_k: int,
+        selection: ExpertSelection,
         *,
         num_mlstm_experts: int,
         difficulty_bias_scale: float,
         modulation: Modulation = standard_modulation,
         bias: bool = False,
     ) -> None:
-        super().__init__(model_dim, num_experts, top_k, bias=bias)
+        super().__init__(model_dim, selection, bias=bias)
 
-        if not 0 < num_mlstm_experts < num_experts:
+        if not 0 < num_mlstm_experts < self.num_experts:
             raise ValueError(
                 "`num_mlstm_experts` must be greater than 0 and less than "
-                f"`num_experts` ({num_experts}), but is {num_mlstm_experts} instead."
+                f"`num_experts` ({self.num_experts}), but is {num_mlstm_experts} "
+                "instead."
             )
 
         if not difficulty_bias_scale >= 0.0:
@@ -252,7 +233,7 @@ class DifficultyRouter(Router):
             probs,
             softmax(logits, dim=-1),
             difficulty.squeeze(-1),
-            *self._choose(probs),
+            *self.selection(probs),
         )
 
 

@@ -8,10 +8,13 @@ from torch import Tensor
 from moxe_plugin.nn.routing import Routing, normalized_entropy
 
 
-def router_stat_names(*, has_difficulty: bool) -> tuple[str, ...]:
+def router_stat_names(
+    *, has_difficulty: bool, varies_top_k: bool = False
+) -> tuple[str, ...]:
     """List the statistics that :func:`router_stats` computes.
 
     :param has_difficulty: Whether the router predicts a difficulty.
+    :param varies_top_k: Whether tokens differ in their number of experts.
 
     :returns: Names, in the order of the statistics.
     """
@@ -20,24 +23,57 @@ def router_stat_names(*, has_difficulty: bool) -> tuple[str, ...]:
     if has_difficulty:
         names.append("difficulty")
 
-    return (*names, "busiest_expert_share", "idle_experts")
+    names += ["busiest_expert_share", "idle_experts"]
+
+    if varies_top_k:
+        names.append("experts_per_token")
+
+    return tuple(names)
+
+
+@torch.no_grad()
+def count_expert_loads(routing: Routing, token_mask: Tensor | None = None) -> Tensor:
+    """Count the tokens that each expert gets.
+
+    :param routing: The routing of a batch.
+    :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
+
+    :returns: The counts, int64. *Shape:* ``(E)``.
+    """
+    expert_ids = torch.arange(
+        routing.router_probs.size(1), device=routing.expert_indices.device
+    )
+
+    # (T,K,1) == (E) -> (T,K,E)
+    chosen = routing.expert_indices.unsqueeze(-1) == expert_ids
+
+    if token_mask is not None:
+        chosen = chosen & token_mask[:, None, None]
+
+    return chosen.sum(dim=(0, 1))
 
 
 @torch.no_grad()
 def router_stats(
-    routing: Routing, num_mlstm_experts: int, token_mask: Tensor | None = None
+    routing: Routing,
+    num_mlstm_experts: int,
+    token_mask: Tensor | None = None,
+    *,
+    varies_top_k: bool = False,
 ) -> dict[str, Tensor]:
     """Compute statistics of one layer's routing over a batch.
 
     ``mlstm_share``, ``slstm_share`` and ``busiest_expert_share`` are shares, in [0, 1],
-    of the ``T * K`` assignments; ``router_entropy`` is the mean normalized entropy of
-    the probabilities before the bias, in [0, 1]; ``difficulty``, absent if the router
-    predicts none, is the mean difficulty, in (0, 1); ``idle_experts`` is a count. All
-    are 0 for a batch without a token, except for ``idle_experts``.
+    of the assignments of a token to an expert; ``router_entropy`` is the mean
+    normalized entropy of the probabilities before the bias, in [0, 1]; ``difficulty``,
+    absent if the router predicts none, is the mean difficulty, in (0, 1);
+    ``idle_experts`` is a count; ``experts_per_token``, absent unless it varies, is a
+    mean. All are 0 for a batch without a token, except for ``idle_experts``.
 
     :param routing: The routing of a batch.
     :param num_mlstm_experts: How many of the first experts are mLSTM experts.
     :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
+    :param varies_top_k: Whether tokens differ in their number of experts.
 
     :returns: Detached statistics by name, in the order of :func:`router_stat_names`.
         *Shape:* ``()`` each.
@@ -52,14 +88,9 @@ def router_stats(
     def mean(values: Tensor) -> Tensor:
         return values.where(token_mask, 0.0).sum() / num_tokens
 
-    expert_ids = torch.arange(probs.size(1), device=probs.device)
+    counts = count_expert_loads(routing, token_mask)
 
-    # (T,K,1) == (E) -> (T,K,E)
-    chosen = routing.expert_indices.unsqueeze(-1) == expert_ids
-
-    counts = (chosen & token_mask[:, None, None]).sum(dim=(0, 1))
-
-    shares = counts / (num_tokens * routing.expert_indices.size(1))
+    shares = counts / counts.sum().clamp(min=1)
 
     stats = {
         "mlstm_share": shares[:num_mlstm_experts].sum(),
@@ -72,5 +103,8 @@ def router_stats(
 
     stats["busiest_expert_share"] = shares.max()
     stats["idle_experts"] = (counts == 0).sum().to(probs.dtype)
+
+    if varies_top_k:
+        stats["experts_per_token"] = counts.sum() / num_tokens
 
     return stats

@@ -174,14 +174,11 @@ def test_projections_of_the_matrix_memory_do_not_start_at_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "num_parameters"),
-    [({}, 339_811_690), ({"final_norm": False}, 339_811_050)],
-    ids=["table-1", "authors-tree"],
+    ("arch", "num_parameters"),
+    [("340m", 339_811_690), ("authors_340m", 339_811_050)],
 )
-def test_340m_has_the_parameters_of_table_1(
-    fields: dict[str, Any], num_parameters: int
-) -> None:
-    model = create_model("moxe", "340m", change=_set(**fields), meta=True)
+def test_340m_has_the_parameters_of_table_1(arch: str, num_parameters: int) -> None:
+    model = create_model("moxe", arch, meta=True)
 
     assert sum(p.numel() for p in model.parameters()) == num_parameters
 
@@ -200,9 +197,7 @@ def test_340m_has_the_parameters_of_table_1(
 def test_ablations_have_the_parameters_of_the_authors_tree(
     ablation: str, num_millions: float
 ) -> None:
-    model = create_model(
-        "moxe", f"340m_{ablation}", change=_set(final_norm=False), meta=True
-    )
+    model = create_model("moxe", f"authors_340m_{ablation}", meta=True)
 
     num_parameters = sum(p.numel() for p in model.parameters())
     assert num_parameters / 1e6 == pytest.approx(num_millions, abs=0.005)
@@ -239,6 +234,14 @@ def test_ablation_trains(ablation: str) -> None:
         ({"mixer_blocks": []}, "`mixer_blocks` must name at least one block"),
         ({"group_loss_scale": -0.1}, "`group_loss_scale` must be greater"),
         ({"vocab_size": 0}, "`vocab_size` must be greater than or equal to 1"),
+        (
+            {"max_top_k": 9},
+            r"`max_top_k` must be between 1 and `num_experts` \(8\), bu",
+        ),
+        ({"dynamic_threshold": 0.0}, "`dynamic_threshold` must be greater than 0 and"),
+        ({"workspace_threshold": 1.5}, "`workspace_threshold` must be between 0 and 1"),
+        ({"load_bias_rate": -0.1}, "`load_bias_rate` must be greater than or equal"),
+        ({"dynamic_loss_scale": -0.1}, "`dynamic_loss_scale` must be greater than or"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

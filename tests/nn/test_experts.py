@@ -17,6 +17,7 @@ from moxe_plugin.nn.experts import ExpertsState, ExpertStateKind, SparseExperts
 from moxe_plugin.nn.layers import GatedFeedForward
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.routing import Routing, StandardRouter
+from moxe_plugin.nn.selection import NO_EXPERT, TopKSelection
 from moxe_plugin.nn.slstm import SLSTMBlock
 
 MODEL_DIM, NUM_EXPERTS, TOP_K, NUM_SEQS, SEQ_LEN = 6, 5, 2, 3, 11
@@ -34,6 +35,9 @@ SPLITS = [
 ]
 
 Split = tuple[int, int, int]
+
+# Whether tokens differ in their number of experts
+VARIES = pytest.mark.parametrize("varies", [False, True], ids=["fixed", "varying"])
 
 LENS = [
     pytest.param(None, id="full"),
@@ -104,18 +108,34 @@ class Case(NamedTuple):
 
 
 def make_case(
-    device: torch.device, seq_lens: list[int] | None = None, seq_len: int = SEQ_LEN
+    device: torch.device,
+    seq_lens: list[int] | None = None,
+    seq_len: int = SEQ_LEN,
+    *,
+    varies: bool = False,
 ) -> Case:
     shape = (NUM_SEQS, seq_len)
+
+    max_top_k = 4 if varies else TOP_K
 
     # Expert 1 gets no token at all.
     scores = torch.rand(*shape, NUM_EXPERTS, device=device)
     scores[..., 1] = -1.0
 
+    indices = scores.topk(max_top_k, dim=-1).indices
+    weights = torch.rand(*shape, max_top_k, dtype=float64, device=device)
+
+    if varies:
+        num_chosen = torch.randint(1, max_top_k + 1, (*shape, 1), device=device)
+        is_empty = torch.arange(max_top_k, device=device) >= num_chosen
+
+        # The weights of empty places are not 0 here: none may count.
+        indices = indices.masked_fill(is_empty, NO_EXPERT)
+
     return Case(
         torch.randn(*shape, MODEL_DIM, dtype=float64, device=device),
-        scores.topk(TOP_K, dim=-1).indices,
-        torch.rand(*shape, TOP_K, dtype=float64, device=device),
+        indices,
+        weights,
         None if seq_lens is None else tensor(seq_lens, device=device),
     )
 
@@ -185,6 +205,7 @@ def apply_naively(
     return torch.stack(list(sums.values())).view_as(seqs), states
 
 
+@VARIES
 @pytest.mark.parametrize("seq_lens", LENS)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("expert_state", EXPERT_STATES)
@@ -192,10 +213,11 @@ def test_dispatch_equals_every_expert_on_its_own_tokens(
     expert_state: ExpertStateKind,
     split: Split,
     seq_lens: list[int] | None,
+    varies: bool,
     device: torch.device,
 ) -> None:
     experts = make_experts(expert_state, split, device)
-    case = make_case(device, seq_lens)
+    case = make_case(device, seq_lens, varies=varies)
 
     leaves = [
         case.seqs.requires_grad_(),
@@ -232,12 +254,13 @@ def test_dispatch_equals_every_expert_on_its_own_tokens(
             assert_close(actual[e, n], reference[0], rtol=1e-9, atol=1e-10)
 
 
+@VARIES
 @pytest.mark.parametrize("expert_state", EXPERT_STATES)
 def test_later_tokens_do_not_reach_earlier_outputs(
-    expert_state: ExpertStateKind, device: torch.device
+    expert_state: ExpertStateKind, varies: bool, device: torch.device
 ) -> None:
     experts = make_experts(expert_state, (2, 3, 0), device)
-    case, other = make_case(device), make_case(device)
+    case, other = make_case(device, varies=varies), make_case(device, varies=varies)
 
     expected, _ = apply(experts, case)
 
@@ -256,13 +279,17 @@ def test_later_tokens_do_not_reach_earlier_outputs(
         assert not torch.isclose(output[:, s], expected[:, s]).any()
 
 
+@VARIES
 @pytest.mark.parametrize("seq_lens", LENS)
 @pytest.mark.parametrize("expert_state", EXPERT_STATES)
 def test_a_sequence_alone_equals_itself_in_a_batch(
-    expert_state: ExpertStateKind, seq_lens: list[int] | None, device: torch.device
+    expert_state: ExpertStateKind,
+    seq_lens: list[int] | None,
+    varies: bool,
+    device: torch.device,
 ) -> None:
     experts = make_experts(expert_state, (2, 3, 0), device)
-    case = make_case(device, seq_lens)
+    case = make_case(device, seq_lens, varies=varies)
 
     output, _ = apply(experts, case)
 
@@ -276,12 +303,16 @@ def test_a_sequence_alone_equals_itself_in_a_batch(
             assert_close(output[n, :num_tokens], expected[0], rtol=1e-12, atol=1e-12)
 
 
+@VARIES
 @pytest.mark.parametrize("expert_state", EXPERT_STATES)
 def test_right_padding_changes_nothing(
-    expert_state: ExpertStateKind, device: torch.device
+    expert_state: ExpertStateKind, varies: bool, device: torch.device
 ) -> None:
     experts = make_experts(expert_state, (2, 3, 0), device)
-    case, garbage = make_case(device, [11, 0, 7]), make_case(device)
+    case, garbage = (
+        make_case(device, [11, 0, 7], varies=varies),
+        make_case(device, varies=varies),
+    )
 
     assert case.seq_lens is not None
 
@@ -307,13 +338,14 @@ def test_right_padding_changes_nothing(
         assert grad.isfinite().all()
 
 
+@VARIES
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("expert_state", RECURRENT)
 def test_chunks_with_state_equal_the_whole(
-    expert_state: ExpertStateKind, split: Split, device: torch.device
+    expert_state: ExpertStateKind, split: Split, varies: bool, device: torch.device
 ) -> None:
     experts = make_experts(expert_state, split, device)
-    case = make_case(device)
+    case = make_case(device, varies=varies)
 
     expected, expected_state = apply(experts, case)
 
@@ -473,7 +505,7 @@ def test_two_runs_are_bitwise_equal(
     expert_state: ExpertStateKind, device: torch.device
 ) -> None:
     experts = make_experts(expert_state, (2, 3, 0), device).float()
-    router = StandardRouter(MODEL_DIM, NUM_EXPERTS, TOP_K).to(device)
+    router = StandardRouter(MODEL_DIM, TopKSelection(NUM_EXPERTS, TOP_K)).to(device)
 
     seqs = torch.randn(NUM_SEQS, 65, MODEL_DIM, device=device, requires_grad=True)
     leaves = [seqs, *experts.parameters(), *router.parameters()]

@@ -16,6 +16,7 @@ from moxe_plugin.nn.losses import (
     GroupLossForm,
     LoadBalancingForm,
     difficulty_loss,
+    dynamic_loss,
     group_loss,
     load_balancing_loss,
     router_z_loss,
@@ -167,7 +168,7 @@ def test_router_z_loss_follows_its_equation(
 
 
 def switch(rows: list[list[float]], indices: list[list[int]]) -> float:
-    num_choices = len(rows) * TOP_K
+    num_choices = sum(map(len, indices))
 
     shares = [
         sum(row.count(i) for row in indices) / num_choices for i in range(NUM_EXPERTS)
@@ -184,9 +185,12 @@ def squared(rows: list[list[float]], indices: list[list[int]]) -> float:
         for i in chosen:
             load[i] += row[i]
 
-    return sum((x / (len(rows) * TOP_K) - 1 / NUM_EXPERTS) ** 2 for x in load)
+    num_choices = sum(map(len, indices))
+
+    return sum((x / num_choices - 1 / NUM_EXPERTS) ** 2 for x in load)
 
 
+@pytest.mark.parametrize("varies", [False, True], ids=["fixed", "varying"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("form", "formula"), [("switch", switch), ("squared", squared)]
@@ -196,16 +200,37 @@ def test_load_balancing_loss_follows_its_equation(
     form: LoadBalancingForm,
     formula: Callable[[list[list[float]], list[list[int]]], float],
     masked: bool,
+    varies: bool,
     device: torch.device,
 ) -> None:
     probs = logits.softmax(1)
     indices = probs.topk(TOP_K, dim=1).indices
 
+    if varies:
+        indices[::2, 1] = -1
+
     loss = load_balancing_loss(probs, indices, make_mask(masked, device), form=form)
 
-    expected = formula(list_valid(probs, masked), list_valid(indices, masked))
+    chosen = [[i for i in row if i >= 0] for row in list_valid(indices, masked)]
+
+    expected = formula(list_valid(probs, masked), chosen)
 
     # MoxE eq. (20), and the form of the authors' code
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dynamic_loss_is_the_mean_entropy_in_nats(
+    logits: Tensor, masked: bool, device: torch.device
+) -> None:
+    probs = logits.softmax(1)
+
+    loss = dynamic_loss(probs, make_mask(masked, device))
+
+    expected = mean(
+        [-sum(p * math.log(p) for p in row) for row in list_valid(probs, masked)]
+    )
+
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -226,6 +251,7 @@ def compute_all_losses(logits: Tensor, token_mask: Tensor | None) -> list[Tensor
         *(group_loss(probs, NUM_MLSTM, token_mask, form=f) for f in GROUP_FORMULAS),
         load_balancing_loss(probs, indices, token_mask, form="switch"),
         load_balancing_loss(probs, indices, token_mask, form="squared"),
+        dynamic_loss(probs, token_mask),
     ]
 
 

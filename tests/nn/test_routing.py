@@ -21,6 +21,7 @@ from moxe_plugin.nn.routing import (
     StandardRouter,
     normalized_entropy,
 )
+from moxe_plugin.nn.selection import TopKSelection
 
 MODEL_DIM, NUM_EXPERTS, TOP_K, NUM_TOKENS = 7, 5, 2, 11
 
@@ -36,8 +37,7 @@ def make_difficulty_router(
 
     router = DifficultyRouter(
         MODEL_DIM,
-        NUM_EXPERTS,
-        TOP_K,
+        TopKSelection(NUM_EXPERTS, TOP_K),
         num_mlstm_experts=num_mlstm_experts,
         difficulty_bias_scale=scale,
         modulation=modulation,
@@ -163,7 +163,7 @@ def test_expert_weights_are_the_largest_probabilities_renormalised(
 def test_of_equal_experts_the_lower_index_wins(
     num_experts: int, device: torch.device
 ) -> None:
-    router = StandardRouter(MODEL_DIM, num_experts, 3).to(device)
+    router = StandardRouter(MODEL_DIM, TopKSelection(num_experts, 3)).to(device)
 
     with torch.no_grad():
         router.weight.zero_()
@@ -200,9 +200,9 @@ def test_standard_router_has_no_difficulty_and_no_bias(device: torch.device) -> 
     router = make_difficulty_router(device, scale=0.0)
     hidden = make_hidden(device)
 
-    standard = StandardRouter(MODEL_DIM, NUM_EXPERTS, TOP_K, bias=True).to(
-        device, float64
-    )
+    standard = StandardRouter(
+        MODEL_DIM, TopKSelection(NUM_EXPERTS, TOP_K), bias=True
+    ).to(device, float64)
     standard.load_state_dict(
         {n: p for n, p in router.state_dict().items() if "difficulty" not in n}
     )
@@ -238,14 +238,15 @@ def test_routing_is_float32_under_autocast_and_for_bfloat16(
 ) -> None:
     torch.manual_seed(3)
 
+    selection = TopKSelection(NUM_EXPERTS, TOP_K)
+
     router: Router
     if router_kls is StandardRouter:
-        router = StandardRouter(MODEL_DIM, NUM_EXPERTS, TOP_K, bias=True)
+        router = StandardRouter(MODEL_DIM, selection, bias=True)
     else:
         router = DifficultyRouter(
             MODEL_DIM,
-            NUM_EXPERTS,
-            TOP_K,
+            selection,
             num_mlstm_experts=2,
             difficulty_bias_scale=0.3,
         )
@@ -269,7 +270,11 @@ def test_routing_is_float32_under_autocast_and_for_bfloat16(
 def test_reset_draws_lecun_normal_weights_and_zero_biases() -> None:
     with torch.device("meta"):
         router = DifficultyRouter(
-            1000, 64, 2, num_mlstm_experts=32, difficulty_bias_scale=0.3, bias=True
+            1000,
+            TopKSelection(64, 2),
+            num_mlstm_experts=32,
+            difficulty_bias_scale=0.3,
+            bias=True,
         )
 
     router.to_empty(device="cpu")
@@ -319,20 +324,6 @@ def test_normalized_entropy_is_a_share_of_the_maximum(
 def test_normalized_entropy_of_a_single_expert_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`probs` must be at least 2, but is 1"):
         normalized_entropy(torch.ones(3, 1))
-
-
-@pytest.mark.parametrize("top_k", [0, -1])
-def test_top_k_below_one_is_refused(top_k: int) -> None:
-    with pytest.raises(ValueError, match=r"^`top_k` must be at least 1, but is"):
-        StandardRouter(MODEL_DIM, 8, top_k)
-
-
-def test_top_k_above_the_number_of_experts_is_refused() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"^`top_k` must be at most `num_experts` \(8\), but is 9 instead\.$",
-    ):
-        StandardRouter(MODEL_DIM, 8, 9)
 
 
 @pytest.mark.parametrize("num_mlstm_experts", [0, NUM_EXPERTS])

@@ -9,7 +9,11 @@ import torch
 from torch import float64, tensor
 
 from moxe_plugin.nn.routing import Routing
-from moxe_plugin.nn.statistics import router_stat_names, router_stats
+from moxe_plugin.nn.statistics import (
+    count_expert_loads,
+    router_stat_names,
+    router_stats,
+)
 
 
 def make_routing(device: torch.device, *, has_difficulty: bool) -> Routing:
@@ -45,6 +49,30 @@ def test_statistics_are_those_worked_out_by_hand(device: torch.device) -> None:
     )
 
 
+def test_empty_places_are_no_assignments(device: torch.device) -> None:
+    routing = make_routing(device, has_difficulty=False)._replace(
+        expert_indices=tensor([[0, 2, 1], [1, -1, -1], [3, 0, -1]], device=device)
+    )
+
+    stats = router_stats(routing, 1, varies_top_k=True)
+
+    assert {name: value.item() for name, value in stats.items()} == pytest.approx(
+        {
+            "mlstm_share": 2 / 6,
+            "slstm_share": 4 / 6,
+            "router_entropy": 2.5 / 3,
+            "busiest_expert_share": 2 / 6,
+            "idle_experts": 0.0,
+            "experts_per_token": 2.0,
+        }
+    )
+
+    mask = tensor([False, True, True], device=device)
+
+    assert count_expert_loads(routing).tolist() == [2, 2, 1, 1]
+    assert count_expert_loads(routing, mask).tolist() == [1, 1, 0, 1]
+
+
 def test_masked_tokens_do_not_count(device: torch.device) -> None:
     routing = make_routing(device, has_difficulty=True)
 
@@ -70,9 +98,18 @@ def test_a_batch_without_a_token_gives_finite_statistics(device: torch.device) -
     assert all(math.isfinite(value.item()) for value in stats.values())
 
 
+@pytest.mark.parametrize("varies_top_k", [True, False])
 @pytest.mark.parametrize("has_difficulty", [True, False])
-def test_names_are_known_beforehand(has_difficulty: bool, device: torch.device) -> None:
-    stats = router_stats(make_routing(device, has_difficulty=has_difficulty), 2)
+def test_names_are_known_beforehand(
+    has_difficulty: bool, varies_top_k: bool, device: torch.device
+) -> None:
+    stats = router_stats(
+        make_routing(device, has_difficulty=has_difficulty),
+        2,
+        varies_top_k=varies_top_k,
+    )
 
-    assert tuple(stats) == router_stat_names(has_difficulty=has_difficulty)
+    assert tuple(stats) == router_stat_names(
+        has_difficulty=has_difficulty, varies_top_k=varies_top_k
+    )
     assert not any(value.requires_grad for value in stats.values())

@@ -14,17 +14,30 @@ from moxe_plugin.models.moxe.config import MoxEConfig
 def register_moxe_configs(container: DependencyContainer) -> None:
     """Register the named architectures with fairseq2.
 
-    A size alone is full MoxE; ``SIZE_ABLATION`` is one of the paper's Table 2.
+    A size alone is full MoxE; ``SIZE_ABLATION`` is one of the paper's Table 2, and
+    ``SIZE_SELECTION`` chooses experts by another rule;
+    ``SIZE_STATE`` and ``SIZE_ABLATION_STATE`` change what experts remember.
+    ``authors_SIZE`` and ``authors_SIZE_ABLATION`` do all as the authors' code.
 
     :param container: fairseq2's dependency container.
     """
     arch = ConfigRegistrar(container, MoxEConfig)
 
     for size, create_size in SIZES.items():
-        arch(size)(create_size)
+        systems = {size: create_size}
 
         for ablation, ablate in ABLATIONS.items():
-            arch(f"{size}_{ablation}")(_compose(create_size, ablate))
+            systems[f"{size}_{ablation}"] = _compose(create_size, ablate)
+
+        for selection, select in SELECTIONS.items():
+            arch(f"{size}_{selection}")(_compose(create_size, select))
+
+        for system, create in systems.items():
+            arch(system)(create)
+            arch(f"authors_{system}")(_compose(create, do_as_authors))
+
+            for state, set_state in EXPERT_STATES.items():
+                arch(f"{system}_{state}")(_compose(create, set_state))
 
 
 def _compose(
@@ -34,12 +47,18 @@ def _compose(
 
 
 def _340m() -> MoxEConfig:
-    return MoxEConfig()
+    # Feed-forward experts of the authors' width, 2.0, make their ablation 7 % smaller.
+    return MoxEConfig(expert_ffn_proj_factor=2.2)
 
 
 def _quickstart() -> MoxEConfig:
     return MoxEConfig(
-        vocab_size=2048, pad_idx=1, model_dim=96, num_layers=2, num_heads=4
+        vocab_size=2048,
+        pad_idx=1,
+        model_dim=96,
+        num_layers=2,
+        num_heads=4,
+        expert_ffn_proj_factor=8 / 3,
     )
 
 
@@ -104,3 +123,55 @@ ABLATIONS = {
 text, and by the authors' code ``standard`` (MoxE-Standard), which has neither the
 difficulty nor its two losses. ``ffn`` is xLSTM-MoE; ``mlstm`` and ``slstm`` are
 mLSTM-MoE and sLSTM-MoE, whose mixers have blocks of the same kind."""
+
+
+def _token(config: MoxEConfig) -> MoxEConfig:
+    return replace(config, expert_state="token")
+
+
+def _dense(config: MoxEConfig) -> MoxEConfig:
+    return replace(config, expert_state="dense")
+
+
+EXPERT_STATES = {"token": _token, "dense": _dense}
+"""What experts remember, if not the tokens routed to them (``subsequence``). The
+feed-forward experts of ``ffn`` remember nothing in any case."""
+
+
+def do_as_authors(config: MoxEConfig) -> MoxEConfig:
+    """Change a configuration to what the authors' code computes, where ours differs.
+
+    Not by a field: padding, which they do not mask, and the initial values of q, k, v
+    and the sLSTM's gates, which are 0 in their code and then stay there in part.
+
+    :param config: A configuration of ours.
+
+    :returns: The changed copy.
+    """
+    return replace(
+        config,
+        expert_state="token",
+        load_balance_loss="squared",
+        final_norm=False,
+        expert_ffn_proj_factor=2.0,
+    )
+
+
+def _dynamic(config: MoxEConfig) -> MoxEConfig:
+    return replace(config, expert_selection="dynamic")
+
+
+def _global_workspace(config: MoxEConfig) -> MoxEConfig:
+    return replace(config, expert_selection="global_workspace")
+
+
+def _loss_free(config: MoxEConfig) -> MoxEConfig:
+    return replace(config, expert_selection="loss_free", load_balance_loss_scale=0.0)
+
+
+SELECTIONS = {
+    "dynamic": _dynamic,
+    "global_workspace": _global_workspace,
+    "loss_free": _loss_free,
+}
+"""Full MoxE with other rules by which a router chooses experts."""

@@ -8,7 +8,7 @@ from typing import Final, Literal
 from fairseq2.utils.validation import Validatable, ValidationResult
 from typing_extensions import override
 
-from moxe_plugin.nn.layers import round_up_to_64
+from moxe_plugin.models.moxe.validation import validate_moxe_config
 
 MOXE_FAMILY: Final = "moxe"
 
@@ -59,7 +59,42 @@ class MoxEConfig(Validatable):
     """How many of them, the first ones, form the mLSTM group; ``None`` means half."""
 
     top_k: int = 2
-    """The number of experts chosen for a token: MoxE eq. (3)."""
+    """The number of experts chosen for a token: MoxE eq. (3). ``dynamic`` selection
+    does not read it."""
+
+    expert_selection: Literal["top_k", "dynamic", "global_workspace", "loss_free"] = (
+        "top_k"
+    )
+    """How the experts of a token are chosen, with either ``router``:
+
+    - ``top_k``: the most probable ones, as in the paper;
+    - ``dynamic``: as many as reach ``dynamic_threshold`` (Huang et al., 2403.07652);
+    - ``global_workspace``: ``top_k``, but all for an uncertain token, in training (GW-
+      MoE, 2406.12375, does so in finetuning). It adds no parameter: set it to finetune
+      a model that was pretrained with ``top_k``;
+    - ``loss_free``: by probability plus a bias that follows past loads (2408.15664),
+      meant to go with ``load_balance_loss_scale`` 0. It adds ``num_experts`` parameters
+      to a layer, hence no checkpoint fits both it and another selection."""
+
+    dynamic_threshold: float = 0.4
+    """The probability that the experts of a token reach together, with ``dynamic``; the
+    value of its paper, which has 16 experts."""
+
+    max_top_k: int | None = None
+    """The largest number of experts of a token, with ``dynamic``; ``None`` means all.
+    """
+
+    workspace_threshold: float = 0.9
+    """The entropy, as a share of ``ln(num_experts)``, above which a token is uncertain,
+    with ``global_workspace``. Our choice: its paper sets it for each model."""
+
+    workspace_at_inference: bool = False
+    """Whether uncertain tokens go to all experts in evaluation mode too. GW-MoE does
+    not; but then an expert with memory sees fewer tokens than in training."""
+
+    load_bias_rate: float = 1e-3
+    """How far a step moves the bias of an expert, with ``loss_free``, as in its paper.
+    """
 
     router: Literal["difficulty", "standard"] = "difficulty"
     """Whether a token's difficulty biases the router's logits: eqs. (5)-(7)."""
@@ -108,6 +143,10 @@ class MoxEConfig(Validatable):
     load_balance_loss_scale: float = 1e-2
     """The weight lambda_load in eq. (21)."""
 
+    dynamic_loss_scale: float = 1e-4
+    """The weight of the loss that keeps routers certain, with ``dynamic``, as in its
+    paper."""
+
     group_loss: Literal["kl", "squared_difference", "bounded", "js"] = "kl"
     """The form of the group-wise loss, eqs. (12)-(18)."""
 
@@ -122,104 +161,7 @@ class MoxEConfig(Validatable):
 
     @override
     def validate(self) -> ValidationResult:
-        result = ValidationResult()
-
-        for name in (
-            "vocab_size",
-            "max_seq_len",
-            "model_dim",
-            "num_layers",
-            "conv_kernel_size",
-        ):
-            if getattr(self, name) < 1:
-                result.add_error(
-                    f"`{name}` must be greater than or equal to 1, but is "
-                    f"{getattr(self, name)} instead."
-                )
-
-        if self.num_heads < 1 or self.model_dim % self.num_heads != 0:
-            result.add_error(
-                f"`model_dim` ({self.model_dim}) must be a multiple of `num_heads`, "
-                f"but `num_heads` is {self.num_heads}."
-            )
-
-        self._validate_mlstm(result)
-
-        if self.num_experts < 2:
-            result.add_error(
-                "`num_experts` must be greater than or equal to 2, but is "
-                f"{self.num_experts} instead."
-            )
-
-        if not 1 <= self.top_k <= self.num_experts:
-            result.add_error(
-                f"`top_k` must be between 1 and `num_experts` ({self.num_experts}), "
-                f"but is {self.top_k} instead."
-            )
-
-        if self.difficulty_bias_scale < 0.0:
-            result.add_error(
-                "`difficulty_bias_scale` must be greater than or equal to 0, but is "
-                f"{self.difficulty_bias_scale} instead."
-            )
-
-        if not self.mixer_blocks:
-            result.add_error("`mixer_blocks` must name at least one block.")
-
-        self._validate_groups(result)
-
-        for name in (
-            "difficulty_loss_scale",
-            "group_loss_scale",
-            "router_z_loss_scale",
-            "load_balance_loss_scale",
-        ):
-            if getattr(self, name) < 0.0:
-                result.add_error(
-                    f"`{name}` must be greater than or equal to 0, but is "
-                    f"{getattr(self, name)} instead."
-                )
-
-        return result
-
-    def _validate_mlstm(self, result: ValidationResult) -> None:
-        inner_dim = round_up_to_64(self.mlstm_proj_factor * self.model_dim)
-
-        for name in ("num_heads", "qkv_block_size"):
-            value = getattr(self, name)
-
-            if value < 1 or inner_dim % value != 0:
-                result.add_error(
-                    f"`{name}` must divide the mLSTM's inner dimension ({inner_dim}: "
-                    "`mlstm_proj_factor` * `model_dim`, rounded up to a multiple of "
-                    f"64), but is {value} instead."
-                )
-
-    def _validate_groups(self, result: ValidationResult) -> None:
-        if self.num_mlstm_experts is None:
-            if self.num_experts % 2 != 0:
-                result.add_error(
-                    "`num_experts` must be even to be split in half, but is "
-                    f"{self.num_experts} instead. Set `num_mlstm_experts` to split it "
-                    "otherwise."
-                )
-
-            return
-
-        if not 0 <= self.num_mlstm_experts <= self.num_experts:
-            result.add_error(
-                "`num_mlstm_experts` must be between 0 and `num_experts` "
-                f"({self.num_experts}), but is {self.num_mlstm_experts} instead."
-            )
-        elif self.router == "difficulty" and self.num_mlstm_experts in (
-            0,
-            self.num_experts,
-        ):
-            result.add_error(
-                "`router` 'difficulty' must have two groups of experts to choose "
-                f"between, but `num_mlstm_experts` is {self.num_mlstm_experts} of "
-                f"{self.num_experts}. Set `router` to 'standard'."
-            )
+        return validate_moxe_config(self)
 
     @property
     def mlstm_group_size(self) -> int:
@@ -228,3 +170,14 @@ class MoxEConfig(Validatable):
             return self.num_experts // 2
 
         return self.num_mlstm_experts
+
+    @property
+    def largest_top_k(self) -> int:
+        """The largest number of experts that a token can have at inference."""
+        if self.expert_selection == "dynamic":
+            return self.num_experts if self.max_top_k is None else self.max_top_k
+
+        if self.expert_selection == "global_workspace" and self.workspace_at_inference:
+            return self.num_experts
+
+        return self.top_k

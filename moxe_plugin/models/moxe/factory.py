@@ -22,6 +22,7 @@ from moxe_plugin.models.moxe.model import MoxELM
 from moxe_plugin.models.parallel import check_no_tensor_parallelism
 from moxe_plugin.nn.experts import SparseExperts
 from moxe_plugin.nn.layers import GatedFeedForward
+from moxe_plugin.nn.loss_free import LossFreeSelection
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.modulation import (
     MaskedModulation,
@@ -30,6 +31,12 @@ from moxe_plugin.nn.modulation import (
     standard_modulation,
 )
 from moxe_plugin.nn.routing import DifficultyRouter, StandardRouter
+from moxe_plugin.nn.selection import (
+    DynamicSelection,
+    ExpertSelection,
+    GlobalWorkspaceSelection,
+    TopKSelection,
+)
 from moxe_plugin.nn.slstm import SLSTMBlock
 
 
@@ -151,23 +158,42 @@ class MoxEFactory:
         """Create the router: MoxE eqs. (5)-(8)."""
         config = self._config
 
+        selection = self.create_selection()
+
         if config.router == "standard":
-            return StandardRouter(
-                config.model_dim,
-                config.num_experts,
-                config.top_k,
-                bias=config.router_bias,
-            )
+            return StandardRouter(config.model_dim, selection, bias=config.router_bias)
 
         return DifficultyRouter(
             config.model_dim,
-            config.num_experts,
-            config.top_k,
+            selection,
             num_mlstm_experts=config.mlstm_group_size,
             difficulty_bias_scale=config.difficulty_bias_scale,
             modulation=self.create_modulation(),
             bias=config.router_bias,
         )
+
+    def create_selection(self) -> ExpertSelection:
+        """Create the rule by which the router chooses: MoxE eq. (3), or another."""
+        config = self._config
+
+        num_experts, top_k = config.num_experts, config.top_k
+
+        match config.expert_selection:
+            case "top_k":
+                return TopKSelection(num_experts, top_k)
+            case "dynamic":
+                return DynamicSelection(
+                    num_experts, config.dynamic_threshold, config.max_top_k
+                )
+            case "global_workspace":
+                return GlobalWorkspaceSelection(
+                    num_experts,
+                    top_k,
+                    config.workspace_threshold,
+                    at_inference=config.workspace_at_inference,
+                )
+            case "loss_free":
+                return LossFreeSelection(num_experts, top_k, config.load_bias_rate)
 
     def create_modulation(self) -> Modulation:
         """Create what turns a difficulty into the strength of the bias, eq. (6)."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from moxe_plugin.models.interop import (
     AuthorsParameter,
-    ffn_expert_parameters,
-    mlstm_block_parameters,
     same,
-    slstm_block_parameters,
     squeezed,
     stacked_experts,
     transposed,
+)
+from moxe_plugin.models.interop_blocks import (
+    ffn_expert_parameters,
+    mlstm_block_parameters,
+    slstm_block_parameters,
 )
 from moxe_plugin.models.moxe.config import MoxEConfig
 

@@ -8,20 +8,26 @@ import torch
 from fairseq2.models.transformer import TransformerFrontend
 from fairseq2.nn import BatchLayout, IncrementalStateBag, Projection
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from moxe_plugin.models.clm import AuxLossCausalLM, Prediction
 from moxe_plugin.models.moxe.config import MoxEConfig
 from moxe_plugin.models.moxe.decoder import MoxEDecoder
 from moxe_plugin.models.packing import repack_documents, unpack_documents
+from moxe_plugin.nn.loss_free import LossFreeSelection
 from moxe_plugin.nn.losses import (
     difficulty_loss,
+    dynamic_loss,
     group_loss,
     load_balancing_loss,
     router_z_loss,
 )
 from moxe_plugin.nn.routing import Routing
-from moxe_plugin.nn.statistics import router_stat_names, router_stats
+from moxe_plugin.nn.statistics import (
+    count_expert_loads,
+    router_stat_names,
+    router_stats,
+)
 
 
 @final
@@ -38,6 +44,8 @@ class MoxELM(AuxLossCausalLM):
     :param final_proj: Projects the decoder's output to logits.
     """
 
+    has_recurrent_state = True
+
     def __init__(
         self,
         config: MoxEConfig,
@@ -46,6 +54,7 @@ class MoxELM(AuxLossCausalLM):
         final_proj: Projection,
     ) -> None:
         has_difficulty = config.router == "difficulty"
+        varies_top_k = config.expert_selection in ("dynamic", "global_workspace")
 
         scales = {
             "router_z": config.router_z_loss_scale,
@@ -54,8 +63,12 @@ class MoxELM(AuxLossCausalLM):
         if has_difficulty:
             scales["difficulty"] = config.difficulty_loss_scale
             scales["group"] = config.group_loss_scale
+        if config.expert_selection == "dynamic":
+            scales["dynamic"] = config.dynamic_loss_scale
 
-        stat_names = router_stat_names(has_difficulty=has_difficulty)
+        stat_names = router_stat_names(
+            has_difficulty=has_difficulty, varies_top_k=varies_top_k
+        )
 
         super().__init__(
             config.max_seq_len,
@@ -65,6 +78,7 @@ class MoxELM(AuxLossCausalLM):
         )
 
         self.config = config
+        self.varies_top_k = varies_top_k
         self.decoder_frontend = decoder_frontend
         self.decoder = decoder
         self.final_proj = final_proj
@@ -78,6 +92,45 @@ class MoxELM(AuxLossCausalLM):
         with_terms: bool,
         state_bag: IncrementalStateBag | None = None,
     ) -> Prediction:
+        logits, routings, token_mask = self._run(seqs, seqs_layout, state_bag)
+
+        if not with_terms:
+            return Prediction(logits, {}, {})
+
+        return Prediction(
+            logits,
+            self._aux_losses(routings, token_mask),
+            self._stats(routings, token_mask),
+            self._expert_loads(routings, token_mask),
+        )
+
+    def trace(
+        self, seqs: Tensor, seqs_layout: BatchLayout
+    ) -> tuple[Tensor, list[Routing]]:
+        """Compute logits and tell where each layer sends each token.
+
+        :param seqs: Token ids. *Shape:* ``(N,S)``.
+        :param seqs_layout: Where the sequences of the batch end.
+
+        :returns: The logits, *shape* ``(N,S,V)``, and the routing of every layer for
+            the ``T = N * S`` positions, one sequence after the other; what it says of
+            padding has no meaning.
+
+        :raises ValueError: ``seqs`` is packed.
+        """
+        if seqs_layout.packed:
+            raise ValueError("`seqs` must not be packed.")
+
+        logits, routings, _ = self._run(seqs, seqs_layout, None)
+
+        return logits, routings
+
+    def _run(
+        self,
+        seqs: Tensor,
+        seqs_layout: BatchLayout,
+        state_bag: IncrementalStateBag | None,
+    ) -> tuple[Tensor, list[Routing], Tensor | None]:
         packed_layout = None
         if seqs_layout.packed:
             packed_layout = seqs_layout
@@ -100,16 +153,7 @@ class MoxELM(AuxLossCausalLM):
             # (N,S,M) -> (S,M)
             hidden = repack_documents(hidden, packed_layout)
 
-        logits = self.final_proj(hidden)
-
-        if not with_terms:
-            return Prediction(logits, {}, {})
-
-        return Prediction(
-            logits,
-            self._aux_losses(routings, token_mask),
-            self._stats(routings, token_mask),
-        )
+        return self.final_proj(hidden), routings, token_mask
 
     def _aux_losses(
         self, routings: list[Routing], token_mask: Tensor | None
@@ -133,6 +177,9 @@ class MoxELM(AuxLossCausalLM):
                     form=config.load_balance_loss,
                 )
             )
+
+            if "dynamic" in terms:
+                terms["dynamic"].append(dynamic_loss(routing.router_probs, token_mask))
 
             if routing.difficulty is not None:
                 terms["difficulty"].append(
@@ -162,9 +209,38 @@ class MoxELM(AuxLossCausalLM):
             f"layer_{idx}/{name}": value
             for idx, routing in enumerate(routings)
             for name, value in router_stats(
-                routing, self.config.mlstm_group_size, token_mask
+                routing,
+                self.config.mlstm_group_size,
+                token_mask,
+                varies_top_k=self.varies_top_k,
             ).items()
         }
+
+    def _expert_loads(
+        self, routings: list[Routing], token_mask: Tensor | None
+    ) -> Tensor | None:
+        if self.config.expert_selection != "loss_free":
+            return None
+
+        return torch.stack([count_expert_loads(r, token_mask) for r in routings])
+
+    @override
+    def adjust_to_loads(self, expert_loads: Tensor) -> None:
+        selections = (m for m in self.modules() if isinstance(m, LossFreeSelection))
+
+        for selection, loads in zip(selections, expert_loads, strict=True):
+            selection.adjust(loads)
+
+    @override
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        super().requires_grad_(requires_grad)
+
+        # fairseq2's recipes turn on the gradients of all parameters.
+        for module in self.modules():
+            if isinstance(module, LossFreeSelection):
+                module.load_bias.requires_grad_(False)
+
+        return self
 
     @override
     def num_idle_parameters(self) -> float:
@@ -175,7 +251,8 @@ class MoxELM(AuxLossCausalLM):
             for name, p in self.decoder.named_parameters()
             if ".experts." in name
         )
-        idle_share = 1.0 - config.top_k / config.num_experts
+        # Where tokens differ in it, the least number of idle experts
+        idle_share = 1.0 - config.largest_top_k / config.num_experts
         if config.expert_state == "dense":
             idle_share = 0.0
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from moxe_plugin.models.interop import (
-    AuthorsParameter,
+from moxe_plugin.models.interop import AuthorsParameter, same, transposed
+from moxe_plugin.models.interop_blocks import (
     mlstm_block_parameters,
-    same,
     slstm_block_parameters,
-    transposed,
 )
 from moxe_plugin.models.xlstm.config import XLSTMConfig
 

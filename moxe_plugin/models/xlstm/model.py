@@ -110,6 +110,8 @@ class XLSTMLM(AuxLossCausalLM):
     :param final_proj: Projects the decoder's output to logits.
     """
 
+    has_recurrent_state = True
+
     def __init__(
         self,
         config: XLSTMConfig,
