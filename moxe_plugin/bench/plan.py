@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+from moxe_plugin.bench.commands import RECIPES, StageName, train_argv
 from moxe_plugin.bench.stage_state import StageState, hash_config
 from moxe_plugin.bench.suite import Suite, System
-
-StageName = Literal["pretrain", "finetune", "evaluate", "guess"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +104,6 @@ class RunPlan:
         return self.stages[0].run_dir
 
 
-RECIPES: Final[Mapping[StageName, str]] = {
-    "pretrain": "lm/pretrain",
-    "finetune": "lm/instruction_finetune",
-}
-"""The recipe of each training stage."""
-
 _GUESSES: Final = {"uniform": "uniform guess", "unigram": "unigram guess"}
 
 
@@ -124,45 +116,6 @@ def run_key(system: System, seed: int) -> str:
     :returns: For example ``moxe_s2``.
     """
     return f"{system.name}_s{seed}"
-
-
-def train_argv(
-    suite: Suite, system: System, seed: int, stage: StageName, run_dir: Path
-) -> list[str]:
-    """Write down the ``fairseq2`` command of a training stage.
-
-    :param suite: The suite.
-    :param system: The system.
-    :param seed: The seed.
-    :param stage: ``pretrain`` or ``finetune``.
-    :param run_dir: Where the run's work lies.
-
-    :returns: The arguments after ``fairseq2``.
-    """
-    options: dict[str, Any] = {"common.seed": seed, "common.no_sweep_dir": True}
-
-    if stage == "pretrain":
-        preset = system.pretrain
-        options |= {**suite.pretrain_config, **system.pretrain_config}
-        extra = []
-    else:
-        assert system.finetune is not None
-
-        preset = system.finetune
-        options |= {**suite.finetune_config, **system.finetune_config}
-        extra = ["--from", str(run_dir / "pretrain")]
-
-    return [
-        *RECIPES[stage].split("/"),
-        str(run_dir / stage),
-        "--preset",
-        preset,
-        *extra,
-        "--no-rich",
-        "--config",
-        # JSON is YAML.
-        *(f"{name}={json.dumps(value)}" for name, value in options.items()),
-    ]
 
 
 def plan_suite(suite: Suite, resolution: Resolution, work_dir: Path) -> list[RunPlan]:
@@ -220,7 +173,8 @@ def _plan_run(
 
     for name in RECIPES:
         if (config := resolution.configs[key].get(name)) is not None:
-            append(name, train_argv(suite, system, seed, name, run_dir), config)
+            argv = train_argv(suite, system, seed, name, run_dir, config)
+            append(name, argv, config)
 
     append("evaluate", (), options)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fairseq2.datasets import DatasetHubAccessor
+from fairseq2.utils.config import ReplaceEnvDirective, StandardConfigProcessor
+from fairseq2.utils.env import StandardEnvironment
 from fairseq2.utils.structured import StandardValueConverter
 
 from moxe_plugin.data.instructions import (
@@ -42,11 +44,15 @@ def resolve_preset(
     :param recipe: The name of the recipe.
     :param preset: The name of the preset.
     :param seed: The seed of the run.
-    :param overrides: Options by dotted name.
+    :param overrides: Options by dotted name; ``${env:NAME:default}`` stands for an
+        environment variable, as in a preset.
 
     :returns: The configuration as plain values.
     """
-    options = {**overrides, "common.seed": seed, "common.no_sweep_dir": True}
+    processor = StandardConfigProcessor([ReplaceEnvDirective(StandardEnvironment())])
+
+    options: Any = processor.process(dict(overrides))
+    options |= {"common.seed": seed, "common.no_sweep_dir": True}
 
     config = load_preset(preset, options, recipe=recipe)
 

@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, Final
 
-from moxe_plugin.bench.plan import RECIPES, StagePlan, run_key
+from moxe_plugin.bench.commands import RECIPES
+from moxe_plugin.bench.plan import StagePlan, run_key
 from moxe_plugin.bench.suite import Suite
 
 PRELOAD: Final = (

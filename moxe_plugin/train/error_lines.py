@@ -12,11 +12,13 @@ from fairseq2.datasets import DatasetError
 from fairseq2.recipe.error import RecipeConfigParseError
 from fairseq2.utils.structured import StructureError
 
+from moxe_plugin.models.interop import AuthorsCheckpointError
+
 _FIELD: Final = re.compile(r"`(\w+)` field cannot be structured\.")
 
 
 def shorten_trace(record: logging.LogRecord) -> bool:
-    """Replace the stack trace of a configuration or data error by its reason.
+    """Replace the stack trace of what a user can correct by its reason.
 
     :param record: What is about to be logged.
 
@@ -26,7 +28,7 @@ def shorten_trace(record: logging.LogRecord) -> bool:
 
     if isinstance(ex, RecipeConfigParseError):
         record.msg, record.args = f"{ex} {describe_config_error(ex)}", ()
-    elif isinstance(ex, (DatasetError, TokenizerModelError)):
+    elif isinstance(ex, (DatasetError, TokenizerModelError, AuthorsCheckpointError)):
         record.msg, record.args = str(ex), ()
     else:
         return True

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from moxe_plugin.models.clm import AuxLossCausalLM, LossTerms
 
-_AUX_LOSSES: Final = ("difficulty", "group", "router_z", "load_balance")
+_AUX_LOSSES: Final = ("difficulty", "group", "router_z", "load_balance", "dynamic")
 
 _ROUTER_STATS: Final = (
     "mlstm_share",
@@ -25,6 +25,7 @@ _ROUTER_STATS: Final = (
     "difficulty",
     "busiest_expert_share",
     "idle_experts",
+    "experts_per_token",
 )
 
 _MAX_DESCRIBED_LAYERS: Final = 64

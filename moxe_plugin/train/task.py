@@ -79,6 +79,11 @@ def create_lm_trainer(
 
     unit = CausalLMTrainUnit(dp_model, model)
 
+    # Not called for a step that fp16 gives up
+    context.get_optimizer().register_step_post_hook(
+        lambda *_: unit.adjust_model(context.gangs.dp)
+    )
+
     if valid_reader is None:
         return context.create_trainer(unit, reader)
 

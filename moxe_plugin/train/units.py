@@ -6,6 +6,7 @@ from collections.abc import MutableMapping
 from typing import NamedTuple, final
 
 from fairseq2.datasets import SequenceBatch
+from fairseq2.gang import Gang, ReduceOperation
 from fairseq2.metrics import MetricBag
 from fairseq2.metrics.common import add_seq_batch_metrics, update_seq_batch_metrics
 from fairseq2.recipe import EvalUnit, TrainUnit  # their modules cannot come first
@@ -41,6 +42,13 @@ class CausalLMTrainUnit(TrainUnit[SequenceBatch]):
         self._dp_model = dp_model
         self._model = model
 
+        self._expert_loads: Tensor | None = None
+
+    @override
+    def set_step_nr(self, step_nr: int) -> None:
+        # Those of a step that fp16 gave up, if any
+        self._expert_loads = None
+
     @override
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
         add_aggregate_loss_metric(metric_bag)
@@ -55,7 +63,30 @@ class CausalLMTrainUnit(TrainUnit[SequenceBatch]):
 
         update_aggregate_loss_metric(metric_bag, terms.aggregate, num_targets)
 
+        if (loads := terms.expert_loads) is not None:
+            if self._expert_loads is not None:
+                loads = loads + self._expert_loads
+
+            self._expert_loads = loads
+
         return terms.aggregate, num_targets
+
+    def adjust_model(self, gang: Gang) -> None:
+        """Let the model follow the load of its experts in the step that ends.
+
+        It must be called after the optimizer's update: between a forward and its
+        backward, activation checkpointing would compute something else.
+
+        :param gang: The processes that share the step's batches.
+        """
+        if self._expert_loads is None:
+            return
+
+        gang.all_reduce(self._expert_loads, ReduceOperation.SUM)
+
+        self._model.adjust_to_loads(self._expert_loads)
+
+        self._expert_loads = None
 
     @override
     def process_metric_values(self, values: MutableMapping[str, object]) -> None:

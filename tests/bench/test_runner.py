@@ -289,6 +289,19 @@ def test_commands_of_a_run_can_be_repeated_by_hand(tmp_path: Path) -> None:
     ]
 
 
+def test_commands_by_hand_hold_what_environment_variables_stood_for(
+    tmp_path: Path,
+) -> None:
+    text = _SUITE + 'pretrain_config: {dataset.path: "${env:MY_DATA:data}/text"}'
+    suite = parse_suite(text, "suite")
+    content = fake_stages.resolve(suite)
+    content["configs"]["moxe_s2"]["pretrain"]["dataset"] = {"path": "/my/text"}
+
+    plan = plan_suite(suite, Resolution(**content), tmp_path)[-1]
+
+    assert plan.stages[0].argv[-1] == 'dataset.path="/my/text"'
+
+
 def test_state_files_are_json(run: Run, tmp_path: Path) -> None:
     run(_plan(tmp_path / "work"))
 

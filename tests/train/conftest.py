@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.train.tiny_data import TinyData, make_tiny_data, pretrain
-
-
-@pytest.fixture(autouse=True)
-def _root_logging() -> Iterator[None]:
-    # fairseq2 replaces all handlers of the root logger, pytest's among them.
-    logger = logging.getLogger()
-
-    handlers, level = logger.handlers[:], logger.level
-
-    yield
-
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

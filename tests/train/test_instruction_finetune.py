@@ -16,10 +16,13 @@ from tests.train.tiny_data import TinyData, read_metrics
 
 
 def _finetune(
-    data: TinyData, output_dir: Path, overrides: Mapping[str, object]
+    data: TinyData,
+    output_dir: Path,
+    overrides: Mapping[str, object],
+    preset: str = "instruct/quickstart",
 ) -> None:
     config = load_preset(
-        "instruct/quickstart",
+        preset,
         {
             "regime.num_steps": 20,
             "regime.publish_metrics_every_n_steps": 5,
@@ -65,6 +68,23 @@ def test_finetuning_starts_from_the_checkpoint(
 
     for name, weight in actual.items():
         assert torch.equal(weight, expected[name]), name
+
+
+def test_global_workspace_is_open_in_finetuning_and_closed_in_validation(
+    tiny_data: TinyData, pretrained_dir: Path, tmp_path: Path
+) -> None:
+    overrides = {
+        "pretrained.source": str(pretrained_dir),
+        "regime.num_steps": 5,
+        "regime.validate_every_n_steps": 5,
+    }
+
+    _finetune(tiny_data, tmp_path, overrides, preset="instruct/global_workspace")
+
+    (train,), (valid,) = (read_metrics(tmp_path, c) for c in ("train", "valid"))
+
+    assert 2.0 < train["layer_0/experts_per_token"] <= 4.0
+    assert valid["layer_0/experts_per_token"] == 2.0
 
 
 def test_finetuning_lowers_the_loss_on_held_out_instructions(

@@ -18,6 +18,17 @@ from moxe_plugin.train.launch import load_preset, run_recipe
 VOCAB_SIZE: Final = 320
 """As the ``tiny`` architectures have it."""
 
+TWO_STEPS: Final[Mapping[str, object]] = {
+    "lr_scheduler.config.num_warmup_steps": 1,
+    "regime.num_steps": 2,
+    "regime.validate_every_n_steps": 2,
+    "regime.checkpoint_every_n_steps": None,
+    "regime.publish_metrics_every_n_steps": 1,
+    "common.torch.num_threads": 1,
+    "common.metric_recorders.tensorboard.enabled": False,
+}
+"""The configuration keys of a training that ends after two steps, with a validation."""
+
 
 @dataclass(frozen=True)
 class TinyData:
