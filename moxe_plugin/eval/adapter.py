@@ -15,7 +15,12 @@ from moxe_plugin.eval.batching import Batching
 from moxe_plugin.eval.checkpoints import LoadedModel
 from moxe_plugin.eval.generation import GenerationOptions, generate_in_batches
 from moxe_plugin.eval.response_cache import claim_response_cache
-from moxe_plugin.eval.scoring import Score, score_continuations
+from moxe_plugin.eval.scoring import (
+    Score,
+    TokenCounts,
+    resolve_sharing,
+    score_continuations,
+)
 from moxe_plugin.eval.text_codec import TextCodec
 
 if TYPE_CHECKING:
@@ -44,6 +49,9 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
     :param prefix_token: As in :class:`~moxe_plugin.eval.text_codec.TextCodec`.
     :param add_bos_token: As in :class:`~moxe_plugin.eval.text_codec.TextCodec`. Windows
         of training data begin anywhere, so off by default.
+    :param share_prefixes: Whether requests that begin alike, such as the answers to a
+        question, share the computation of their beginning; see
+        :func:`~moxe_plugin.eval.scoring.resolve_sharing`.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
         max_gen_toks: int | None = None,
         prefix_token: str | int | None = None,
         add_bos_token: bool = False,
+        share_prefixes: bool | None = None,
     ) -> None:
         super().__init__()
 
@@ -78,6 +87,8 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
         )
         self._model = loaded.model.eval()
         self._device = next(loaded.model.parameters()).device
+        self._share_prefixes = resolve_sharing(loaded.model, share_prefixes)
+        self._token_counts = TokenCounts(0, 0)
 
     @property
     @override
@@ -102,18 +113,19 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
 
         :returns: Plain values; the harness adds them to ``config``.
         """
-        parameters = list(self._model.parameters())
-
         return {
-            "model_name": self.loaded.name,
-            "model_step": self.loaded.step,
-            "model_family": self.loaded.provenance.get("model_family"),
-            "model_num_parameters": sum(p.numel() for p in parameters),
-            "model_dtype": str(parameters[0].dtype),
-            "model_device": str(self._device),
+            **self._describe(),
+            "num_tokens_scored": self._token_counts.unshared,
+            "num_tokens_computed": self._token_counts.computed,
+        }
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            **self.loaded.describe(),
             "max_length": self.max_length,
             "prefix_token_id": self.prefix_token_id,
             "add_bos_token": self._codec.add_bos_token,
+            "share_prefixes": self._share_prefixes,
         }
 
     @override
@@ -123,7 +135,7 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
         :param cache_hook: Writes responses into the cache.
         """
         if cache_hook.dbdict is not None:
-            settings = {**self.get_model_info(), "tokenizer": self.tokenizer_name}
+            settings = {**self._describe(), "tokenizer": self.tokenizer_name}
             claim_response_cache(cache_hook.dbdict, self._model, settings)
 
         super().set_cache_hook(cache_hook)
@@ -164,14 +176,20 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
                     self.cache_hook.add_partial("loglikelihood", texts, scores[idx])
                 progress.update(1)
 
-            score_continuations(
+            counts = score_continuations(
                 self._model,
                 # A context of spaces alone has moved to the continuation entirely.
                 [(ctx or [self.prefix_token_id], cont) for _, ctx, cont in requests],
                 max_length=self.max_length,
                 batching=self._batching,
                 on_scored=on_scored,
+                share_prefixes=self._share_prefixes,
             )
+
+        self._token_counts = TokenCounts(
+            self._token_counts.computed + counts.computed,
+            self._token_counts.unshared + counts.unshared,
+        )
 
         return [scores[idx] for idx in range(len(requests))]
 

@@ -9,6 +9,7 @@ from typing import Final
 _MAX_TOKENS: Final = 2**14
 _MAX_LOGITS: Final = 2**28
 """1 GiB in float32."""
+_MAX_STATE_BYTES: Final = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,13 @@ class Batching:
 
         return text == "auto" or text.startswith("auto:")
 
-    def make_batches(self, lengths: Sequence[int]) -> list[list[int]]:
+    def make_batches(
+        self, lengths: Sequence[int], state_bytes: int = 0
+    ) -> list[list[int]]:
         """Group sequences, the longest first.
 
         :param lengths: The length of each sequence in tokens.
+        :param state_bytes: The size of the recurrent state that is kept of a sequence.
 
         :returns: Indices into ``lengths``; each occurs in exactly one batch.
         """
@@ -62,17 +66,22 @@ class Batching:
         begin = 0
 
         while begin < len(order):
-            size = self._size_for(lengths[order[begin]])
+            size = self._size_for(lengths[order[begin]], state_bytes)
             batches.append(order[begin : begin + size])
             begin += size
 
         return batches
 
-    def _size_for(self, length: int) -> int:
+    def _size_for(self, length: int, state_bytes: int) -> int:
         if not self._is_auto:
             return int(self.batch_size)
 
         num_tokens = min(_MAX_TOKENS, _MAX_LOGITS // self.vocab_size)
-        size = max(1, num_tokens // max(1, length))
+        size = num_tokens // max(1, length)
+
+        if state_bytes > 0:
+            size = min(size, _MAX_STATE_BYTES // state_bytes)
+
+        size = max(1, size)
 
         return size if self.max_batch_size is None else min(size, self.max_batch_size)

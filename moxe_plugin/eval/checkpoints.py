@@ -48,6 +48,22 @@ class LoadedModel(NamedTuple):
     """Plain values for a report: checkpoint, family, tokenizer and, for a training
     output, the configurations of the model and of the recipe."""
 
+    def describe(self) -> dict[str, Any]:
+        """Describe the model for a result file.
+
+        :returns: Plain values by names that begin with ``model_``.
+        """
+        parameters = list(self.model.parameters())
+
+        return {
+            "model_name": self.name,
+            "model_step": self.step,
+            "model_family": self.provenance.get("model_family"),
+            "model_num_parameters": sum(p.numel() for p in parameters),
+            "model_dtype": str(parameters[0].dtype),
+            "model_device": str(parameters[0].device),
+        }
+
 
 def load_checkpoint(
     path_or_asset: str | Path,

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from datasets import Dataset, load_dataset
 
@@ -137,6 +137,44 @@ def load_fineweb_edu(
     )
 
 
+def load_multiple_choice(
+    file: str | None = None, **_ignored: object
+) -> dict[str, Dataset]:
+    """Load questions with several answers.
+
+    :param file: JSON lines with the fields ``query``, ``choices`` and ``gold``, the
+        index of the right choice.
+    :param _ignored: What the harness passes to every task.
+
+    :returns: Documents with the fields ``query``, ``choices`` and ``gold``.
+
+    :raises ValueError: There is no file, or one of its lines is not a question.
+    """
+    if file is None:
+        raise ValueError(
+            "`file` must be given, as in `--metadata file=piqa.jsonl`: JSON lines with "
+            "the fields `query`, `choices` and `gold`."
+        )
+
+    return _as_test_split(_read_questions(Path(file)))
+
+
+def _read_questions(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8") as fp:
+        for number, line in enumerate(fp, start=1):
+            try:
+                row = json.loads(line)
+                query, choices, gold = row["query"], row["choices"], row["gold"]
+                _ = choices[gold]
+            except (ValueError, KeyError, TypeError, IndexError) as ex:
+                raise ValueError(
+                    f"'{file}', line {number}: must be a JSON object with `query`, "
+                    "`choices` and `gold`, the index of one of the choices."
+                ) from ex
+
+            yield {"query": query, "choices": choices, "gold": gold}
+
+
 def _read_embedded_texts(size: EmbeddedSize) -> Iterator[str]:
     return _read_texts(prepare_embedded(size).test_jsonl)
 
@@ -151,5 +189,5 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _as_test_split(rows: Iterable[dict[str, str]]) -> dict[str, Dataset]:
+def _as_test_split(rows: Iterable[dict[str, Any]]) -> dict[str, Dataset]:
     return {"test": Dataset.from_list(list(rows))}

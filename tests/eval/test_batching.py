@@ -34,3 +34,13 @@ def test_auto_can_be_limited() -> None:
     batching = Batching(batch_size="auto", vocab_size=10, max_batch_size=2)
 
     assert [len(batch) for batch in batching.make_batches([1] * 5)] == [2, 2, 1]
+
+
+def test_auto_keeps_to_the_budget_of_states() -> None:
+    batching = Batching(batch_size="auto", vocab_size=10)
+
+    # 1 GiB holds two states.
+    batches = batching.make_batches([1] * 3, state_bytes=2**29)
+
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert [len(b) for b in batching.make_batches([1, 1], state_bytes=2**31)] == [1, 1]

@@ -17,6 +17,7 @@ TASKS = [
     "moxe_embedded_rolling",
     "moxe_fineweb_edu_256",
     "moxe_lambada",
+    "moxe_multiple_choice",
 ]
 
 TEXTS = ["The first document.", "A second, longer document. " * 9, "Third."]
@@ -78,3 +79,18 @@ def test_lambada_and_fineweb_read_a_local_file(documents: Path) -> None:
     assert tasks.load_lambada(file=file, checkpoint="x")["test"]["text"][:] == TEXTS
     some = tasks.load_fineweb_edu(max_documents=2, file=file)["test"]
     assert some["text"][:] == TEXTS[:2]
+
+
+def test_multiple_choice_reads_a_local_file(tmp_path: Path) -> None:
+    question = {"query": "Question: why?\n", "choices": ["so", "or so"], "gold": 1}
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps(question) + "\n")
+
+    assert list(tasks.load_multiple_choice(file=str(file))["test"]) == [question]
+
+    file.write_text(json.dumps(question) + "\n" + json.dumps({**question, "gold": 2}))
+    with pytest.raises(ValueError, match=r"line 2: must be a JSON object with `query`"):
+        tasks.load_multiple_choice(file=str(file))
+
+    with pytest.raises(ValueError, match="`file` must be given"):
+        tasks.load_multiple_choice()
