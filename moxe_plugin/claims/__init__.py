@@ -1,0 +1,1 @@
+"""``moxe claims``: measures trained runs, and judges every claim of the paper."""

@@ -1,0 +1,1 @@
+"""Shows where a MoxE model sends each token of a text: page, image and terminal."""
