@@ -28,6 +28,9 @@ from moxe_plugin.report.records import (
 
 ENVIRONMENT_FILE: Final = "environment.json"
 
+_NO_RUNS: Final = ("claims", "routing", "tables", "work")
+"""Directories of results that hold no run."""
+
 
 def read_run(run_dir: Path) -> RunRecord:
     """Read and check one run directory.
@@ -83,8 +86,9 @@ def read_runs(run_dirs: Sequence[Path]) -> tuple[list[RunRecord], list[DamagedRu
 def find_run_dirs(results_dir: Path) -> list[Path]:
     """List the run directories of a results directory.
 
-    Every directory counts, except ``tables`` and ``work`` and hidden ones, so that a
-    run without a readable ``environment.json`` is reported and not overlooked.
+    Every directory counts, except for hidden ones and those that other commands write,
+    so that a run without a readable ``environment.json`` is reported and not
+    overlooked.
 
     :param results_dir: The directory that holds the runs.
 
@@ -93,9 +97,7 @@ def find_run_dirs(results_dir: Path) -> list[Path]:
     return sorted(
         path
         for path in results_dir.iterdir()
-        if path.is_dir()
-        and path.name not in ("tables", "work")
-        and not path.name.startswith(".")
+        if path.is_dir() and path.name not in _NO_RUNS and not path.name.startswith(".")
     )
 
 
