@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -27,6 +29,19 @@ if TYPE_CHECKING:
     from fairseq2.runtime.dependency import DependencyResolver
 
     from moxe_plugin.data.corpus import EmbeddedData
+
+
+@pytest.fixture(autouse=True)
+def _root_logging() -> Iterator[None]:
+    # fairseq2 replaces all handlers of the root logger, pytest's among them.
+    logger = logging.getLogger()
+
+    handlers, level = logger.handlers[:], logger.level
+
+    yield
+
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

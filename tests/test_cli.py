@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,19 +13,6 @@ from ruamel.yaml import YAML
 
 from moxe_plugin.cli import main, moxe_main
 from moxe_plugin.train.registry import list_presets, list_recipes
-
-
-@pytest.fixture(autouse=True)
-def _root_logging() -> Iterator[None]:
-    # fairseq2 replaces all handlers of the root logger, pytest's among them.
-    logger = logging.getLogger()
-
-    handlers, level = logger.handlers[:], logger.level
-
-    yield
-
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
 
 
 def _dump_config(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:

@@ -11,7 +11,16 @@ from typing import Final
 _COMMANDS: Final = {
     "data": ("moxe_plugin.data.__main__", "build and inspect token shards"),
     "bench": ("moxe_plugin.bench.__main__", "run a suite: train, finetune, evaluate"),
+    "systems": (
+        "moxe_plugin.systems.__main__",
+        "count the parameters and FLOPs of every system",
+    ),
     "tables": ("moxe_plugin.report.__main__", "write the tables of recorded runs"),
+    "claims": ("moxe_plugin.claims.__main__", "judge the paper's claims"),
+    "inspect": (
+        "moxe_plugin.routing_page.__main__",
+        "show where a model sends each token of a text",
+    ),
     "doctor": ("moxe_plugin.doctor", "check the installation"),
 }
 
