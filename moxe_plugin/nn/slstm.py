@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, init
 
+from moxe_plugin.nn.backend import ScanBackend, resolve_backend
 from moxe_plugin.nn.layers import (
     CausalConv,
     GatedFeedForward,
@@ -17,6 +18,7 @@ from moxe_plugin.nn.layers import (
     round_up_to_64,
     small_init_std,
 )
+from moxe_plugin.nn.native.slstm_scan import SLSTMScanInputs, slstm_scan
 from moxe_plugin.nn.padding import EMPTY, close_gates, valid_positions, widen
 from moxe_plugin.nn.slstm_cell import SLSTMMemory, slstm_sequence
 from moxe_plugin.nn.stacked import expert_parameter
@@ -61,6 +63,8 @@ class SLSTMBlock(Module):
     :param num_experts: The number of stacked blocks; ``None`` for a single one.
     :param block_idx: Where the block stands among ``num_blocks``, for the forget bias.
     :param num_blocks: The number of blocks in the model.
+    :param backend: What computes the loop over time: see
+        :mod:`moxe_plugin.nn.backend`.
 
     :raises ValueError: ``model_dim`` is not a multiple of ``num_heads``.
     """
@@ -75,6 +79,7 @@ class SLSTMBlock(Module):
         num_experts: int | None = None,
         block_idx: int = 0,
         num_blocks: int = 1,
+        backend: ScanBackend = "auto",
     ) -> None:
         super().__init__()
 
@@ -92,6 +97,7 @@ class SLSTMBlock(Module):
         self.num_experts = num_experts
         self.block_idx = block_idx
         self.num_blocks = num_blocks
+        self.backend = backend
 
         self.norm = ScaleNorm(model_dim, num_experts=num_experts)
         self.conv = CausalConv(
@@ -179,26 +185,67 @@ class SLSTMBlock(Module):
         normed = self.norm(seqs)
         convolved, window = self.conv(normed, state.conv, seq_lens)
 
-        gates = self._gate_inputs(F.silu(convolved), normed, seq_lens)
+        scan = self._scan_steps
+        if resolve_backend(self.backend, seqs) == "native":
+            scan = self._scan_native
+
+        hidden, memory = scan(F.silu(convolved), normed, seq_lens, state)
+
+        seqs = seqs + self.out_norm(hidden.to(seqs.dtype))
+        seqs = seqs + self.ffn(self.ffn_norm(seqs))
+
+        return seqs, SLSTMState(window, *memory) if return_state else None
+
+    def _scan_native(
+        self,
+        convolved: Tensor,
+        normed: Tensor,
+        seq_lens: Tensor | None,
+        state: SLSTMState,
+    ) -> tuple[Tensor, SLSTMMemory]:
+        bias = widen(self.gate_bias)
+        # (E,H,N*S,gate*out) -> (E,H,N,S,gate*out)
+        gates = [
+            torch.unflatten(self._project_heads(x, weight), -2, x.shape[-3:-1]).to(
+                bias.dtype
+            )
+            for x, weight in zip(
+                (convolved, normed), self.gate_proj.chunk(2, -2), strict=True
+            )
+        ]
+        inputs = [*gates, bias, self.recurrent_weight.to(bias.dtype), *state[1:]]
+
+        if self.num_experts is None:
+            inputs = [x.unsqueeze(0) for x in inputs]
+            seq_lens = None if seq_lens is None else seq_lens.unsqueeze(0)
+
+        outputs, *memory = slstm_scan(SLSTMScanInputs(*inputs), seq_lens)
+
+        if self.num_experts is None:
+            outputs, *memory = (x.squeeze(0) for x in (outputs, *memory))
+
+        return outputs.flatten(-2), SLSTMMemory(*memory)
+
+    def _scan_steps(
+        self,
+        convolved: Tensor,
+        normed: Tensor,
+        seq_lens: Tensor | None,
+        state: SLSTMState,
+    ) -> tuple[Tensor, SLSTMMemory]:
+        gates = self._gate_inputs(convolved, normed, seq_lens)
         memory = SLSTMMemory(*(_batch_last(x) for x in state[1:]))
         weight = self.recurrent_weight.flatten(0, -4).to(gates.dtype)
         # time first, batch last: (S,E*H,D,N)
         outputs, c, log_n = slstm_sequence(gates, weight, memory)
 
         hidden = self._batch_first(outputs).movedim(0, -3).flatten(-2)
-        seqs = seqs + self.out_norm(hidden.to(seqs.dtype))
-        seqs = seqs + self.ffn(self.ffn_norm(seqs))
-
-        if not return_state:
-            return seqs, None
 
         y = self._batch_first(outputs[-1])
         if seq_lens is not None:
             y = self._last_output(hidden, state.y, seq_lens)
 
-        return seqs, SLSTMState(
-            window, self._batch_first(c), self._batch_first(log_n), y
-        )
+        return hidden, SLSTMMemory(self._batch_first(c), self._batch_first(log_n), y)
 
     def _gate_inputs(
         self, convolved: Tensor, normed: Tensor, seq_lens: Tensor | None
@@ -224,15 +271,19 @@ class SLSTMBlock(Module):
         return gates.flatten(1, -4)
 
     def _project_gates(self, seqs: Tensor, weight: Tensor) -> Tensor:
-        # ([E,]N,S,M) -> ([E,]H,N*S,in)
-        heads = torch.unflatten(seqs, -1, (self.num_heads, -1)).flatten(-4, -3)
-        product = heads.transpose(-3, -2) @ weight.flatten(-2)
+        product = self._project_heads(seqs, weight)
 
         # ([E,]H,N*S,gate*out) -> (S,[E,]H,gate,out,N)
         product = torch.unflatten(product, -2, seqs.shape[-3:-1])
         product = torch.unflatten(product, -1, (-1, self.head_dim))
 
         return product.movedim(-3, 0).movedim(-3, -1)
+
+    def _project_heads(self, seqs: Tensor, weight: Tensor) -> Tensor:
+        # ([E,]N,S,M) -> ([E,]H,N*S,in) -> ([E,]H,N*S,gate*out)
+        heads = torch.unflatten(seqs, -1, (self.num_heads, -1)).flatten(-4, -3)
+
+        return heads.transpose(-3, -2) @ weight.flatten(-2)
 
     def _batch_first(self, x: Tensor) -> Tensor:
         # (…,E*H,D,N) -> (…,[E,]N,H,D)

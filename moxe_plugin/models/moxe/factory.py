@@ -148,6 +148,7 @@ class MoxEFactory:
             num_experts=num_experts,
             block_idx=block_idx,
             num_blocks=self._num_blocks,
+            backend=config.backend,
         )
 
     @property

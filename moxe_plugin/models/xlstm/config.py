@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
@@ -55,6 +55,10 @@ class XLSTMConfig(Validatable):
 
     slstm_ffn_proj_factor: float = 1.7
     """The sLSTM block's feed-forward dimension over ``model_dim``, rounded likewise."""
+
+    backend: Literal["auto", "torch", "native"] = "auto"
+    """What computes the sLSTM's loop over time: ``native`` is C++ for CPUs, ``auto``
+    takes it where there is a C++ compiler and says which it takes."""
 
     @override
     def validate(self) -> ValidationResult:

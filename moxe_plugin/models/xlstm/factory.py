@@ -94,6 +94,7 @@ class XLSTMFactory:
                 ffn_proj_factor=config.slstm_ffn_proj_factor,
                 block_idx=block_idx,
                 num_blocks=config.num_blocks,
+                backend=config.backend,
             )
 
         return MLSTMBlock(

@@ -1,0 +1,138 @@
+"""Compile and load the C++ of this package."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import torch
+
+_SOURCE: Final = Path(__file__).with_name("slstm_scan.cpp")
+
+_AVX2: Final = ("-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c")
+_AVX512: Final = (
+    "-DCPU_CAPABILITY_AVX512",
+    *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
+)
+_CAPABILITY_FLAGS: Final[Mapping[str, Sequence[str]]] = {
+    "AVX2": _AVX2,
+    "AVX512": _AVX512,
+}
+
+_TIMEOUT_S: Final = 300
+
+
+class NativeLibraryError(RuntimeError):
+    """The C++ code cannot be compiled or loaded here; the text says why."""
+
+
+@cache
+def load_library() -> ctypes.CDLL:
+    """Compile the C++ code, unless a cache holds it already, and load it.
+
+    The cache is ``native/`` in ``MOXE_CACHE_DIR``, by default that of the user. The
+    compiler is ``$CXX``, by default ``g++``.
+
+    :returns: The library.
+
+    :raises NativeLibraryError: There is no compiler that can compile it.
+    """
+    # At module level it would make each import of this package slow.
+    from torch.utils.cpp_extension import get_cxx_compiler
+
+    compiler = get_cxx_compiler()
+    command = [compiler, *_flags()]
+
+    path = _cache_dir() / f"slstm_scan-{_digest(command)}.so"
+
+    if not path.is_file():
+        _compile(command, path)
+
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as ex:
+        raise NativeLibraryError(f"'{path}' cannot be loaded: {ex}") from ex
+
+
+@cache
+def why_not_loaded() -> str | None:
+    """Tell why the library is of no use here.
+
+    :returns: The reason; ``None`` if it can be used.
+    """
+    try:
+        load_library()
+    except NativeLibraryError as ex:
+        return str(ex)
+
+    return None
+
+
+def _flags() -> list[str]:
+    from torch.utils.cpp_extension import include_paths
+
+    # ATen's vectors are as wide as the code says that is compiled with them.
+    capability = torch.backends.cpu.get_cpu_capability()
+
+    return [
+        *("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp"),
+        f"-DCPU_CAPABILITY={capability}",
+        *_CAPABILITY_FLAGS.get(capability, ()),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *(f"-isystem{directory}" for directory in include_paths("cpu")),
+    ]
+
+
+def _digest(command: Sequence[str]) -> str:
+    text = "\n".join([torch.__version__, *command])
+
+    return hashlib.sha256(text.encode() + _SOURCE.read_bytes()).hexdigest()[:16]
+
+
+def _cache_dir() -> Path:
+    if directory := os.environ.get("MOXE_CACHE_DIR"):
+        return Path(directory) / "native"
+
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+
+    return Path(base) / "moxe_plugin" / "native"
+
+
+def _compile(command: Sequence[str], path: Path) -> None:
+    from torch.utils.cpp_extension import library_paths
+
+    libraries = [f"-L{directory}" for directory in library_paths("cpu")]
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        # Other processes may do the same: the last one to rename wins, and no one reads
+        # a file that is not complete.
+        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+            built = Path(directory) / path.name
+            subprocess.run(
+                [
+                    *(*command, str(_SOURCE), "-o", str(built)),
+                    *(*libraries, "-ltorch_cpu", "-lc10"),
+                ],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT_S,
+            )
+            built.replace(path)
+    except FileNotFoundError as ex:
+        raise NativeLibraryError(
+            f"there is no C++ compiler '{command[0]}' (install g++, or set CXX)"
+        ) from ex
+    except subprocess.CalledProcessError as ex:
+        raise NativeLibraryError(f"'{command[0]}' failed: {ex.stderr.strip()}") from ex
+    except (OSError, subprocess.TimeoutExpired) as ex:
+        raise NativeLibraryError(f"'{path}' cannot be made: {ex}") from ex
