@@ -89,6 +89,7 @@ class GuessLM(AuxLossCausalLM):
         seqs_layout: BatchLayout,
         *,
         with_terms: bool,
+        with_logits: bool = True,
         state_bag: IncrementalStateBag | None = None,
     ) -> Prediction:
         # (V) -> (N,S,V)

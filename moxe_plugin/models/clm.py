@@ -8,23 +8,30 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from fairseq2.models.clm import CausalLM
-from fairseq2.nn import BatchLayout, IncrementalStateBag
+from fairseq2.nn import BatchLayout, IncrementalStateBag, Projection
 from fairseq2.nn.functional import cross_entropy
 from torch import Tensor
 from typing_extensions import override
+
+from moxe_plugin.nn.projected_loss import projected_cross_entropy
 
 
 class Prediction(NamedTuple):
     """What a model computes before it sees targets."""
 
-    logits: Tensor
-    """Next-token logits. *Shape:* ``(N,S,V)``, or ``(S,V)`` for a packed batch."""
+    logits: Tensor | None
+    """Next-token logits; ``None`` if not wanted. *Shape:* ``(N,S,V)``, or ``(S,V)`` for
+    a packed batch."""
 
     aux_losses: dict[str, Tensor]
     """Unweighted auxiliary losses by name: means over tokens and layers, ``()``."""
 
     stats: dict[str, Tensor]
     """Statistics by name, detached, ``()``; for reports, never part of a loss."""
+
+    hidden: Tensor | None = None
+    """What ``final_proj`` would turn into logits that were not wanted. *Shape:*
+    ``(N,S,M)``, or ``(S,M)`` for a packed batch."""
 
     expert_loads: Tensor | None = None
     """How many tokens each expert got, if the model adjusts to it after a training
@@ -92,6 +99,7 @@ class AuxLossCausalLM(CausalLM):
         seqs_layout: BatchLayout,
         *,
         with_terms: bool,
+        with_logits: bool = True,
         state_bag: IncrementalStateBag | None = None,
     ) -> Prediction:
         """Compute logits and, when they are wanted, auxiliary losses and statistics.
@@ -99,6 +107,8 @@ class AuxLossCausalLM(CausalLM):
         :param seqs: Token ids. *Shape:* ``(N,S)``, or ``(S)`` for a packed batch.
         :param seqs_layout: Where the sequences of the batch begin and end.
         :param with_terms: Whether auxiliary losses and statistics are wanted.
+        :param with_logits: Whether logits are wanted. A model that has ``final_proj``
+            otherwise returns what enters it; any other returns them all the same.
         :param state_bag: Holds the recurrent state during generation; ``None`` for a
             packed batch.
 
@@ -164,11 +174,20 @@ class AuxLossCausalLM(CausalLM):
         # A step of a generation is short: it would spend much of its time on them.
         with_terms = targets is not None and (self.training or return_terms)
 
+        # The loss can do without all of a large vocabulary's logits at once.
+        with_logits = targets is None or return_logits or label_smoothing > 0
+
         prediction = self.predict(
-            seqs, seqs_layout, with_terms=with_terms, state_bag=state_bag
+            seqs,
+            seqs_layout,
+            with_terms=with_terms,
+            with_logits=with_logits,
+            state_bag=state_bag,
         )
 
         if targets is None:
+            assert prediction.logits is not None
+
             return prediction.logits
 
         if reduction not in ("sum", "mean"):
@@ -183,14 +202,7 @@ class AuxLossCausalLM(CausalLM):
             else:
                 target_mask = target_mask & not_padding
 
-        nll = cross_entropy(
-            prediction.logits,
-            targets,
-            self.pad_idx,
-            label_smoothing=label_smoothing,
-            target_mask=target_mask,
-            reduction=reduction,
-        )
+        nll = self._nll(prediction, targets, target_mask, reduction, label_smoothing)
 
         aggregate = nll
 
@@ -218,7 +230,50 @@ class AuxLossCausalLM(CausalLM):
                 prediction.expert_loads,
             )
 
-        return (loss, prediction.logits) if return_logits else loss
+        if return_logits:
+            assert prediction.logits is not None
+
+            return loss, prediction.logits
+
+        return loss
+
+    def _nll(
+        self,
+        prediction: Prediction,
+        targets: Tensor,
+        target_mask: Tensor | None,
+        reduction: Literal["sum", "mean"],
+        label_smoothing: float,
+    ) -> Tensor:
+        if prediction.logits is not None:
+            return cross_entropy(
+                prediction.logits,
+                targets,
+                self.pad_idx,
+                label_smoothing=label_smoothing,
+                target_mask=target_mask,
+                reduction=reduction,
+            )
+
+        hidden, final_proj = prediction.hidden, self.final_proj
+        assert hidden is not None
+        assert isinstance(final_proj, Projection)
+        weight = final_proj.weight
+        assert isinstance(weight, Tensor)
+
+        targets = targets.flatten()
+
+        is_counted = torch.ones_like(targets, dtype=torch.bool)
+        if target_mask is not None:
+            is_counted = is_counted & target_mask.flatten()
+        if self.pad_idx is not None:
+            is_counted = is_counted & targets.ne(self.pad_idx)
+
+        nll = projected_cross_entropy(
+            hidden.flatten(0, -2), weight, targets, is_counted
+        )
+
+        return nll if reduction == "sum" else nll / is_counted.sum()
 
     if TYPE_CHECKING:
         __call__ = forward

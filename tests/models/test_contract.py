@@ -57,11 +57,11 @@ def test_loss_is_the_cross_entropy_of_targets_that_are_shifted_once(
     log_probs = log_softmax(model(seqs, _layout(seqs)), dim=-1)
     expected = -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
-    actual = model(seqs, _layout(seqs), targets)
-    # Computed in float32 by fairseq2's cross-entropy.
+    # Computed in float32 by fairseq2's cross-entropy, which some families use.
+    actual = model(seqs, _layout(seqs), targets).float()
     assert_close(actual, expected.sum().float(), rtol=1e-5, atol=0.0)
 
-    actual = model(seqs, _layout(seqs), targets, reduction="mean")
+    actual = model(seqs, _layout(seqs), targets, reduction="mean").float()
     assert_close(actual, expected.mean().float(), rtol=1e-5, atol=0.0)
 
     mask = torch.rand(3, 7) < 0.5
@@ -70,6 +70,9 @@ def test_loss_is_the_cross_entropy_of_targets_that_are_shifted_once(
     )
     assert_close(actual, (expected * mask).sum().float(), rtol=1e-5, atol=0.0)
     assert_close(log_softmax(logits, dim=-1), log_probs)
+
+    actual = model(seqs, _layout(seqs), targets, target_mask=mask, reduction="mean")
+    assert_close(actual.float(), expected[mask].mean().float(), rtol=1e-5, atol=0.0)
 
     rest = -log_probs.sum(-1) - expected
     share = 0.1 / (log_probs.size(-1) - 1)

@@ -72,11 +72,13 @@ class HfCausalLM(AuxLossCausalLM):
         seqs_layout: BatchLayout,
         *,
         with_terms: bool,
+        with_logits: bool = True,
         state_bag: IncrementalStateBag | None = None,
     ) -> Prediction:
         if seqs_layout.packed:
             rows, rows_layout = unpack_documents(seqs, seqs_layout)
             prediction = self.predict(rows, rows_layout, with_terms=with_terms)
+            assert prediction.logits is not None
             logits = repack_documents(prediction.logits, seqs_layout)
 
             return prediction._replace(logits=logits)

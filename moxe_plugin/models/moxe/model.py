@@ -90,18 +90,22 @@ class MoxELM(AuxLossCausalLM):
         seqs_layout: BatchLayout,
         *,
         with_terms: bool,
+        with_logits: bool = True,
         state_bag: IncrementalStateBag | None = None,
     ) -> Prediction:
-        logits, routings, token_mask = self._run(seqs, seqs_layout, state_bag)
+        hidden, routings, token_mask = self._run(seqs, seqs_layout, state_bag)
+
+        prediction = Prediction(None, {}, {}, hidden)
+        if with_logits:
+            prediction = Prediction(self.final_proj(hidden), {}, {})
 
         if not with_terms:
-            return Prediction(logits, {}, {})
+            return prediction
 
-        return Prediction(
-            logits,
-            self._aux_losses(routings, token_mask),
-            self._stats(routings, token_mask),
-            self._expert_loads(routings, token_mask),
+        return prediction._replace(
+            aux_losses=self._aux_losses(routings, token_mask),
+            stats=self._stats(routings, token_mask),
+            expert_loads=self._expert_loads(routings, token_mask),
         )
 
     def trace(
@@ -121,9 +125,9 @@ class MoxELM(AuxLossCausalLM):
         if seqs_layout.packed:
             raise ValueError("`seqs` must not be packed.")
 
-        logits, routings, _ = self._run(seqs, seqs_layout, None)
+        hidden, routings, _ = self._run(seqs, seqs_layout, None)
 
-        return logits, routings
+        return self.final_proj(hidden), routings
 
     def _run(
         self,
@@ -153,7 +157,7 @@ class MoxELM(AuxLossCausalLM):
             # (N,S,M) -> (S,M)
             hidden = repack_documents(hidden, packed_layout)
 
-        return self.final_proj(hidden), routings, token_mask
+        return hidden, routings, token_mask
 
     def _aux_losses(
         self, routings: list[Routing], token_mask: Tensor | None

@@ -133,6 +133,7 @@ class XLSTMLM(AuxLossCausalLM):
         seqs_layout: BatchLayout,
         *,
         with_terms: bool,
+        with_logits: bool = True,
         state_bag: IncrementalStateBag | None = None,
     ) -> Prediction:
         packed_layout = None
@@ -150,6 +151,9 @@ class XLSTMLM(AuxLossCausalLM):
         if packed_layout is not None:
             # (N,S,M) -> (S,M)
             hidden = repack_documents(hidden, packed_layout)
+
+        if not with_logits:
+            return Prediction(None, {}, {}, hidden)
 
         return Prediction(self.final_proj(hidden), {}, {})
 
