@@ -15,6 +15,10 @@ _COMMANDS: Final = {
         "moxe_plugin.systems.__main__",
         "count the parameters and FLOPs of every system",
     ),
+    "speed": (
+        "moxe_plugin.speed.__main__",
+        "time training, reading and continuing a text",
+    ),
     "tables": ("moxe_plugin.report.__main__", "write the tables of recorded runs"),
     "claims": ("moxe_plugin.claims.__main__", "judge the paper's claims"),
     "inspect": (

@@ -1,0 +1,1 @@
+"""How fast systems train, read a text and continue it, for `moxe speed`."""

@@ -1,0 +1,247 @@
+"""``moxe speed``: how fast systems train, read a text and continue it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moxe_plugin.speed.options import MeasureOptions
+
+_DEFAULT_OUT = Path("results") / "speed"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure the cases of suites and write what was measured.
+
+    :param argv: The arguments; those of the process by default.
+
+    :returns: 0, or 2 for a mistake of the user.
+    """
+    args = _create_parser().parse_args(argv)
+
+    # torch and fairseq2 take seconds to import; `--help` must not.
+    from rich.console import Console
+
+    console, error_console = Console(soft_wrap=True), Console(stderr=True)
+
+    try:
+        _measure(args, console)
+    except (ValueError, OSError) as ex:
+        error_console.print(
+            f"error: {ex}", markup=False, highlight=False, soft_wrap=True
+        )
+
+        return 2
+
+    return 0
+
+
+def _measure(args: Namespace, console: Console) -> None:
+    from moxe_plugin.speed.measuring import describe_machine, measure_case
+    from moxe_plugin.speed.records import write_speed_json
+    from moxe_plugin.speed.suites import SuiteOptions, list_cases
+    from moxe_plugin.speed.table import write_speed_table
+
+    if args.name is not None and Path(args.name).name != args.name:
+        raise ValueError(
+            f"`name` must be the name of a file, but is '{args.name}' instead. "
+            "Directories go to `--out`."
+        )
+
+    suite_options = SuiteOptions(
+        size=args.size,
+        batch=args.batch,
+        length=args.length,
+        experts=args.experts,
+        tokens=args.tokens,
+    )
+
+    # A suite named twice is measured once.
+    suites = dict.fromkeys(args.suite)
+    cases = [case for suite in suites for case in list_cases(suite, suite_options)]
+
+    options = _read_measure_options(args)
+    machine = describe_machine(options)
+
+    name = args.name or f"{machine['name']}_{options.precision}"
+    # Not `with_suffix`: a name may have a dot.
+    json_file, page = (args.out / f"{name}.{suffix}" for suffix in ("json", "md"))
+
+    rows = []
+
+    for number, case in enumerate(cases, start=1):
+        row = measure_case(case, machine, options)
+        rows.append(row)
+
+        # A later case may need more memory than there is.
+        write_speed_json(json_file, machine, rows)
+        write_speed_table(page, machine, rows)
+
+        speed = "out of memory"
+        if row.tokens_per_s is not None:
+            speed = f"{row.tokens_per_s:,.1f} tokens/s"
+
+        changes = "".join(f" {key}={value}" for key, value in row.overrides.items())
+        console.print(
+            f"[{number}/{len(cases)}] {row.suite}: {row.family} {row.arch}{changes} "
+            f"{row.phase}{' + AdamW' if row.optimizer else ''}, "
+            f"{row.batch} x {row.length}: {speed}",
+            highlight=False,
+            markup=False,
+        )
+
+    console.print(f"Written: {name}.json, {name}.md in {args.out}", highlight=False)
+
+
+def _read_measure_options(args: Namespace) -> MeasureOptions:
+    import torch
+
+    from moxe_plugin.speed.options import MeasureOptions
+
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise ValueError(
+            f"`device` must be cpu or cuda, but is '{args.device}' instead."
+        ) from None
+
+    options = MeasureOptions(
+        device=device,
+        precision=args.dtype,
+        repeats=args.repeats,
+        warm_up=args.warm_up,
+        decode_tokens=args.decode_tokens,
+        chunk_len=args.chunk,
+        matmul_size=args.matmul_size or (8192 if device.type == "cuda" else 2048),
+        seed=args.seed,
+    )
+    options.check()
+
+    if args.threads is not None:
+        num_cores = len(os.sched_getaffinity(0))
+        if args.threads > num_cores:
+            raise ValueError(
+                f"`threads` must be at most the number of cores ({num_cores}), but is "
+                f"{args.threads} instead."
+            )
+
+        torch.set_num_threads(args.threads)
+
+    return options
+
+
+def _create_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="moxe speed",
+        description="Measure tokens a second, memory and the share of the machine's "
+        "peak, one system after the other in this process. Parameters and tokens are "
+        "random, so routers spread tokens almost evenly over their experts; trained "
+        "ones may not. At 340m a suite takes up to an hour on a CPU and 16 GB of "
+        "memory.",
+    )
+
+    add = parser.add_argument
+
+    add(
+        "--suite",
+        metavar="SUITE",
+        nargs="+",
+        default=["table1"],
+        help="table1, ablations, length, experts, batch (training), decode, prefill; "
+        "several are possible (default: table1)",
+    )
+    add(
+        "--size",
+        metavar="SIZE",
+        default="340m",
+        help="340m (the paper's Table 1), quickstart or tiny (default: %(default)s)",
+    )
+    add("--device", metavar="DEVICE", default="cpu", help="cpu (default) or cuda")
+    add(
+        "--dtype",
+        metavar="TYPE",
+        default="float32",
+        help="float32 (default), bfloat16, or autocast: float32 parameters, products "
+        "in bfloat16",
+    )
+    add("--threads", metavar="N", type=_positive, help="threads of an operation")
+
+    for option, text in {
+        "--batch": "numbers of sequences in place of the suite's own",
+        "--length": "lengths in place of the suite's own",
+    }.items():
+        add(option, metavar="N", type=_positive, nargs="+", default=[], help=text)
+
+    add(
+        "--experts",
+        metavar="N",
+        type=_positive,
+        nargs="+",
+        default=[8, 16, 32, 64],
+        help="numbers of experts, for the suite experts (default: 8 16 32 64)",
+    )
+    add(
+        "--tokens",
+        metavar="N",
+        type=_positive,
+        help="tokens of a step, for the suite length (default: the longest length)",
+    )
+
+    for option, default, text in (
+        ("--repeats", 5, "calls that are timed"),
+        ("--decode-tokens", 16, "tokens of a call of decode"),
+        ("--chunk", 512, "tokens that a state takes in at a time"),
+        ("--seed", 1, "seeds parameters and tokens"),
+    ):
+        add(
+            option,
+            metavar="N",
+            type=_positive,
+            default=default,
+            help=f"{text} (default: %(default)s)",
+        )
+
+    add(
+        "--warm-up",
+        metavar="N",
+        type=int,
+        default=1,
+        help="calls before them (default: %(default)s)",
+    )
+    add(
+        "--matmul-size",
+        metavar="N",
+        type=_positive,
+        help="rows of the matrices that tell the peak (default: 2048, on cuda 8192)",
+    )
+    add(
+        "--name",
+        metavar="NAME",
+        help="name of the files without suffix (default: machine and type)",
+    )
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=_DEFAULT_OUT,
+        help="where NAME.json and NAME.md go (default: %(default)s)",
+    )
+
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"must be an integer of at least 1, but is '{text}'")
+
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Seconds of a call, and how fast the machine multiplies matrices."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Final
+
+import torch
+
+_MATMUL_REPEATS: Final = 9
+_MATMUL_WARM_UP: Final = 2
+
+
+def time_repeats(
+    call: Callable[[], object], repeats: int, device: torch.device
+) -> list[float]:
+    """Time a call again and again.
+
+    :param call: What is timed; it is not warmed up.
+    :param repeats: How often.
+    :param device: What it computes on; CUDA's own events tell the time there.
+
+    :returns: Seconds of each call.
+    """
+    timer = _time_on_cuda if device.type == "cuda" else _time_on_cpu
+
+    return [timer(call) for _ in range(repeats)]
+
+
+def _time_on_cpu(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+
+    return time.perf_counter() - begin
+
+
+def _time_on_cuda(call: Callable[[], object]) -> float:
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+
+    torch.cuda.synchronize()
+
+    begin.record()
+    call()
+    end.record()
+
+    torch.cuda.synchronize()
+
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def measure_matmul(dtype: torch.dtype, size: int, device: torch.device) -> float:
+    """Measure the product of two square matrices.
+
+    :param dtype: The data type of the matrices.
+    :param size: Their number of rows.
+    :param device: Where they are.
+
+    :returns: GFLOP/s, the median.
+    """
+    lhs = torch.randn(size, size, device=device).to(dtype)
+    rhs = torch.randn(size, size, device=device).to(dtype)
+
+    def call() -> None:
+        torch.mm(lhs, rhs)
+
+    time_repeats(call, _MATMUL_WARM_UP, device)
+
+    seconds = time_repeats(call, _MATMUL_REPEATS, device)
+
+    return 2 * size**3 / statistics.median(seconds) / 1e9

@@ -1,0 +1,88 @@
+"""What was measured, as the JSON file holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moxe_plugin.report.files import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRow:
+    """A measured case; what is ``None`` could not be measured, or does not apply.
+
+    The fields up to ``optimizer`` are those of
+    :class:`~moxe_plugin.speed.suites.SpeedCase`.
+    """
+
+    suite: str
+    family: str
+    arch: str
+    overrides: Mapping[str, int]
+    phase: str
+    batch: int
+    length: int
+    optimizer: bool
+
+    device: str
+    """Where it was computed."""
+
+    dtype: str
+    """``float32``, ``bfloat16`` or ``autocast``."""
+
+    repeats: int
+    """How many calls were timed."""
+
+    warm_up: int
+    """How many calls went before them."""
+
+    seed: int
+    """Seeded parameters and token ids."""
+
+    num_parameters: int | None = None
+    """All parameters of the model."""
+
+    tokens: int | None = None
+    """Tokens of a call."""
+
+    seconds: float | None = None
+    """Seconds of a call: the median."""
+
+    seconds_all: Sequence[float] = ()
+    """Seconds of each call."""
+
+    tokens_per_s: float | None = None
+    """``tokens`` over ``seconds``."""
+
+    useful_gflop: float | None = None
+    """Useful FLOPs of a call, in 1e9, without those of the optimizer."""
+
+    peak_fraction: float | None = None
+    """Useful FLOPs a second over those of a product of two matrices."""
+
+    peak_memory_gib: float | None = None
+    """The most memory that was in use in timed calls: resident memory of the whole
+    process on the CPU, allocated tensors on an accelerator."""
+
+    baseline_memory_gib: float | None = None
+    """Memory in use before the model was made."""
+
+    state_bytes: int | None = None
+    """The state that ``length`` tokens leave, of the whole batch."""
+
+
+def write_speed_json(
+    file: Path, machine: Mapping[str, Any], rows: Sequence[SpeedRow]
+) -> None:
+    """Write the measurements.
+
+    :param file: The file.
+    :param machine: What :func:`~moxe_plugin.speed.measuring.describe_machine` returned.
+    :param rows: The rows.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+    write_json(file, {"machine": dict(machine), "rows": [asdict(row) for row in rows]})

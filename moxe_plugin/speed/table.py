@@ -1,0 +1,145 @@
+"""The measurements as a Markdown page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import pandas as pd
+
+from moxe_plugin.models.moxe.config import MOXE_FAMILY
+from moxe_plugin.speed.records import SpeedRow
+
+_DASH: Final = "—"
+
+_T = TypeVar("_T")
+
+_PREAMBLE: Final = """\
+Written by `moxe speed`, from `{name}.json`; nothing is typed by hand. {model},
+{num_threads} of {num_cores} cores, torch {torch}; a product of two {matmul_size:,} by
+{matmul_size:,} matrices reaches {peaks}."""
+
+_COLUMNS: Final = """\
+- **phase**: `train` is a forward and a backward pass, `+ AdamW` with clipping of the
+  gradient and a step of the optimizer; `prefill` is reading `length` tokens into a
+  state, without gradients; `decode` is continuing them, one token at a time. Choosing
+  the next token, loading data and copying it to the device are left out.
+- **s**: seconds of a call, the median of its repeats; **range**: the least and most.
+- **GFLOP**: useful FLOPs of a call, as `moxe systems` counts them; a training step
+  takes three times a forward pass. Those of `decode` are a token's of a whole pass over
+  `length` tokens. Causal products count whole, half of which is masked.
+- **of peak**: useful FLOPs a second over those of the product of two matrices in the
+  data type that is computed in.
+- **memory**: the most that was in use in the timed calls: the whole process on the CPU,
+  with its libraries; allocated tensors on an accelerator.
+- **state**: what `length` tokens leave for the next one, of the whole batch.
+- **MoxE ÷ it**: tokens a second of MoxE, the first row of the same phase, batch and
+  length, over those of the row: above 1, MoxE is faster.
+
+Parameters and tokens are random. Therefore routers spread tokens almost evenly over
+their experts; trained ones may not."""
+
+
+def write_speed_table(
+    file: Path, machine: Mapping[str, Any], rows: Sequence[SpeedRow]
+) -> None:
+    """Write the page: a table for each suite.
+
+    :param file: The file; its name without the suffix is that of the JSON file.
+    :param machine: What :func:`~moxe_plugin.speed.measuring.describe_machine` returned.
+    :param rows: The rows, suite by suite.
+    """
+    peaks = ", ".join(
+        f"{gflop:,.0f} GFLOP/s in {dtype}"
+        for dtype, gflop in sorted(machine["matmul_gflop_per_s"].items())
+    )
+
+    parts = [
+        f"# Speed: {file.stem}",
+        _PREAMBLE.format(
+            name=file.stem,
+            torch=machine["versions"]["torch"],
+            peaks=peaks,
+            **{
+                name: machine[name]
+                for name in ("model", "num_threads", "num_cores", "matmul_size")
+            },
+        ),
+    ]
+
+    for suite, suite_rows in groupby(rows, key=lambda row: row.suite):
+        parts += [f"## {suite}", _format_table(list(suite_rows))]
+
+    parts.append(_COLUMNS)
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def moxe_ratio(row: SpeedRow, rows: Sequence[SpeedRow]) -> float | None:
+    """Compare a row with MoxE.
+
+    :param row: The row.
+    :param rows: Where MoxE is looked for: the first row of its family that was measured
+        at the same.
+
+    :returns: Tokens a second of MoxE over those of the row; ``None`` if either was not
+        measured.
+    """
+    moxe = next(
+        (r for r in rows if r.family == MOXE_FAMILY and _setting(r) == _setting(row)),
+        None,
+    )
+
+    if moxe is None or moxe.tokens_per_s is None or row.tokens_per_s is None:
+        return None
+
+    return moxe.tokens_per_s / row.tokens_per_s
+
+
+def _setting(row: SpeedRow) -> tuple[object, ...]:
+    return (
+        *(row.suite, row.device, row.dtype),
+        *(row.phase, row.batch, row.length, row.optimizer),
+    )
+
+
+def _format_table(rows: Sequence[SpeedRow]) -> str:
+    table = pd.DataFrame([_format_cells(row, rows) for row in rows], dtype="object")
+
+    text: str = table.to_markdown(
+        index=False,
+        disable_numparse=True,
+        # Names to the left, numbers to the right.
+        colalign=["left"] * 3 + ["right"] * (table.shape[1] - 3),
+    )
+
+    return text
+
+
+def _format_cells(row: SpeedRow, rows: Sequence[SpeedRow]) -> dict[str, str]:
+    changes = [f"`{name}={value}`" for name, value in row.overrides.items()]
+
+    times = row.seconds_all
+
+    return {
+        "system": " ".join([f"`{row.family}` `{row.arch}`", *changes]),
+        "phase": row.phase + (" + AdamW" if row.optimizer else ""),
+        "type": row.dtype,
+        "batch": f"{row.batch:,}",
+        "length": f"{row.length:,}",
+        "tokens/s": _format(row.tokens_per_s, "{:,.1f}".format),
+        "s": _format(row.seconds, "{:.4g}".format),
+        "range": f"{min(times):.4g} – {max(times):.4g}" if times else _DASH,  # noqa: RUF001  # a range
+        "GFLOP": _format(row.useful_gflop, "{:,.1f}".format),
+        "of peak": _format(row.peak_fraction, "{:.1%}".format),
+        "memory (GiB)": _format(row.peak_memory_gib, "{:.2f}".format),
+        "state (MiB)": _format(row.state_bytes, lambda n: f"{n / 2**20:,.2f}"),
+        "MoxE ÷ it": _format(moxe_ratio(row, rows), "{:.2f}".format),
+    }
+
+
+def _format(value: _T | None, formatted: Callable[[_T], str]) -> str:
+    return _DASH if value is None else formatted(value)

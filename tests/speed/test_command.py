@@ -1,0 +1,132 @@
+"""The command ``moxe speed`` and its files."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moxe_plugin.cli import moxe_main
+from moxe_plugin.report.files import read_json
+from moxe_plugin.speed.records import SpeedRow
+from moxe_plugin.speed.table import moxe_ratio, write_speed_table
+
+_MACHINE: dict[str, Any] = {
+    "model": "A processor",
+    "num_threads": 2,
+    "num_cores": 4,
+    "matmul_size": 2048,
+    "matmul_gflop_per_s": {"float32": 98.7},
+    "versions": {"torch": "2.9.1"},
+}
+
+
+def _row(family: str, tokens_per_s: float | None, **kwargs: Any) -> SpeedRow:
+    values: dict[str, Any] = {
+        **{"suite": "table1", "arch": "340m", "overrides": {}, "phase": "train"},
+        **{"batch": 4, "length": 256, "optimizer": False, "device": "cpu"},
+        **{"dtype": "float32", "repeats": 2, "warm_up": 1, "seed": 1},
+        **kwargs,
+    }
+
+    return SpeedRow(family=family, tokens_per_s=tokens_per_s, **values)
+
+
+def _cells(page: str, family: str) -> list[str]:
+    (line,) = (x for x in page.splitlines() if x.startswith(f"| `{family}`"))
+
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table_shows_every_number_and_a_dash_for_none(tmp_path: Path) -> None:
+    measured = _row(
+        "moxe",
+        1500.0,
+        **{"seconds": 2.0, "seconds_all": [1.5, 2.5], "useful_gflop": 1234.56},
+        **{"peak_fraction": 0.4567, "peak_memory_gib": 3.456, "state_bytes": 3 * 2**20},
+        **{"optimizer": True, "overrides": {"num_experts": 16}},
+    )
+    page = tmp_path / "tables" / "cpu.md"
+
+    write_speed_table(page, _MACHINE, [measured, _row("gemma2", None)])
+
+    text = page.read_text(encoding="utf-8")
+
+    assert _cells(text, "moxe") == [
+        *("`moxe` `340m` `num_experts=16`", "train + AdamW", "float32", "4", "256"),
+        *("1,500.0", "2", "1.5 – 2.5", "1,234.6", "45.7%"),  # noqa: RUF001  # a range
+        *("3.46", "3.00", "1.00"),
+    ]
+    assert _cells(text, "gemma2")[5:] == ["—"] * 8
+    assert "99 GFLOP/s in float32" in text
+    assert "from `cpu.json`" in text
+
+
+def test_ratio_is_to_moxe_at_the_same_setting() -> None:
+    moxe, longer, xlstm = (
+        _row("moxe", 300.0),
+        _row("moxe", 900.0, length=512),
+        _row("xlstm", 200.0),
+    )
+    rows = [longer, moxe, xlstm, _row("moxe", 1.0, arch="340m_dense")]
+
+    assert moxe_ratio(xlstm, rows) == pytest.approx(1.5)
+    assert moxe_ratio(rows[3], rows) == pytest.approx(300.0)
+    assert moxe_ratio(xlstm, [longer, xlstm]) is None
+    assert moxe_ratio(_row("gemma2", None), rows) is None
+
+
+def test_command_writes_rows_of_all_suites(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = "speed --suite table1 decode --size tiny --length 8 --batch 1 --repeats 2"
+    options = f"--matmul-size 16 --decode-tokens 2 --name a.b --out {tmp_path / 'out'}"
+
+    assert moxe_main([*argv.split(), *options.split()]) == 0
+
+    content = read_json(tmp_path / "out" / "a.b.json")
+    rows = content["rows"]
+
+    assert content.keys() == {"machine", "rows"}
+    assert [r["suite"] for r in rows] == ["table1"] * 8 + ["decode"] * 2
+    assert all(r.keys() == {f.name for f in fields(SpeedRow)} for r in rows)
+    assert all(r["tokens_per_s"] > 0 for r in rows)
+
+    page = (tmp_path / "out" / "a.b.md").read_text(encoding="utf-8")
+
+    assert page.count("\n| `") == len(rows)
+    assert "Written: a.b.json, a.b.md" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--suite train", "`suite` must be one of table1"),
+        ("--size 7b", "`size` must be one of 340m"),
+        ("--dtype fp8", "`dtype` must be one of float32"),
+        ("--device abacus", "`device` must be cpu or cuda, but is 'abacus'"),
+        ("--threads 9999", "`threads` must be at most the number of cores"),
+        ("--name a/b", "`name` must be the name of a file, but is 'a/b'"),
+        ("--suite length --tokens 100", "`tokens` must be a multiple of every"),
+        ("--warm-up -1", "`warm_up` must be greater than or equal to 0"),
+    ],
+    ids=lambda text: text.split()[0] if text.startswith("--") else "",
+)
+def test_mistakes_of_the_user_are_explained(
+    options: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert moxe_main(["speed", *options.split(), "--out", str(tmp_path)]) == 2
+
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_without_a_sequence_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        moxe_main(["speed", "--batch", "0"])
+
+    assert "must be an integer of at least 1, but is '0'" in capsys.readouterr().err

@@ -1,0 +1,193 @@
+"""What is measured of a case; nothing here depends on how fast the machine is."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+import torch
+
+from moxe_plugin.models.flops import forward_flops_per_token
+from moxe_plugin.speed import measuring, memory
+from moxe_plugin.speed.measuring import describe_machine, measure_case
+from moxe_plugin.speed.options import MeasureOptions
+from moxe_plugin.speed.records import SpeedRow
+from moxe_plugin.speed.suites import Phase, SpeedCase
+from tests.models.families import FAMILIES, create_model, get_arch
+
+pytestmark = pytest.mark.usefixtures("fairseq2_setup")
+
+_MACHINE = {"matmul_gflop_per_s": {"float32": 2.0, "bfloat16": 4.0}}
+
+
+def _case(family: str, phase: Phase, **kwargs: Any) -> SpeedCase:
+    fields = {"batch": 2, "length": 12, "arch": "tiny", **kwargs}
+
+    return SpeedCase(suite="test", family=family, phase=phase, **fields)
+
+
+def _measure(case: SpeedCase, device: torch.device, **kwargs: Any) -> SpeedRow:
+    fields = {"repeats": 2, "decode_tokens": 3, "chunk_len": 5, **kwargs}
+
+    return measure_case(case, _MACHINE, MeasureOptions(device=device, **fields))
+
+
+@pytest.mark.parametrize(
+    ("phase", "tokens", "passes"),
+    [("train", 24, 3), ("prefill", 24, 1), ("decode", 6, 1)],
+    ids=["train", "prefill", "decode"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_those_of_the_forward_pass(
+    family: str, phase: Phase, tokens: int, passes: int, device: torch.device
+) -> None:
+    row = _measure(_case(family, phase), device)
+
+    flops = passes * tokens * forward_flops_per_token(get_arch(family, "tiny"), 12)
+
+    assert row.tokens == tokens
+    assert row.useful_gflop == pytest.approx(flops / 1e9)
+    assert row.num_parameters == sum(
+        p.numel() for p in create_model(family).parameters()
+    )
+
+
+def test_rates_follow_from_the_median(device: torch.device) -> None:
+    row = _measure(_case("xlstm", "train", optimizer=True), device, repeats=3)
+
+    assert row.seconds == statistics.median(row.seconds_all)
+    assert row.seconds is not None
+    assert row.useful_gflop is not None
+    assert len(row.seconds_all) == 3
+    assert row.tokens_per_s == pytest.approx(24 / row.seconds)
+    assert row.peak_fraction == pytest.approx(row.useful_gflop / row.seconds / 2.0)
+
+
+@pytest.mark.parametrize(("precision", "peak"), [("bfloat16", 4.0), ("autocast", 4.0)])
+@pytest.mark.parametrize("phase", ["train", "decode"])
+def test_other_precisions_are_compared_with_their_own_peak(
+    phase: Phase, precision: str, peak: float, device: torch.device
+) -> None:
+    row = _measure(_case("moxe", phase), device, precision=precision)
+
+    assert row.seconds is not None
+    assert row.useful_gflop is not None
+    assert row.peak_fraction == pytest.approx(row.useful_gflop / row.seconds / peak)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_only_the_state_of_moxe_stays_as_it_is(
+    phase: Phase, device: torch.device
+) -> None:
+    # The first is beyond the window of Gemma 2, the second beyond its `max_seq_len`.
+    lengths = (16, 80)
+
+    moxe, gemma2 = (
+        [
+            _measure(_case(family, phase, length=length), device).state_bytes
+            for length in lengths
+        ]
+        for family in ("moxe", "gemma2")
+    )
+
+    assert moxe[0] == moxe[1]
+    assert gemma2[0] is not None
+    assert gemma2[1] is not None
+    # One layer has no window: keys and values, 2 sequences, 2 heads, 8 wide, float32.
+    assert gemma2[1] - gemma2[0] == (80 - 16) * 2 * 2 * 2 * 8 * 4
+
+
+def test_training_has_no_state(device: torch.device) -> None:
+    assert _measure(_case("moxe", "train"), device).state_bytes is None
+
+
+def test_experts_can_be_added(device: torch.device) -> None:
+    few, many = (
+        _measure(_case("moxe", "train", overrides={"num_experts": n}), device)
+        for n in (4, 8)
+    )
+
+    assert few.num_parameters is not None
+    assert many.num_parameters is not None
+    assert many.num_parameters > few.num_parameters
+
+
+def test_peak_is_not_told_where_it_cannot_be_reset(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(memory, "reset_peak_memory", lambda _: False)
+
+    assert _measure(_case("xlstm", "train"), device).peak_memory_gib is None
+
+
+def test_peak_is_that_of_the_time_after_its_reset() -> None:
+    cpu = torch.device("cpu")
+
+    if not memory.reset_peak_memory(cpu):
+        pytest.skip("The peak of this process cannot be reset.")
+
+    num_bytes = 256 * 2**20
+
+    torch.ones(num_bytes, dtype=torch.uint8)
+    before = memory.read_peak_memory(cpu)
+    assert memory.reset_peak_memory(cpu)
+    after = memory.read_peak_memory(cpu)
+
+    assert before is not None
+    assert after is not None
+    assert before - after > num_bytes // 2
+
+
+def test_too_little_memory_leaves_no_numbers(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(measuring, "prepare_workload", fail)
+
+    row = _measure(_case("xlstm", "train"), device)
+
+    assert row.tokens_per_s is None
+    assert row.seconds_all == ()
+    assert (row.family, row.length) == ("xlstm", 12)
+
+
+def test_machine_is_described(device: torch.device) -> None:
+    machine = describe_machine(MeasureOptions(device=device, matmul_size=16))
+
+    assert machine["num_threads"] == torch.get_num_threads()
+    assert machine["num_cores"] >= 1
+    assert machine["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert machine["matmul_size"] == 16
+    assert all(machine["matmul_gflop_per_s"][t] > 0 for t in ("float32", "bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"precision": "fp8"}, "`dtype` must be one of float32, .*, but is 'fp8'"),
+        ({"repeats": 0}, "`repeats` must be greater than or equal to 1, but is 0"),
+        ({"warm_up": -1}, "`warm_up` must be greater than or equal to 0, but is -1"),
+        ({"device": torch.device("meta")}, "`device` must be cpu or cuda, .* 'meta'"),
+    ],
+    ids=["dtype", "repeats", "warm_up", "device"],
+)
+def test_mistakes_are_named(kwargs: dict[str, Any], message: str) -> None:
+    options = MeasureOptions(**{"device": torch.device("cpu"), **kwargs})
+
+    with pytest.raises(ValueError, match=message):
+        options.check()
+
+
+def test_unknown_architecture_is_named(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="'moxe' has no 'huge'"):
+        _measure(_case("moxe", "train", arch="huge"), device)
+
+
+def test_override_that_does_not_fit_is_explained(device: torch.device) -> None:
+    case = _case("moxe", "train", overrides={"num_experts": 1})
+
+    with pytest.raises(ValueError, match=r"'num_experts': 1.*must fit.*`top_k`"):
+        _measure(case, device)
