@@ -17,6 +17,8 @@ from fairseq2.models import ModelFactory, ModelStateDictConverter
 from torch import Tensor
 from torch.nn import Module
 
+from moxe_plugin.models.exported import strip_export_prefix
+
 _WAY_OUT: Final = (
     "Describe the model that was saved: in an asset card by `model_arch` and "
     "`model_config_overrides`, in a recipe by `model.arch` and "
@@ -119,7 +121,8 @@ def create_authors_converter(
 ) -> ModelStateDictConverter[ConfigT]:
     """Create what fairseq2 applies to every checkpoint of a family that it loads.
 
-    Names tell a checkpoint of theirs from one of ours, which is left as it is.
+    Names tell a checkpoint of theirs from one of ours, which is left as it is, and from
+    a model exported for transformers, which gets our names.
 
     :param factory: Creates a model of the family.
     :param list_parameters: Lists the correspondence for each of its parameters.
@@ -132,7 +135,7 @@ def create_authors_converter(
         theirs = {name for name in state_dict if "/" in name}
 
         if not theirs:
-            return state_dict
+            return strip_export_prefix(state_dict)
 
         if ours := state_dict.keys() - theirs:
             raise AuthorsCheckpointError(

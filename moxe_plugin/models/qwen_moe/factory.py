@@ -83,6 +83,8 @@ class QwenMoEFactory:
             num_experts_per_tok=config.top_k,
             moe_intermediate_size=config.expert_inner_dim,
             shared_expert_intermediate_size=config.shared_expert_inner_dim,
+            # For those who train an exported model; the loss is ours here.
+            router_aux_loss_coef=config.load_balance_loss_scale,
             output_router_logits=True,
             attn_implementation="sdpa",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fairseq2.composition import register_model_family
 from fairseq2.runtime.dependency import DependencyContainer
 
+from moxe_plugin.models.exported import convert_hf_state_dict
 from moxe_plugin.models.hf import apply_ac_to_hf, apply_fsdp_to_hf, compile_hf
 from moxe_plugin.models.qwen_moe.config import (
     QWEN_MOE_FAMILY,
@@ -29,6 +30,7 @@ def register_qwen_moe(container: DependencyContainer) -> None:
         # transformers modules cannot initialise themselves after the meta device.
         supports_meta=False,
         restrict=True,
+        state_dict_converter=convert_hf_state_dict,
         compiler=compile_hf,
         fsdp_applier=apply_fsdp_to_hf,
         layerwise_ac_applier=apply_ac_to_hf,
