@@ -25,6 +25,7 @@ _COMMANDS: Final = {
         "moxe_plugin.routing_page.__main__",
         "show where a model sends each token of a text",
     ),
+    "export": ("moxe_plugin.export.__main__", "write a model for transformers"),
     "doctor": ("moxe_plugin.doctor", "check the installation"),
 }
 

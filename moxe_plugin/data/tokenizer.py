@@ -68,18 +68,19 @@ class HgTextTokenizer(Tokenizer):
 
     :param hg_tokenizer: The tokenizer.
     :param vocab_info: Its size, added tokens included, and special tokens.
-    :param sha256: The digest of its ``tokenizer.json``.
+    :param file: Its ``tokenizer.json``.
     """
 
     def __init__(
         self,
         hg_tokenizer: PreTrainedTokenizerFast,
         vocab_info: VocabularyInfo,
-        sha256: str,
+        file: Path,
     ) -> None:
         self._hg_tokenizer = hg_tokenizer
         self._vocab_info = vocab_info
-        self._sha256 = sha256
+        self._file = file
+        self._sha256 = compute_sha256(file)
         self._model = HuggingFaceTokenModel(hg_tokenizer, vocab_info)  # type: ignore[call-arg]  # declared without its constructor
 
     @override
@@ -152,6 +153,11 @@ class HgTextTokenizer(Tokenizer):
         return self._hg_tokenizer
 
     @property
+    def file(self) -> Path:
+        """The ``tokenizer.json`` that it was read from."""
+        return self._file
+
+    @property
     def sha256(self) -> str:
         """The digest of ``tokenizer.json``; token shards name it."""
         return self._sha256
@@ -197,7 +203,7 @@ def load_hg_text_tokenizer(
         pad_idx=get_idx("pad", config.pad_token),
     )
 
-    return HgTextTokenizer(hg_tokenizer, vocab_info, compute_sha256(file))
+    return HgTextTokenizer(hg_tokenizer, vocab_info, file)
 
 
 def find_tokenizer_file(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """``python -m moxe_plugin.eval``: lm-evaluation-harness with our model and tasks.
 
 The same as ``lm_eval --include_path …/eval_tasks``, but independent of the ``.pth``
-file by which ``lm_eval`` itself learns of the model.
+file by which ``lm_eval`` itself learns of our models.
 """
 
 from __future__ import annotations
@@ -62,9 +62,13 @@ def _run_harness(argv: list[str], task_path: str) -> None:
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    from moxe_plugin.eval.registration import register_harness_model
+    from moxe_plugin.eval.registration import (
+        register_harness_model,
+        register_transformers_classes,
+    )
 
     register_harness_model()
+    register_transformers_classes()
     setup_logging()
 
     cli = HarnessCLI()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fairseq2.assets import AssetCard, AssetNotFoundError, get_asset_store
@@ -17,16 +17,15 @@ from fairseq2.data.tokenizers import (
 )
 from fairseq2.device import CPU
 from fairseq2.gang import create_fake_gangs
-from fairseq2.models import get_model_family_name, load_model
+from fairseq2.models import ModelFamily, get_model_family_name, load_model
 from fairseq2.models.clm import CausalLM
 from fairseq2.runtime.dependency import DependencyLookup, get_dependency_resolver
 from fairseq2.utils.config import StandardConfigMerger
 from fairseq2.utils.structured import StandardValueConverter
 
+from moxe_plugin.data.tokenizer import MOXE_HG_TOKENIZER_FAMILY, TOKENIZER_FILE
+from moxe_plugin.hf.folder import is_exported, open_exported
 from moxe_plugin.models.train_output import open_train_output
-
-_DIRECTORY_FAMILY: Final = "moxe_hg"
-"""The tokenizer family that reads a directory with a ``tokenizer.json``."""
 
 
 class LoadedModel(NamedTuple):
@@ -45,8 +44,8 @@ class LoadedModel(NamedTuple):
     """The training step of the checkpoint; ``None`` for an asset."""
 
     provenance: Mapping[str, Any]
-    """Plain values for a report: checkpoint, family, tokenizer and, for a training
-    output, the configurations of the model and of the recipe."""
+    """Plain values for a report: checkpoint, family, tokenizer, the model's configuration
+    and, for a training output, the recipe's."""
 
     def describe(self) -> dict[str, Any]:
         """Describe the model for a result file.
@@ -79,8 +78,8 @@ def load_checkpoint(
     in fairseq2's asset store. fairseq2 is initialised on first use, with our families.
 
     :param path_or_asset: The output directory of a training run (its single sweep
-        directory, its ``checkpoints`` or a ``step_N`` in there will do too), or an
-        asset name.
+        directory, its ``checkpoints`` or a ``step_N`` in there will do too), the folder
+        of an exported model, or an asset name.
     :param step: The training step; the last one by default. Only for directories.
     :param device: Where the parameters go.
     :param dtype: The type of the parameters.
@@ -92,48 +91,128 @@ def load_checkpoint(
     :raises ValueError: There is no such checkpoint, step, asset or tokenizer, or the
         model is not a causal language model.
     """
-    card: AssetCard
+    source = _find_source(path_or_asset, step)
 
-    if Path(path_or_asset).is_dir():
-        output = open_train_output(Path(path_or_asset), step)
-        name, step = str(output.dir), output.step
-        # The file is written as a card; taken as one, it needs no asset store.
-        checkpoint = {"checkpoint": str(output.model_dir)}
-        card = AssetCard("checkpoint", {**output.model_card, **checkpoint})
-        provenance = {
-            **checkpoint,
-            "model_config": output.model_card.get("model_config"),
-            "recipe_config": output.recipe_config,
-            "tokenizer": output.recipe_config.get("tokenizer"),
-        }
-    else:
-        output = None
-        name = str(path_or_asset)
-        card = _retrieve_card(name, step)
-        provenance = {"checkpoint": name, "tokenizer": name}
-
-    provenance["model_family"] = get_model_family_name(card)
+    provenance = {
+        **source.provenance,
+        "model_family": get_model_family_name(source.card),
+    }
 
     if tokenizer is not None:
         provenance["tokenizer"] = str(tokenizer)
         tokenizer = _load_named_tokenizer(tokenizer)
-    elif output is not None:
-        section = output.recipe_config.get("tokenizer", {})
-        tokenizer = load_recorded_tokenizer(section, output.dir)
     else:
-        tokenizer = load_tokenizer(card)
+        tokenizer = source.load_tokenizer()
 
-    model = load_model(card, device=torch.device(device), dtype=dtype)
+    model = load_model(source.card, device=torch.device(device), dtype=dtype)
 
     if not isinstance(model, CausalLM):
         raise ValueError(
-            f"`path_or_asset` must be a causal language model, but '{name}' is of type "
-            f"`{type(model)}` instead."
+            f"`path_or_asset` must be a causal language model, but '{source.name}' is "
+            f"of type `{type(model)}` instead."
         )
 
     model.eval()
 
-    return LoadedModel(model, tokenizer, name, step, provenance)
+    return LoadedModel(model, tokenizer, source.name, source.step, provenance)
+
+
+class _Source(NamedTuple):
+    card: AssetCard
+    """Taken as a card, what files say needs no asset store."""
+
+    name: str
+    step: int | None
+    load_tokenizer: Callable[[], Tokenizer]
+    provenance: Mapping[str, Any]
+
+
+def _find_source(path_or_asset: str | Path, step: int | None) -> _Source:
+    path = Path(path_or_asset)
+
+    if not path.is_dir():
+        return _find_asset(str(path_or_asset), step)
+
+    if is_exported(path):
+        return _find_exported(path, step)
+
+    return _find_train_output(path, step)
+
+
+def _find_train_output(path: Path, step: int | None) -> _Source:
+    output = open_train_output(path, step)
+
+    checkpoint = {"checkpoint": str(output.model_dir)}
+    section = output.recipe_config.get("tokenizer")
+
+    return _Source(
+        AssetCard("checkpoint", {**output.model_card, **checkpoint}),
+        str(output.dir),
+        output.step,
+        lambda: load_recorded_tokenizer(section or {}, output.dir),
+        {
+            **checkpoint,
+            "model_config": output.model_card.get("model_config"),
+            "recipe_config": output.recipe_config,
+            "tokenizer": section,
+        },
+    )
+
+
+def _find_exported(path: Path, step: int | None) -> _Source:
+    if step is not None:
+        raise ValueError(
+            f"`step` must be left out for an exported model, but is {step} for '{path}'"
+            "."
+        )
+
+    exported = open_exported(path)
+
+    fields = {
+        "checkpoint": str(exported.dir),
+        "model_config": exported.model_config,
+    }
+
+    return _Source(
+        AssetCard("checkpoint", {**fields, "model_family": exported.family}),
+        str(exported.dir),
+        None,
+        lambda: _load_exported_tokenizer(exported.dir),
+        {**fields, "tokenizer": str(exported.dir)},
+    )
+
+
+def _load_exported_tokenizer(path: Path) -> Tokenizer:
+    if not (path / TOKENIZER_FILE).is_file():
+        raise ValueError(
+            f"`tokenizer` must be given, because '{path}' has no {TOKENIZER_FILE}."
+        )
+
+    return _load_custom_tokenizer(path, MOXE_HG_TOKENIZER_FAMILY, None)
+
+
+def _find_asset(name: str, step: int | None) -> _Source:
+    card = _retrieve_card(name, step)
+
+    return _Source(
+        card,
+        name,
+        None,
+        lambda: load_tokenizer(card),
+        {
+            "checkpoint": name,
+            "model_config": _get_model_config(card),
+            "tokenizer": name,
+        },
+    )
+
+
+def _get_model_config(card: AssetCard) -> object:
+    resolver = get_dependency_resolver()
+
+    family = resolver.resolve(ModelFamily, key=get_model_family_name(card))
+
+    return StandardValueConverter().unstructure(family.get_model_config(card))
 
 
 def _retrieve_card(name: str, step: int | None) -> AssetCard:
@@ -159,7 +238,7 @@ def _load_named_tokenizer(tokenizer: str | Path | Tokenizer) -> Tokenizer:
         return tokenizer
 
     if Path(tokenizer).is_dir():
-        return _load_custom_tokenizer(Path(tokenizer), _DIRECTORY_FAMILY, None)
+        return _load_custom_tokenizer(Path(tokenizer), MOXE_HG_TOKENIZER_FAMILY, None)
 
     try:
         return load_tokenizer(str(tokenizer))

@@ -1,4 +1,4 @@
-"""Tell lm-evaluation-harness of the model ``moxe``, where it does not know already."""
+"""Tell lm-evaluation-harness of our models, where it does not know already."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def register_harness_model() -> None:
         # As `pyproject.toml` declares it, for releases that do not look there.
         entry_point = EntryPoint(_NAME, _TARGET, "lm_eval.models")
         model_registry.register(_NAME, target=entry_point)
+
+
+def register_transformers_classes() -> None:
+    """Let the harness' own model ``hf`` load exported models of our families."""
+    # Importing it registers them.
+    import moxe_plugin.hf  # noqa: F401

@@ -1,4 +1,4 @@
-"""Our models as models of transformers; importing this makes its Auto classes know them.
+"""Our models for transformers, whose Auto classes know them once this is imported.
 
 It imports transformers, and fairseq2 not before a model is created.
 """

@@ -209,11 +209,13 @@ def read_hf_config(hf_config: PretrainedConfig) -> tuple[str, Any]:
     if isinstance(hf_config, RecurrentConfig):
         return hf_config.family, hf_config.create_family_config()
 
-    for family, hf_family in HF_FAMILIES.items():
-        if hf_family.fields and type(hf_config) is hf_family.hf_config_kls:
-            break
-    else:
+    families = {f.hf_config_kls: name for name, f in HF_FAMILIES.items()}
+
+    family = families.get(type(hf_config))
+    if family is None:
         raise ValueError(f"`{type(hf_config)}` belongs to no family of this package.")
+
+    hf_family = HF_FAMILIES[family]
 
     values = {o: getattr(hf_config, theirs) for o, theirs in hf_family.fields.items()}
 

@@ -198,11 +198,10 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _shift(labels: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
     """Turn labels into targets and tell which of them count."""
-    # What padding was on the left is behind the last token now.
+    # Padding that was on the left is behind the last token now.
     seq_lens = torch.tensor(alignment.seq_lens, device=labels.device)
     columns = torch.arange(labels.size(1), device=labels.device)
 
-    # (N,S)
     has_next = columns + 1 < seq_lens[:, None]
     targets = labels.roll(-1, dims=1)
     target_mask = has_next & (targets != _IGNORED_LABEL)

@@ -62,7 +62,6 @@ def align(seqs: Tensor, attention_mask: Tensor | None) -> Alignment:
             f", preceded by the columns read before, but has {shape} instead."
         )
 
-    # (N,S)
     is_token = attention_mask[:, -width:].bool()
 
     seq_lens, shifts = is_token.sum(dim=1), is_token.int().argmax(dim=1)

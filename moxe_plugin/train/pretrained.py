@@ -13,6 +13,8 @@ from fairseq2.recipe.config import (
 )
 from fairseq2.recipe.error import RecipeError
 
+from moxe_plugin.data.tokenizer import MOXE_HG_TOKENIZER_FAMILY
+from moxe_plugin.hf.folder import is_exported, open_exported
 from moxe_plugin.models.train_output import TrainOutput, open_train_output
 
 
@@ -21,8 +23,9 @@ class PretrainedSection:
     """A trained model and its tokenizer; ``--from`` and ``--step`` set it."""
 
     source: str | None = None
-    """The output directory of a training run, or the name of a model asset. ``None``
-    leaves the sections ``model`` and ``tokenizer`` as they are."""
+    """The output directory of a training run, the folder of an exported model, or the
+    name of a model asset. ``None`` leaves the sections ``model`` and ``tokenizer`` as
+    they are."""
 
     step: int | None = None
     """The training step of the checkpoint; ``None`` means the last one."""
@@ -61,6 +64,11 @@ def apply_pretrained(
 
         return
 
+    if is_exported(Path(source)):
+        _apply_exported(Path(source), section.step, model, tokenizer)
+
+        return
+
     output = _open(Path(source), section.step)
 
     recorded = output.recipe_config.get("tokenizer")
@@ -81,6 +89,36 @@ def apply_pretrained(
     model.name = f"checkpoint_step_{output.step}"
 
     common.assets.prev_checkpoint_dir = output.checkpoint_dir
+
+
+def _apply_exported(
+    source: Path,
+    step: int | None,
+    model: ModelSection | ReferenceModelSection,
+    tokenizer: TokenizerSection,
+) -> None:
+    if step is not None:
+        raise RecipeError(
+            f"`pretrained.step` must be null for an exported model, but is {step} for "
+            f"'{source}'."
+        )
+
+    try:
+        exported = open_exported(source)
+    except ValueError as ex:
+        # With a cause, fairseq2 logs a stack trace.
+        raise RecipeError(str(ex)) from None
+
+    model.name = None
+    model.path = exported.dir
+    model.family = exported.family
+    model.arch = None
+    model.config_overrides = exported.model_config
+
+    tokenizer.name = None
+    tokenizer.path = exported.dir
+    tokenizer.family = MOXE_HG_TOKENIZER_FAMILY
+    tokenizer.config_overrides = None
 
 
 def _open(source: Path, step: int | None) -> TrainOutput:

@@ -33,12 +33,27 @@ def test_the_bridge_registers_the_model_without_importing_it() -> None:
         "import lm_eval.models, sys;"
         "from lm_eval.api.registry import model_registry, get_model;"
         "print('moxe' in model_registry, 'moxe_plugin.eval.harness' in sys.modules);"
-        "import _moxe_lm_eval_bridge as b;"
-        "print(any(type(f) is b._Finder for f in sys.meta_path));"
+        "print('moxe_plugin.hf' in sys.modules, 'fairseq2' in sys.modules);"
         "print(get_model('moxe').__name__)"
     )
 
-    assert run_python(code).split() == ["True", "False", "False", "MoxeHarnessLM"]
+    assert run_python(code).split() == [
+        *("True", "False", "False", "False", "MoxeHarnessLM"),
+    ]
+
+
+def test_the_bridge_tells_the_model_hf_of_our_classes_and_leaves() -> None:
+    code = (
+        "from lm_eval.api.registry import get_model; import lm_eval.models, sys;"
+        "import _moxe_lm_eval_bridge as b;"
+        "print(any(type(f) is b._Finder for f in sys.meta_path));"
+        "get_model('hf'); from transformers import AutoConfig;"
+        "print(AutoConfig.for_model('moxe').__class__.__name__);"
+        "print('fairseq2' in sys.modules);"
+        "print(any(type(f) is b._Finder for f in sys.meta_path))"
+    )
+
+    assert run_python(code).split() == ["True", "MoxEConfig", "False", "False"]
 
 
 def test_the_bridge_imports_nothing_at_start() -> None:

@@ -1,0 +1,93 @@
+"""``moxe export``: write a trained model for transformers."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Final
+
+_DEFAULT_LICENSE: Final = "apache-2.0"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export a checkpoint.
+
+    :param argv: The arguments; those of the process by default.
+
+    :returns: 0, or 2 for a mistake of the user.
+    """
+    args = _create_parser().parse_args(argv)
+
+    from rich.console import Console
+
+    console, error_console = Console(soft_wrap=True), Console(stderr=True)
+
+    try:
+        _export(args)
+    except (ValueError, OSError) as ex:
+        error_console.print(f"error: {ex}", markup=False, highlight=False)
+
+        return 2
+
+    console.print(f"Written: {args.out}", markup=False, highlight=False)
+
+    return 0
+
+
+def _export(args: Namespace) -> None:
+    # torch and fairseq2 take seconds to import; `--help` must not.
+    from moxe_plugin.export.exporting import export_checkpoint
+
+    export_checkpoint(
+        args.checkpoint,
+        args.out,
+        step=args.step,
+        tokenizer=args.tokenizer,
+        run_dir=args.record,
+        license_id=args.license,
+    )
+
+
+def _create_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="moxe export",
+        description="Write a trained model for transformers: safetensors, config.json, "
+        "generation_config.json, the tokenizer, the recipe of its training and a model "
+        "card. Where a checkpoint is asked for, the folder is one too.",
+    )
+
+    add = parser.add_argument
+
+    add(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="output directory of a training, or asset name",
+    )
+    add("out", metavar="OUT", type=Path, help="the folder to write; must not exist yet")
+    add("--step", metavar="N", type=int, help="checkpoint's step (default: the last)")
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="asset name or directory of the tokenizer, if it is no longer where the "
+        "training had it",
+    )
+    add(
+        "--record",
+        metavar="RUN",
+        type=Path,
+        help="directory of the run in results/, whose scores and versions go into the "
+        "model card",
+    )
+    add(
+        "--license",
+        metavar="ID",
+        default=_DEFAULT_LICENSE,
+        help="licence of the weights, as Hugging Face calls it (default: %(default)s)",
+    )
+
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
