@@ -44,8 +44,8 @@ class LoadedModel(NamedTuple):
     """The training step of the checkpoint; ``None`` for an asset."""
 
     provenance: Mapping[str, Any]
-    """Plain values for a report: checkpoint, family, tokenizer, the model's configuration
-    and, for a training output, the recipe's."""
+    """Plain values for a report: checkpoint, family, tokenizer, configuration of the
+    model and, for a training output, configuration of the recipe."""
 
     def describe(self) -> dict[str, Any]:
         """Describe the model for a result file.

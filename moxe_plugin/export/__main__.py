@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from rich.console import Console
 
-    console, error_console = Console(soft_wrap=True), Console(stderr=True)
+    console = Console(soft_wrap=True)
+    error_console = Console(stderr=True, soft_wrap=True)
 
     try:
         _export(args)
