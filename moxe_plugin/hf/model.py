@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,14 @@ from moxe_plugin.hf.cache import RecurrentCache
 from moxe_plugin.hf.config import MoxEConfig, RecurrentConfig, XLSTMConfig
 from moxe_plugin.hf.padding import Alignment, align
 
+if TYPE_CHECKING:
+    from moxe_plugin.models.clm import AuxLossCausalLM
+
 _IGNORED_LABEL: Final = -100
 """transformers' mark of a label that does not count."""
 
 
-class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
+class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers' own bases differ
     """Runs a model of a recurrent family, ``model``, for transformers.
 
     :param config: The configuration.
@@ -31,6 +34,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
     # Refuses what needs states of the past, such as assisted generation.
     _is_stateful = True
 
+    model: AuxLossCausalLM
+
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
 
@@ -39,7 +44,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
 
         self.model = create_family_model(config.family, config.create_family_config())
 
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # of transformers
 
     @classmethod
     @override
@@ -86,7 +91,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.get_submodule("final_proj")
 
     @override
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # another cache
         self,
         input_ids: Tensor,
         past_key_values: RecurrentCache | None = None,
@@ -100,7 +105,6 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         :param past_key_values: What was read already.
         :param attention_mask: 1 for tokens, 0 for padding. *Shape:* ``(N,S)``.
         :param use_cache: Whether to remember what is read.
-        :param _: What other models of transformers need.
 
         :returns: Arguments of :meth:`forward`.
 

@@ -217,7 +217,7 @@ def test_the_card_says_how_the_model_was_trained(
     }
     YAML(typ="safe", pure=True).dump(recipe, run_dir / "config.yaml")
 
-    metrics = {
+    metrics: dict[str, list[dict[str, float]]] = {
         "train": [
             {"Step": s, "Total Number of Target Elements": s * 10} for s in (3, 4)
         ],
