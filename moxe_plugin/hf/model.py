@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from typing_extensions import override
 from moxe_plugin.hf.cache import RecurrentCache
 from moxe_plugin.hf.config import MoxEConfig, RecurrentConfig, XLSTMConfig
 from moxe_plugin.hf.padding import Alignment, align
-
-if TYPE_CHECKING:
-    from moxe_plugin.models.clm import AuxLossCausalLM
 
 _IGNORED_LABEL: Final = -100
 """transformers' mark of a label that does not count."""
@@ -34,7 +31,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
     # Refuses what needs states of the past, such as assisted generation.
     _is_stateful = True
 
-    model: AuxLossCausalLM
+    # transformers evaluates annotations, hence no type of ours.
+    model: nn.Module
 
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
