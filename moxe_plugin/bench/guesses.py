@@ -18,7 +18,8 @@ from moxe_plugin.bench.plan import StagePlan
 from moxe_plugin.bench.resolution import open_tokens_section
 from moxe_plugin.bench.scoring import evaluate_tasks, measure_loss
 from moxe_plugin.data.tokens import TokensDataset
-from moxe_plugin.eval.checkpoints import LoadedModel, load_recorded_tokenizer
+from moxe_plugin.eval.checkpoints import LoadedModel
+from moxe_plugin.eval.tokenizers import load_recorded_tokenizer
 from moxe_plugin.models.clm import AuxLossCausalLM, Prediction
 
 _COUNT_CHUNK = 1 << 20

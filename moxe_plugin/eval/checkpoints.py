@@ -8,22 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 from fairseq2.assets import AssetCard, AssetNotFoundError, get_asset_store
-from fairseq2.data.tokenizers import (
-    Tokenizer,
-    TokenizerFamily,
-    TokenizerFamilyNotKnownError,
-    TokenizerNotKnownError,
-    load_tokenizer,
-)
-from fairseq2.device import CPU
-from fairseq2.gang import create_fake_gangs
+from fairseq2.data.tokenizers import Tokenizer, load_tokenizer
 from fairseq2.models import ModelFamily, get_model_family_name, load_model
 from fairseq2.models.clm import CausalLM
-from fairseq2.runtime.dependency import DependencyLookup, get_dependency_resolver
-from fairseq2.utils.config import StandardConfigMerger
+from fairseq2.runtime.dependency import get_dependency_resolver
 from fairseq2.utils.structured import StandardValueConverter
 
-from moxe_plugin.data.tokenizer import MOXE_HG_TOKENIZER_FAMILY, TOKENIZER_FILE
+from moxe_plugin.eval.tokenizers import (
+    load_exported_tokenizer,
+    load_named_tokenizer,
+    load_recorded_tokenizer,
+)
 from moxe_plugin.hf.folder import is_exported, open_exported
 from moxe_plugin.models.train_output import open_train_output
 
@@ -100,7 +95,7 @@ def load_checkpoint(
 
     if tokenizer is not None:
         provenance["tokenizer"] = str(tokenizer)
-        tokenizer = _load_named_tokenizer(tokenizer)
+        tokenizer = load_named_tokenizer(tokenizer)
     else:
         tokenizer = source.load_tokenizer()
 
@@ -177,18 +172,9 @@ def _find_exported(path: Path, step: int | None) -> _Source:
         AssetCard("checkpoint", {**fields, "model_family": exported.family}),
         str(exported.dir),
         None,
-        lambda: _load_exported_tokenizer(exported.dir),
+        lambda: load_exported_tokenizer(exported.dir),
         {**fields, "tokenizer": str(exported.dir)},
     )
-
-
-def _load_exported_tokenizer(path: Path) -> Tokenizer:
-    if not (path / TOKENIZER_FILE).is_file():
-        raise ValueError(
-            f"`tokenizer` must be given, because '{path}' has no {TOKENIZER_FILE}."
-        )
-
-    return _load_custom_tokenizer(path, MOXE_HG_TOKENIZER_FAMILY, None)
 
 
 def _find_asset(name: str, step: int | None) -> _Source:
@@ -231,75 +217,3 @@ def _retrieve_card(name: str, step: int | None) -> AssetCard:
             f"`checkpoint` must be an existing directory or a known asset, but is "
             f"'{name}' instead. `fairseq2 assets list --type model` lists the assets."
         ) from None
-
-
-def _load_named_tokenizer(tokenizer: str | Path | Tokenizer) -> Tokenizer:
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-
-    if Path(tokenizer).is_dir():
-        return _load_custom_tokenizer(Path(tokenizer), MOXE_HG_TOKENIZER_FAMILY, None)
-
-    try:
-        return load_tokenizer(str(tokenizer))
-    except TokenizerNotKnownError:
-        raise ValueError(
-            f"`tokenizer` must be an existing directory or a known asset, but is "
-            f"'{tokenizer}' instead."
-        ) from None
-
-
-def load_recorded_tokenizer(section: Mapping[str, Any], run_dir: Path) -> Tokenizer:
-    """Load the tokenizer of a training run.
-
-    :param section: The ``tokenizer`` section of the run's configuration.
-    :param run_dir: The directory of the run, for error messages.
-
-    :returns: The tokenizer.
-
-    :raises ValueError: The section is empty, its path is gone, or it changes the
-        configuration of an asset.
-    """
-    if not section:
-        raise ValueError(
-            f"`tokenizer` must be given, because '{run_dir}' records none in its "
-            "`config.yaml`."
-        )
-
-    overrides = section.get("config_overrides")
-
-    if (path := section.get("path")) is not None:
-        if not Path(path).exists():
-            raise ValueError(
-                f"`tokenizer` must be given, because the tokenizer that '{run_dir}' "
-                f"was trained with is no longer at '{path}'."
-            )
-
-        return _load_custom_tokenizer(Path(path), section["family"], overrides)
-
-    if overrides:
-        raise ValueError(
-            "`tokenizer` must be given, because a tokenizer recorded by `name` with "
-            f"`config_overrides` cannot be rebuilt. '{run_dir}' has one."
-        )
-
-    return load_tokenizer(section["name"])
-
-
-def _load_custom_tokenizer(
-    path: Path, family_name: str, overrides: object
-) -> Tokenizer:
-    families = DependencyLookup(get_dependency_resolver(), TokenizerFamily)
-
-    family = families.maybe_get(family_name)
-    if family is None:
-        raise TokenizerFamilyNotKnownError(family_name)
-
-    config = family.config_kls()
-
-    if overrides:
-        converter = StandardValueConverter()
-        merged = StandardConfigMerger().merge(converter.unstructure(config), overrides)
-        config = converter.structure(merged, family.config_kls)
-
-    return family.load_custom_tokenizer(path, config, create_fake_gangs(CPU))
