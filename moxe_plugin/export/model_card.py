@@ -68,10 +68,14 @@ def _front_matter(facts: Facts, license_id: str) -> Iterator[str]:
 def _what_it_is(facts: Facts) -> Iterator[str]:
     name, about = _ABOUT[facts.family]
 
+    # Of an asset it is not known who trained it.
+    origin = "trained" if facts.recipe_config else "converted"
+    origin += " with moxe_plugin on fairseq2"
+
     yield f"\n# {name}, {facts.num_parameters:,} parameters\n"
     yield (
-        f"This is {about}, trained with moxe_plugin on fairseq2. It only continues "
-        "text. It was made for research: see the results below before you use it.\n"
+        f"This is {about}, {origin}. It only continues text. It was made for research: "
+        "see the results below before you use it.\n"
     )
     yield from _table(
         ("configuration", "value"),
