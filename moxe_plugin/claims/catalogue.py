@@ -9,7 +9,7 @@ from moxe_plugin.claims.evidence import Evidence
 from moxe_plugin.claims.judging import Claim, Question
 from moxe_plugin.claims.loss_claims import list_loss_claims
 from moxe_plugin.claims.routing_claims import list_routing_claims
-from moxe_plugin.claims.statistics import (
+from moxe_plugin.report.statistics import (
     Estimate,
     MissingNumberError,
     estimate_samples,

@@ -9,14 +9,14 @@ import numpy as np
 
 from moxe_plugin.claims.measurements import RunMeasurement
 from moxe_plugin.claims.metrics import Metric
-from moxe_plugin.claims.statistics import (
+from moxe_plugin.claims.systems import LABELS, label_system
+from moxe_plugin.report.statistics import (
     Array,
     Estimate,
     MissingNumberError,
     Ratio,
     estimate_ratios,
 )
-from moxe_plugin.claims.systems import LABELS, label_system
 
 
 class Evidence:

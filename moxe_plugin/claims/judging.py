@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from moxe_plugin.claims.statistics import (
+from moxe_plugin.report.statistics import (
     Estimate,
     MissingNumberError,
     adjust_holm,
@@ -34,7 +34,7 @@ class Question:
     bound: float
     measure: Callable[[], Estimate]
     """Estimates the number, or raises
-    :class:`~moxe_plugin.claims.statistics.MissingNumberError`."""
+    :class:`~moxe_plugin.report.statistics.MissingNumberError`."""
 
 
 @dataclass(frozen=True, kw_only=True)

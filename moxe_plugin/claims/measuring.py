@@ -32,7 +32,6 @@ from moxe_plugin.claims.routing_measures import (
 )
 from moxe_plugin.claims.run_description import describe_model, read_training
 from moxe_plugin.claims.run_search import identify
-from moxe_plugin.claims.statistics import Array
 from moxe_plugin.claims.tracing import bias_scale, trace_windows
 from moxe_plugin.data.manifest import compute_sha256
 from moxe_plugin.eval.batching import Batching
@@ -40,6 +39,7 @@ from moxe_plugin.eval.checkpoints import load_checkpoint
 from moxe_plugin.eval.scoring import Score, score_continuations
 from moxe_plugin.eval.text_codec import TextCodec
 from moxe_plugin.models.train_output import TrainOutput
+from moxe_plugin.report.statistics import Array
 
 
 @dataclass(frozen=True, kw_only=True)

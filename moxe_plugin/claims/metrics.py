@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moxe_plugin.claims.measurements import RunMeasurement
-from moxe_plugin.claims.statistics import MissingNumberError
+from moxe_plugin.report.statistics import MissingNumberError
 
 Metric = Callable[[RunMeasurement], tuple[Sequence[float], Sequence[float]]]
 """Reads numerators and denominators, one a document, off a run; raises
-:class:`~moxe_plugin.claims.statistics.MissingNumberError` if the run has none."""
+:class:`~moxe_plugin.report.statistics.MissingNumberError` if the run has none."""
 
 
 def held_out_loss(run: RunMeasurement) -> tuple[Sequence[float], Sequence[float]]:

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from moxe_plugin.claims.evidence import Evidence
 from moxe_plugin.claims.judging import NOT_SUPPORTED, SUPPORTED, Answer, Judgement
-from moxe_plugin.claims.statistics import Estimate
 from moxe_plugin.claims.systems import label_system
 from moxe_plugin.claims.tables import (
     odds_table,
@@ -21,6 +20,7 @@ from moxe_plugin.claims.tables import (
     share_table,
     time_table,
 )
+from moxe_plugin.report.statistics import Estimate
 
 # Okabe and Ito's palette: told apart by colour-blind readers.
 _COLOURS: Final = {

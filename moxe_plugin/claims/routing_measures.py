@@ -7,7 +7,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moxe_plugin.claims.statistics import Array, rank_correlation
+from moxe_plugin.claims.correlation import rank_correlation
+from moxe_plugin.report.statistics import Array
 
 NUM_RARITY_BINS: Final = 10
 NUM_BIAS_BINS: Final = 8

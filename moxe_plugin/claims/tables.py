@@ -18,8 +18,8 @@ from moxe_plugin.claims.metrics import (
     word_loss,
     word_token_loss,
 )
-from moxe_plugin.claims.statistics import MissingNumberError
 from moxe_plugin.claims.systems import label_system
+from moxe_plugin.report.statistics import MissingNumberError
 
 _METRICS = {
     "held_out_loss_nats_per_token": held_out_loss,

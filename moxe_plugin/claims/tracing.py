@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from moxe_plugin.claims.routing_measures import LayerRouting
-from moxe_plugin.claims.statistics import Array
 from moxe_plugin.models.moxe.model import MoxELM
 from moxe_plugin.nn.routing import Routing
+from moxe_plugin.report.statistics import Array
 
 
 @torch.inference_mode()

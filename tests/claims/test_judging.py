@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from moxe_plugin.claims.judging import Claim, Question, judge
-from moxe_plugin.claims.statistics import Estimate, MissingNumberError
+from moxe_plugin.report.statistics import Estimate, MissingNumberError
 
 _NOT_DECIDED = "not decided at this scale"
 

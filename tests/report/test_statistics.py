@@ -1,4 +1,4 @@
-"""Intervals, tests and correlations against known answers."""
+"""Intervals and tests against known answers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moxe_plugin.claims.statistics import (
+from moxe_plugin.report.statistics import (
     Estimate,
     MissingNumberError,
     Ratio,
+    Resampled,
     adjust_holm,
+    draw_weights,
     estimate_ratios,
     estimate_samples,
-    rank_correlation,
+    interval_over_items,
+    resample_ratio,
 )
 
 
@@ -135,13 +138,41 @@ def test_holm_stays_a_probability() -> None:
     assert adjust_holm([0.6, 0.9]) == [1.0, 1.0]
 
 
-def test_rank_correlation_equals_scipys_with_ties() -> None:
-    generator = np.random.default_rng(0)
-    x = generator.integers(0, 5, size=50).astype(np.float64)
-    y = x + generator.integers(0, 5, size=50)
+def test_resamples_are_the_same_ones_every_time() -> None:
+    weights = draw_weights(7)
 
-    assert rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert (weights == draw_weights(7)).all()
+    assert (weights.sum(axis=1) == 7).all()
+    # An item is left out of a resample with probability (6 / 7) ** 7 = 0.340.
+    assert (weights == 0).mean() == pytest.approx(0.340, abs=0.015)
 
 
-def test_constant_has_no_rank_correlation() -> None:
-    assert rank_correlation(np.ones(5), np.arange(5.0)) is None
+def test_resampled_ratio_weighs_numerator_and_denominator_alike() -> None:
+    ratio = Ratio(np.array([[1.0, 6.0], [2.0, 5.0]]), np.array([[1.0, 3.0]] * 2))
+    weights = np.array([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+
+    resampled = resample_ratio(ratio, weights)
+
+    assert resampled.values == pytest.approx([7 / 4, 7 / 4])
+    assert resampled.resamples == pytest.approx(
+        np.array([[1.0, 2.0], [7 / 4, 7 / 4], [2.0, 5 / 3]])
+    )
+
+
+def test_interval_over_items_is_of_the_mean_over_seeds_on_its_own_scale() -> None:
+    # Means over the two seeds of the exponentials: 1 ... 101.
+    means = np.arange(1.0, 102.0)
+    resamples = np.log(np.stack([means - 0.5, means + 0.5], axis=1))
+
+    interval = interval_over_items(Resampled(np.zeros(2), resamples), np.exp)
+
+    # The 2.5 % quantile of 101 equally spaced numbers is 2.5 steps from the first.
+    assert interval == pytest.approx((3.5, 98.5))
+
+
+def test_interval_over_items_leaves_the_seeds_as_they_are() -> None:
+    values = np.repeat([[1.0], [9.0]], 20, axis=1)
+
+    resampled = resample_ratio(_means(values), draw_weights(20))
+
+    assert interval_over_items(resampled, np.asarray) == pytest.approx((5.0, 5.0))
