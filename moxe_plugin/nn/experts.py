@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import Module
 from typing_extensions import override
 
-from moxe_plugin.nn.dispatch import combine, dispatch, plan_dispatch
+from moxe_plugin.nn.expert_layouts import LAYOUTS, ExpertStateKind
+from moxe_plugin.nn.expert_steps import Choices, sort_choices, step_bank
 from moxe_plugin.nn.routing import Routing
 
 if TYPE_CHECKING:
     from moxe_plugin.nn.mlstm import MLSTMState
     from moxe_plugin.nn.slstm import SLSTMState
-
-ExpertStateKind: TypeAlias = Literal["subsequence", "token", "dense"]
 
 
 class ExpertsState(NamedTuple):
@@ -93,13 +93,14 @@ class SparseExperts(Module):
                 f"experts in all, but have {sum(self._bank_sizes)} instead."
             )
 
-        if expert_state not in _LAYOUTS:
+        if expert_state not in LAYOUTS:
             raise ValueError(
-                f"`expert_state` must be one of {', '.join(_LAYOUTS)}, but is "
+                f"`expert_state` must be one of {', '.join(LAYOUTS)}, but is "
                 f"'{expert_state}' instead."
             )
 
-        self._lay_out = _LAYOUTS[expert_state]
+        self._expert_state = expert_state
+        self._lay_out = LAYOUTS[expert_state]
 
     @override
     def forward(
@@ -124,6 +125,12 @@ class SparseExperts(Module):
             after the last token; ``None`` with ``expert_state="token"``, or if it is
             not wanted.
         """
+        if self._is_step(seqs, seq_lens):
+            choices = sort_choices(routing.expert_indices)
+
+            if len(choices) < self.num_experts:
+                return self._step(seqs, routing, choices, state, return_state)
+
         layout = self._lay_out(seqs, routing, seq_lens, self._bank_sizes)
 
         keeps_state = return_state and layout.has_state
@@ -153,102 +160,71 @@ class SparseExperts(Module):
 
         return summed, ExpertsState(**states) if keeps_state else None
 
+    def _is_step(self, seqs: Tensor, seq_lens: Tensor | None) -> bool:
+        # In training every parameter must get a gradient, also an idle expert's.
+        return (
+            seqs.size(1) == 1
+            and seq_lens is None
+            and self._expert_state != "dense"
+            and not torch.is_grad_enabled()
+        )
 
-class _Layout(NamedTuple):
-    # What the banks see: (E,N,L,M) each, and the lengths of rows, (E,N) each.
-    grids: list[Tensor]
-    grid_lens: list[Tensor | None]
+    def _step(
+        self,
+        seqs: Tensor,
+        routing: Routing,
+        choices: Mapping[int, Choices],
+        state: ExpertsState | None,
+        return_state: bool,
+    ) -> tuple[Tensor, ExpertsState | None]:
+        keeps_state = return_state and self._expert_state == "subsequence"
 
-    # The banks' outputs -> (T,M)
-    sum_outputs: Callable[[list[Tensor]], Tensor]
+        states: dict[str, Any] = {"mlstm": None, "slstm": None}
+        sums, begin = [], 0
 
-    has_state: bool
+        for name, size in zip(self._bank_names, self._bank_sizes, strict=True):
+            bank: Any = self.get_submodule(name)
+
+            bank_state = None if state is None else getattr(state, name, None)
+            if keeps_state and bank_state is None and name != "ffn":
+                bank_state = bank.initial_state(seqs.size(0), seqs.device)
+
+            bank_sums, states[name] = step_bank(
+                bank,
+                partial(_call_bank, bank, name, keeps_state),
+                {e - begin: c for e, c in choices.items() if 0 <= e - begin < size},
+                seqs.squeeze(1),
+                routing.expert_weights,
+                bank_state,
+            )
+
+            sums.append(bank_sums)
+            begin += size
+
+        # (N,M) -> (N,1,M)
+        summed = torch.stack(sums).sum(dim=0).unsqueeze(1).to(seqs.dtype)
+
+        if not keeps_state:
+            return summed, None
+
+        return summed, ExpertsState(states["mlstm"], states["slstm"])
 
 
-def _lay_out_subsequences(
-    seqs: Tensor, routing: Routing, seq_lens: Tensor | None, bank_sizes: list[int]
-) -> _Layout:
-    plan = plan_dispatch(
-        routing.expert_indices.view(*seqs.shape[:2], -1),
-        _make_token_mask(seqs, seq_lens),
-        bank_sizes,
+def _call_bank(
+    bank: Module,
+    name: str,
+    return_state: bool,
+    seqs: Tensor,
+    state: Any,
+    params: Mapping[str, Tensor],
+) -> tuple[Tensor, Any]:
+    if name == "ffn":
+        return functional_call(bank, dict(params), (seqs,)), None
+
+    options = {"return_state": return_state}
+
+    output: tuple[Tensor, Any] = functional_call(
+        bank, dict(params), (seqs, None, state), options
     )
 
-    return _Layout(
-        dispatch(seqs.flatten(0, 1), plan),
-        [*plan.grid_lens],
-        partial(combine, weights=routing.expert_weights, plan=plan),
-        has_state=True,
-    )
-
-
-def _lay_out_tokens(
-    seqs: Tensor, routing: Routing, seq_lens: Tensor | None, bank_sizes: list[int]
-) -> _Layout:
-    token_mask = _make_token_mask(seqs, seq_lens)
-
-    # As if the batch were a single sequence: no expert pads more than it must.
-    plan = plan_dispatch(
-        routing.expert_indices.unsqueeze(0),
-        None if token_mask is None else token_mask.view(1, -1),
-        bank_sizes,
-    )
-
-    # (E,1,C,M) -> (E,C,1,M)
-    grids = [grid.transpose(1, 2) for grid in dispatch(seqs.flatten(0, 1), plan)]
-
-    return _Layout(
-        grids,
-        [None for _ in grids],
-        partial(combine, weights=routing.expert_weights, plan=plan),
-        has_state=False,
-    )
-
-
-def _lay_out_sequences(
-    seqs: Tensor, routing: Routing, seq_lens: Tensor | None, bank_sizes: list[int]
-) -> _Layout:
-    grids = [seqs.expand(size, *seqs.shape) for size in bank_sizes]
-
-    grid_lens = [
-        None if seq_lens is None else seq_lens.expand(size, -1) for size in bank_sizes
-    ]
-
-    expert_ids = torch.arange(sum(bank_sizes), device=seqs.device)
-
-    # (E,1,1) == (T,K) -> (E,T,K) -> (E,T)
-    chosen = expert_ids[:, None, None] == routing.expert_indices
-    weights = routing.expert_weights.where(chosen, 0.0).sum(dim=-1)
-
-    token_mask = _make_token_mask(seqs, seq_lens)
-
-    if token_mask is not None:
-        weights = weights.where(token_mask.flatten(), 0.0)
-
-    return _Layout(
-        grids, grid_lens, partial(_sum_all_outputs, weights=weights), has_state=True
-    )
-
-
-def _sum_all_outputs(outputs: list[Tensor], weights: Tensor) -> Tensor:
-    # (E,N,S,M) -> (E,T,M)
-    flat_outputs = torch.cat(outputs).flatten(1, 2)
-
-    return (flat_outputs * weights.unsqueeze(-1)).sum(dim=0)
-
-
-def _make_token_mask(seqs: Tensor, seq_lens: Tensor | None) -> Tensor | None:
-    if seq_lens is None:
-        return None
-
-    # (S) < (N,1) -> (N,S)
-    return torch.arange(seqs.size(1), device=seqs.device) < seq_lens.unsqueeze(-1)
-
-
-_LAYOUTS: Final[
-    Mapping[str, Callable[[Tensor, Routing, Tensor | None, list[int]], _Layout]]
-] = {
-    "subsequence": _lay_out_subsequences,
-    "token": _lay_out_tokens,
-    "dense": _lay_out_sequences,
-}
+    return output
