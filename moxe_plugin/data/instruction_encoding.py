@@ -37,7 +37,7 @@ class Instruction:
     """What is said, in order."""
 
     is_chat: bool
-    """Whether it came as ``messages`` and not as ``src`` and ``tgt``."""
+    """Whether it came as ``messages`` and not as one text and its response."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class EncodedInstruction:
 class InstructionEncoder:
     """Encodes instructions with the tokenizer's modes or chat template.
 
-    ``src``/``tgt`` become ``prompt`` and ``prompt_response`` encodings, as in
+    A text and its response become ``prompt`` and ``prompt_response`` encodings, as in
     fairseq2. ``messages`` follow the tokenizer's chat template if it has one; otherwise
     they become BOS, then per message ``Role: `` and its content, with a newline after
     the content, or EOS after a response.
@@ -199,6 +199,11 @@ class InstructionEncoder:
 def read_instructions(file: Path) -> Iterator[Instruction]:
     """Read the instructions of a split.
 
+    A line has ``src`` and ``tgt``, ``question`` and ``answer``, or ``messages``. A
+    question and its answer, as GSM8K has them, become what lm-evaluation-harness' task
+    ``gsm8k`` asks and expects: ``Question: ...``, a newline, ``Answer:``, and the
+    answer after a space.
+
     :param file: A jsonl file.
 
     :yields: The instructions, in order.
@@ -224,14 +229,19 @@ def _parse(data: Any) -> Instruction:
     if "messages" in data:
         return Instruction(_parse_messages(data["messages"]), is_chat=True)
 
-    for key in ("src", "tgt"):
-        if not isinstance(data.get(key), str):
+    match data:
+        case {"src": str(src), "tgt": str(tgt)}:
+            pass
+        case {"question": str(question), "answer": str(answer)}:
+            src, tgt = f"Question: {question}\nAnswer:", f" {answer}"
+        case _:
             raise ValueError(
-                "a line must have the texts `src` and `tgt`, or `messages`, but has "
+                "a line must have the texts `src` and `tgt`, or `question` and "
+                "`answer`, or `messages`, but has "
                 f"{', '.join(data) or 'nothing'} instead."
             )
 
-    pieces = [Piece(data["src"], "user"), Piece(data["tgt"], RESPONSE_ROLE)]
+    pieces = [Piece(src, "user"), Piece(tgt, RESPONSE_ROLE)]
 
     return Instruction(pieces, is_chat=False)
 

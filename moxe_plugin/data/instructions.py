@@ -34,7 +34,8 @@ class InstructionsConfig(Validatable):
 
     path: Path | None = None
     """A directory with one ``<split>.jsonl`` per split. A line has ``src`` and ``tgt``,
-    or ``messages``: a list of ``{"role": ..., "content": ...}``."""
+    ``question`` and ``answer`` (GSM8K's), or ``messages``: a list of
+    ``{"role": ..., "content": ...}``."""
 
     embedded: Literal["quickstart", "full"] | None = None
     """Questions about the embedded corpus of this size instead; built on first use."""

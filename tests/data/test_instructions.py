@@ -66,6 +66,21 @@ def test_only_response_and_eos_are_targets(tmp_path: Path) -> None:
     assert _targets(example) == [*b"Ho", EOS_IDX]
 
 
+def test_question_is_asked_as_by_the_harness_and_its_answer_learnt(
+    tmp_path: Path,
+) -> None:
+    row = {"question": "1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}
+    example = _encode(row, tmp_path)
+
+    response = [*b" 1 + 1 = <<1+1=2>>2\n#### 2", EOS_IDX]
+
+    assert example.tokens.tolist() == [
+        *(BOS_IDX, *b"Question: 1 + 1?\nAnswer:"),
+        *response,
+    ]
+    assert _targets(example) == response
+
+
 def test_all_responses_of_a_chat_are_targets(tmp_path: Path) -> None:
     example = _encode({"messages": CHAT}, tmp_path)
 
@@ -191,6 +206,7 @@ def test_training_epochs_are_shuffled_and_resume(tmp_path: Path) -> None:
         ("{", r"train\.jsonl:2"),
         ("[]", "must be a JSON object"),
         ('{"src": "a", "target": "b"}', "but has src, target instead"),
+        ('{"question": "a", "answer": 1}', "but has question, answer instead"),
         ('{"messages": 1}', "must be a list"),
         ('{"messages": [{"role": "user"}]}', "`role` and `content`"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "assistant"),

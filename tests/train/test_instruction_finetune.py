@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -85,6 +86,36 @@ def test_global_workspace_is_open_in_finetuning_and_closed_in_validation(
 
     assert 2.0 < train["layer_0/experts_per_token"] <= 4.0
     assert valid["layer_0/experts_per_token"] == 2.0
+
+
+def test_preset_of_gsm8k_learns_from_questions_and_answers(
+    tiny_data: TinyData, pretrained_dir: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "gsm8k"
+    data_dir.mkdir()
+
+    for split in ("train", "valid"):
+        lines = [
+            json.dumps({"question": f"{n}?", "answer": f"#### {2 * n}"})
+            for n in range(8)
+        ]
+        data_dir.joinpath(f"{split}.jsonl").write_text("\n".join(lines))
+
+    overrides: dict[str, object] = {
+        "pretrained.source": str(pretrained_dir),
+        "dataset.path": str(data_dir),
+        "dataset.seq_len": 64,
+        "regime.validate_at_start": True,
+        "regime.num_steps": 10,
+        "regime.validate_every_n_steps": 10,
+        "regime.checkpoint_every_n_steps": 10,
+    }
+
+    _finetune(tiny_data, tmp_path / "out", overrides, preset="instruct/gsm8k")
+
+    before, after = read_metrics(tmp_path / "out", "valid")
+
+    assert after["NLL Loss"] < before["NLL Loss"] - 0.1
 
 
 def test_finetuning_lowers_the_loss_on_held_out_instructions(
