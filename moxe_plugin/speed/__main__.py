@@ -160,7 +160,8 @@ def _create_parser() -> ArgumentParser:
         "--size",
         metavar="SIZE",
         default="340m",
-        help="340m (the paper's Table 1), quickstart or tiny (default: %(default)s)",
+        help="340m (the paper's Table 1), small, quickstart or tiny "
+        "(default: %(default)s)",
     )
     add("--device", metavar="DEVICE", default="cpu", help="cpu (default) or cuda")
     add(

@@ -70,7 +70,8 @@ def _create_parser() -> ArgumentParser:
         "--size",
         metavar="SIZE",
         default="quickstart",
-        help="340m (the paper's Table 1), quickstart or tiny (default: %(default)s)",
+        help="340m (the paper's Table 1), small, quickstart or tiny "
+        "(default: %(default)s)",
     )
 
     parser.add_argument(

@@ -29,7 +29,7 @@ class System(NamedTuple):
     """The number of parameters that the paper gives, as it is printed there."""
 
 
-SIZES: Final = ("340m", "quickstart", "tiny")
+SIZES: Final = ("340m", "small", "quickstart", "tiny")
 """The sizes that every system has; ``340m`` is the paper's Table 1."""
 
 _MOXE: Final = {

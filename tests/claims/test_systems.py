@@ -12,7 +12,7 @@ from tests.models.families import FAMILIES, get_arch
 pytestmark = pytest.mark.usefixtures("fairseq2_setup")
 
 
-@pytest.mark.parametrize("size", ["tiny", "quickstart", "340m"])
+@pytest.mark.parametrize("size", ["tiny", "quickstart", "small", "340m"])
 @pytest.mark.parametrize("system", [name for name in LABELS if name.startswith("moxe")])
 def test_architectures_have_the_names_of_systems(system: str, size: str) -> None:
     config = get_arch("moxe", system.replace("moxe", size, 1))

@@ -420,13 +420,19 @@ def test_tiny_model_overfits_one_batch(family: str) -> None:
     assert float(loss) < 0.1
 
 
-def test_quickstart_models_are_of_one_size_within_5_percent() -> None:
+@pytest.mark.parametrize(
+    ("size", "num_parameters"), [("quickstart", 1.9e6), ("small", 3.1e6)]
+)
+def test_models_of_a_size_have_its_parameters_within_5_percent(
+    size: str, num_parameters: float
+) -> None:
     sizes = {
-        family: sum(p.numel() for p in create_model(family, "quickstart").parameters())
+        family: sum(p.numel() for p in create_model(family, size).parameters())
         for family in FAMILIES
     }
 
     assert max(sizes.values()) <= 1.05 * min(sizes.values()), sizes
+    assert list(sizes.values()) == pytest.approx([num_parameters] * 4, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tests.models.families import get_arch
 pytestmark = pytest.mark.usefixtures("fairseq2_setup")
 
 
-@pytest.mark.parametrize("size", ["340m", "quickstart", "tiny"])
+@pytest.mark.parametrize("size", ["340m", "small", "quickstart", "tiny"])
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_case_is_a_registered_architecture(suite: str, size: str) -> None:
     cases = list_cases(suite, SuiteOptions(size=size))

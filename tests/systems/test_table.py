@@ -128,7 +128,7 @@ def test_unknown_size_is_a_mistake_of_the_user(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["--size", "7b"]) == 2
-    assert "340m, quickstart, tiny" in capsys.readouterr().err
+    assert "340m, small, quickstart, tiny" in capsys.readouterr().err
 
 
 def test_context_without_a_token_is_refused(

@@ -44,7 +44,7 @@ def _model_of(preset: str) -> tuple[str, str]:
 
 def _to_tiny(arch: str) -> str:
     size, *parts = arch.split("_")
-    assert size in ("338m", "340m", "350m", "356m", "quickstart", "tiny")
+    assert size in ("338m", "340m", "350m", "356m", "small", "quickstart", "tiny")
 
     return "_".join(["tiny", *parts])
 
@@ -54,6 +54,12 @@ def test_every_system_of_the_paper_has_a_preset(size: str) -> None:
     names = [*SYSTEMS, *(f"{system}_token" for system in WITH_MEMORY), "moxe_dense"]
 
     assert {f"{size}/{name}" for name in names} <= set(PRESETS)
+
+
+def test_every_system_has_a_preset_of_the_small_size() -> None:
+    expected = [f"small/{name}" for name in (*SYSTEMS, "moxe_token")]
+
+    assert [p for p in PRESETS if p.startswith("small/")] == sorted(expected)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

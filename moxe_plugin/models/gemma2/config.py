@@ -95,6 +95,19 @@ def register_gemma2_configs(container: DependencyContainer) -> None:
     def _356m() -> Gemma2Config:
         return Gemma2Config()
 
+    @arch("small")
+    def _small() -> Gemma2Config:
+        return Gemma2Config(
+            vocab_size=4_096,
+            pad_idx=1,
+            model_dim=128,
+            num_layers=3,
+            num_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            ffn_inner_dim=1_984,
+        )
+
     @arch("quickstart")
     def _quickstart() -> Gemma2Config:
         return Gemma2Config(

@@ -1,4 +1,4 @@
-"""The named architectures of MoxE: three sizes, and the paper's ablations of each."""
+"""The named architectures of MoxE: four sizes, and the paper's ablations of each."""
 
 from __future__ import annotations
 
@@ -51,6 +51,16 @@ def _340m() -> MoxEConfig:
     return MoxEConfig(expert_ffn_proj_factor=2.2)
 
 
+def _small() -> MoxEConfig:
+    return MoxEConfig(
+        vocab_size=4096,
+        pad_idx=1,
+        model_dim=96,
+        num_layers=3,
+        expert_ffn_proj_factor=2.75,
+    )
+
+
 def _quickstart() -> MoxEConfig:
     return MoxEConfig(
         vocab_size=2048,
@@ -73,7 +83,7 @@ def _tiny() -> MoxEConfig:
     )
 
 
-SIZES = {"340m": _340m, "quickstart": _quickstart, "tiny": _tiny}
+SIZES = {"340m": _340m, "small": _small, "quickstart": _quickstart, "tiny": _tiny}
 """Full MoxE by size; ``340m`` is the paper's Table 1."""
 
 

@@ -108,6 +108,19 @@ def register_qwen_moe_configs(container: DependencyContainer) -> None:
     def _350m() -> QwenMoEConfig:
         return QwenMoEConfig()
 
+    @arch("small")
+    def _small() -> QwenMoEConfig:
+        return QwenMoEConfig(
+            vocab_size=4_096,
+            pad_idx=1,
+            model_dim=128,
+            num_layers=3,
+            num_heads=4,
+            num_key_value_heads=4,
+            expert_inner_dim=160,
+            shared_expert_inner_dim=640,
+        )
+
     @arch("quickstart")
     def _quickstart() -> QwenMoEConfig:
         return QwenMoEConfig(

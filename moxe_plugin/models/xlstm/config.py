@@ -107,6 +107,12 @@ def register_xlstm_configs(container: DependencyContainer) -> None:
     def _338m() -> XLSTMConfig:
         return XLSTMConfig()
 
+    @arch("small")
+    def _small() -> XLSTMConfig:
+        return XLSTMConfig(
+            vocab_size=4096, pad_idx=1, model_dim=184, num_blocks=6, num_heads=4
+        )
+
     @arch("quickstart")
     def _quickstart() -> XLSTMConfig:
         return XLSTMConfig(
