@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from moxe_plugin.data.overlap_command import add_overlap_options
+
 if TYPE_CHECKING:
     from moxe_plugin.data.build import Document
     from moxe_plugin.data.manifest import ShardManifest
@@ -19,6 +21,8 @@ _EPILOG = """examples:
   moxe data build fineweb --tokenizer my_tokenizer --hf HuggingFaceFW/fineweb-edu \\
       --hf-config sample-10BT --max-tokens 100_000_000
   moxe data info my_shards --verify
+  moxe data overlap --train a.jsonl --eval lambada=lambada_test.jsonl \\
+      --output results/overlap.json
 """
 
 
@@ -96,6 +100,11 @@ def _create_parser() -> ArgumentParser:
     command = commands.add_parser("embedded", help="prepare the embedded corpus")
     command.add_argument("--size", choices=("quickstart", "full"), default="quickstart")
     command.set_defaults(run=_prepare_embedded)
+
+    command = commands.add_parser(
+        "overlap", help="look for evaluation texts in a training text"
+    )
+    add_overlap_options(command)
 
     command = commands.add_parser("info", help="describe a directory of token shards")
     command.add_argument("path", type=Path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -63,85 +63,125 @@ def assign_splits(
 def read_texts(files: Sequence[Path], text_column: str) -> Iterator[str]:
     """Read the documents of local files.
 
-    A ``.txt`` file is one document per block of lines; blocks are separated by blank
-    lines. A ``.jsonl`` file has one object per line, a ``.parquet`` file one row.
-
-    :param files: The files.
+    :param files: The files, as :func:`read_rows` reads them.
     :param text_column: The key or column of the text.
 
     :yields: The documents, in order.
 
-    :raises DatasetError: A file cannot be read.
+    :raises DatasetError: A file cannot be read, or a row has no text.
     """
     for file in files:
-        if not file.is_file():
-            raise DatasetError(f"{file} does not exist.")
+        for place, row in read_rows(file, text_column):
+            yield get_text(row, text_column, place)
 
-        try:
-            match file.suffix:
-                case ".txt":
-                    yield from _read_txt(file)
-                case ".jsonl":
-                    yield from _read_jsonl(file, text_column)
-                case ".parquet":
-                    yield from _read_parquet(file, text_column)
-                case _:
-                    raise DatasetError(
-                        f"{file} must be of a known kind: {', '.join(SUFFIXES)}."
-                    )
-        except UnicodeDecodeError as ex:
+
+def read_rows(
+    file: Path, text_column: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read the rows of a local file.
+
+    A ``.txt`` file has one row per block of lines, with the key ``text``; blocks are
+    separated by blank lines. A ``.jsonl`` file has one object per line, a ``.parquet``
+    file one row.
+
+    :param file: The file.
+    :param text_column: The only column that is needed; a block of a ``.txt`` file has
+        this key. ``None`` means all.
+
+    :yields: Where the row is, for messages, and the row.
+
+    :raises DatasetError: The file cannot be read.
+    """
+    if not file.is_file():
+        raise DatasetError(f"{file} does not exist.")
+
+    match file.suffix:
+        case ".txt":
+            for block in _read_txt(file):
+                yield str(file), {text_column or "text": block}
+        case ".jsonl":
+            yield from _read_jsonl(file)
+        case ".parquet":
+            yield from _read_parquet(file, text_column)
+        case _:
             raise DatasetError(
-                f"{file} is not UTF-8: {ex.reason} near byte {ex.start} of a block. "
-                "Convert it first, for example with `iconv -t UTF-8`."
-            ) from None
+                f"{file} must be of a known kind: {', '.join(SUFFIXES)}."
+            )
+
+
+def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
+    with file.open("rb") as fp:
+        for line_nr, line in enumerate(fp, start=1):
+            try:
+                text = line.decode("utf-8-sig" if line_nr == 1 else "utf-8")
+            except UnicodeDecodeError as ex:
+                raise DatasetError(
+                    f"{file}:{line_nr} is not UTF-8: {ex.reason} at byte "
+                    f"{ex.start + 1} of the line. Convert the file first, for example "
+                    "with `iconv -f LATIN1 -t UTF-8`."
+                ) from None
+
+            yield line_nr, text.replace("\r\n", "\n")
 
 
 def _read_txt(file: Path) -> Iterator[str]:
     block: list[str] = []
 
-    with file.open(encoding="utf-8") as fp:
-        for line in fp:
-            if line.strip():
-                block.append(line)
-            elif block:
-                yield "".join(block).rstrip("\n")
-                block = []
+    for _, line in _read_lines(file):
+        if line.strip():
+            block.append(line)
+        elif block:
+            yield "".join(block).rstrip("\n")
+            block = []
 
     if block:
         yield "".join(block).rstrip("\n")
 
 
-def _read_jsonl(file: Path, text_column: str) -> Iterator[str]:
-    with file.open(encoding="utf-8") as fp:
-        for line_nr, line in enumerate(fp, start=1):
-            if not line.strip():
-                continue
+def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line_nr, line in _read_lines(file):
+        if not line.strip():
+            continue
 
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as ex:
-                raise DatasetError(f"{file}:{line_nr} is not JSON: {ex}") from None
+        place = f"{file}:{line_nr}"
 
-            if not isinstance(row, dict):
-                raise DatasetError(f"{file}:{line_nr} must be a JSON object.")
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as ex:
+            raise DatasetError(f"{place} is not JSON: {ex}") from None
 
-            yield _get_text(row, text_column, f"{file}:{line_nr}")
+        if not isinstance(row, dict):
+            raise DatasetError(
+                f"{place} must be a JSON object, but is a {type(row).__name__}."
+            )
+
+        yield place, row
 
 
-def _read_parquet(file: Path, text_column: str) -> Iterator[str]:
-    from pyarrow import ArrowInvalid, parquet
+def _read_parquet(
+    file: Path, text_column: str | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    from pyarrow import ArrowException, parquet
 
     try:
-        table = parquet.ParquetFile(file)
-    except ArrowInvalid as ex:
-        raise DatasetError(f"{file} is not a Parquet file: {ex}") from None
+        with parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
 
-    if text_column not in table.schema_arrow.names:
-        raise _missing_column(str(file), text_column, table.schema_arrow.names)
+            if text_column is not None and text_column not in names:
+                raise _missing_column(str(file), text_column, names)
 
-    for batch in table.iter_batches(columns=[text_column]):
-        for row in batch.to_pylist():
-            yield _get_text(row, text_column, str(file))
+            columns = None if text_column is None else [text_column]
+
+            row_nr = 0
+
+            for batch in table.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    row_nr += 1
+                    yield f"{file}, row {row_nr}", row
+    except (ArrowException, OSError) as ex:
+        raise DatasetError(
+            f"{file} is not a Parquet file, or damaged: {ex}. Get it again."
+        ) from None
 
 
 def read_hg_dataset(
@@ -169,10 +209,20 @@ def read_hg_dataset(
         raise DatasetError(f"The dataset {name} cannot be read: {ex}") from ex
 
     for row in rows:
-        yield _get_text(row, text_column, name)
+        yield get_text(row, text_column, name)
 
 
-def _get_text(row: dict[str, Any], text_column: str, place: str) -> str:
+def get_text(row: Mapping[str, Any], text_column: str, place: str) -> str:
+    """Return the text of a row.
+
+    :param row: The row.
+    :param text_column: The key of the text.
+    :param place: Where the row is, for messages.
+
+    :returns: The text.
+
+    :raises DatasetError: There is none, or it cannot be written as UTF-8.
+    """
     if text_column not in row:
         raise _missing_column(place, text_column, row)
 
@@ -182,6 +232,15 @@ def _get_text(row: dict[str, Any], text_column: str, place: str) -> str:
         raise DatasetError(
             f"{place}: `{text_column}` must be a text, but is a {type(text).__name__}."
         )
+
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as ex:
+            raise DatasetError(
+                f"{place}: `{text_column}` is not Unicode text: {ex.reason} at "
+                f"character {ex.start + 1}. JSON escapes such a character as a pair."
+            ) from None
 
     return text
 
