@@ -1,4 +1,4 @@
-"""What anyone could predict who never saw the context: sanity rows for a table."""
+"""What anyone could predict who saw next to nothing of the context: sanity rows."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from typing_extensions import override
 
+from moxe_plugin.bench.bigram import BigramLM, count_bigrams
 from moxe_plugin.bench.plan import StagePlan
 from moxe_plugin.bench.resolution import open_tokens_section
 from moxe_plugin.bench.scoring import evaluate_tasks, measure_loss
@@ -103,6 +104,35 @@ class GuessLM(AuxLossCausalLM):
         return 0.0
 
 
+def create_guess(
+    guess: str, dataset: TokensDataset, train_split: str, max_seq_len: int
+) -> AuxLossCausalLM:
+    """Create a guess, counting what it is made of.
+
+    :param guess: ``uniform``, ``unigram`` or ``bigram``.
+    :param dataset: The tokens.
+    :param train_split: The name of the split that is counted.
+    :param max_seq_len: The window of evaluation; changes no number.
+
+    :returns: The guess, as a language model.
+
+    :raises ValueError: ``guess`` is unknown.
+    """
+    if guess == "uniform":
+        logprobs = uniform_logprobs(dataset.vocab_size)
+    elif guess in ("unigram", "bigram"):
+        logprobs = unigram_logprobs(count_tokens(dataset, train_split))
+    else:
+        raise ValueError(
+            f"`guess` must be uniform, unigram or bigram, but is '{guess}' instead."
+        )
+
+    if guess == "bigram":
+        return BigramLM(count_bigrams(dataset, train_split), logprobs, max_seq_len)
+
+    return GuessLM(torch.tensor(logprobs, dtype=torch.float32), max_seq_len)
+
+
 def evaluate_guess(stage: StagePlan) -> dict[str, Any]:
     """Evaluate a guess on the text that a suite's systems are evaluated on.
 
@@ -111,17 +141,12 @@ def evaluate_guess(stage: StagePlan) -> dict[str, Any]:
     :returns: ``evals``: files of the record by name.
     """
     config = stage.config
-    section = config["dataset"]
+    guess, section = config["guess"], config["dataset"]
 
     dataset = open_tokens_section(section)
     tokenizer = load_recorded_tokenizer(config["tokenizer"], stage.run_dir)
 
-    if config["guess"] == "uniform":
-        logprobs = uniform_logprobs(dataset.shards.manifest.vocab_size)
-    else:
-        logprobs = unigram_logprobs(count_tokens(dataset, section["train_split"]))
-
-    model = GuessLM(torch.tensor(logprobs, dtype=torch.float32), section["seq_len"])
+    model = create_guess(guess, dataset, section["train_split"], section["seq_len"])
     model.eval()
 
     reader = dataset.create_reader(
@@ -134,10 +159,10 @@ def evaluate_guess(stage: StagePlan) -> dict[str, Any]:
     )
     loss = measure_loss(model, (batch for step in reader for batch in step))
 
-    loaded = LoadedModel(model, tokenizer, config["guess"], None, {})
+    loaded = LoadedModel(model, tokenizer, guess, None, {})
     results = evaluate_tasks(loaded, config)
 
-    if config["guess"] == "uniform":
+    if guess == "uniform":
         # All tokens are equally likely, so no continuation is the greedy one.
         for metrics in results.get("results", {}).values():
             for name in [n for n in metrics if n.startswith("acc")]:

@@ -104,7 +104,7 @@ class RunPlan:
         return self.stages[0].run_dir
 
 
-_GUESSES: Final = {"uniform": "uniform guess", "unigram": "unigram guess"}
+_GUESSES: Final = {n: f"{n} guess" for n in ("uniform", "unigram", "bigram")}
 
 
 def run_key(system: System, seed: int) -> str:

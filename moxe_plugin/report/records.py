@@ -10,9 +10,9 @@ A run is one directory (CONTRIBUTING, section 8)::
       valid.jsonl        validation metrics; fairseq2's keys, "Stage" and "Split"
       eval_*.json        lm-eval's result dictionaries and our own losses
 
-A *guess* (uniform, unigram) is a run without training: it has ``environment.json`` and
-``eval_*.json`` only. A directory that breaks the schema is never repaired or skipped
-silently: see :mod:`moxe_plugin.report.run_dirs`.
+A *guess* (uniform, unigram, bigram) is a run without training: it has
+``environment.json`` and ``eval_*.json`` only. A directory that breaks the schema is
+never repaired or skipped silently: see :mod:`moxe_plugin.report.run_dirs`.
 """
 
 from __future__ import annotations

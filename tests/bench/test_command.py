@@ -48,7 +48,7 @@ def test_suite_ends_with_its_table(
     assert main(args) == 0
 
     output = capsys.readouterr().out
-    assert "[3/6] MoxE, seed 2: pretrain: done in" in output
+    assert "[4/7] MoxE, seed 2: pretrain: done in" in output
     assert "valid loss, nats" in output
     assert f"Records: {tmp_path}/out/<run>" in output.replace("\n", "")
     assert (tmp_path / "out" / "tables" / "mine.md").is_file()

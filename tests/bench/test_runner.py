@@ -90,7 +90,7 @@ def test_suite_leaves_a_record_per_run_and_per_guess(run: Run, tmp_path: Path) -
     records = [read_run(path) for path in find_run_dirs(tmp_path / "results")]
     by_system = {record.environment.system: record for record in records}
 
-    assert sorted(by_system) == ["moxe", "uniform", "unigram"]
+    assert sorted(by_system) == ["bigram", "moxe", "uniform", "unigram"]
     assert by_system["uniform"].environment.kind == "guess"
 
     record = by_system["moxe"]
@@ -135,7 +135,7 @@ def test_killed_stage_is_continued_and_finished_ones_are_kept(
 
     assert [f.stage.name for f in failed] == ["pretrain"]
     assert "killed by signal 9" in output
-    assert len(find_run_dirs(tmp_path / "results")) == 2
+    assert len(find_run_dirs(tmp_path / "results")) == 3
 
     failed, output = run(plans, fake_stages.train_killed_once)
 

@@ -29,7 +29,7 @@ def test_smoke_suite_trains_evaluates_and_tabulates(tmp_path: Path) -> None:
     with tmp_path.joinpath("out", "tables", "smoke.csv").open() as file:
         rows = {row["label"]: row for row in csv.DictReader(file)}
 
-    assert set(rows) == {"MoxE", "unigram guess", "uniform guess"}
+    assert set(rows) == {"MoxE", "uniform guess", "unigram guess", "bigram guess"}
 
     moxe = rows["MoxE"]
     run_dirs = list(tmp_path.joinpath("out").glob("moxe_embedded_*"))
@@ -37,6 +37,12 @@ def test_smoke_suite_trains_evaluates_and_tabulates(tmp_path: Path) -> None:
 
     uniform = float(rows["uniform guess"]["valid_loss_nats"])
     assert uniform == pytest.approx(math.log(2048), abs=1e-3)
+
+    unigram, bigram = (
+        float(rows[f"{name} guess"]["valid_loss_nats"])
+        for name in ("unigram", "bigram")
+    )
+    assert bigram < unigram - 0.5 < uniform - 1.0
 
     # Twenty steps are too few to beat a guess, but enough to learn.
     lines = run_dirs[0].joinpath("train.jsonl").read_text().splitlines()
