@@ -7,7 +7,6 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.viewcode",
 ]
 
 exclude_patterns = ["_build"]
@@ -28,3 +27,6 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 
 html_theme = "furo"
 html_title = "moxe_plugin"
+
+# Two modules may each have a class of one name; the nearest one is linked.
+suppress_warnings = ["ref.python"]
