@@ -93,8 +93,8 @@ class InstructionEncoder:
 
     A text and its response become ``prompt`` and ``prompt_response`` encodings, as in
     fairseq2. ``messages`` follow the tokenizer's chat template if it has one; otherwise
-    they become BOS, then per message ``Role: `` and its content, with a newline after
-    the content, or EOS after a response.
+    they become BOS, then per message ``Role:``, a space and its content, with a newline
+    after the content, or EOS after a response.
 
     :param tokenizer: The tokenizer; chat templates need a ``moxe_hg`` one.
     """
