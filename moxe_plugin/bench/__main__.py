@@ -6,11 +6,12 @@ import shlex
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moxe_plugin.bench.children import ChildFunction
     from moxe_plugin.bench.plan import RunPlan
     from moxe_plugin.bench.runner import FailedRun
     from moxe_plugin.bench.work_dir import Conflict
@@ -56,8 +57,19 @@ def _run(args: Namespace, console: Console) -> int:
     from moxe_plugin.bench.machine import plan_jobs
     from moxe_plugin.bench.plan import Resolution, plan_suite
     from moxe_plugin.bench.runner import Runner, run_with_progress
-    from moxe_plugin.bench.stages import PRELOAD, STAGE_FUNCTIONS, resolve_suite
-    from moxe_plugin.bench.suite import SuiteError, load_suite, select
+    from moxe_plugin.bench.stages import (
+        PRELOAD,
+        STAGE_FUNCTIONS,
+        build_data,
+        resolve_suite,
+    )
+    from moxe_plugin.bench.suite import (
+        SuiteError,
+        add_options,
+        load_suite,
+        replace_text,
+        select,
+    )
     from moxe_plugin.bench.work_dir import (
         find_conflicts,
         lock_work_dir,
@@ -65,6 +77,7 @@ def _run(args: Namespace, console: Console) -> int:
     )
 
     suite = select(load_suite(args.suite), args.only, args.seeds)
+    suite = replace_text(suite, args.text, args.valid_text)
 
     results_dir: Path = args.out or Path("outputs") / suite.name
     work_dir: Path = (args.work or results_dir / "work").absolute()
@@ -74,17 +87,30 @@ def _run(args: Namespace, console: Console) -> int:
     context = create_context(PRELOAD)
 
     with lock_work_dir(work_dir), open_display(console) as display:
-        resolution = run_with_progress(
-            context,
-            resolve_suite,
-            [suite],
-            title="Reading presets, preparing data",
-            log_file=work_dir / "prepare.log",
-            display=display,
-            num_threads=jobs.num_threads,
-        )
 
-        plans = plan_suite(suite, Resolution(**resolution.content), work_dir)
+        def prepare(title: str, function: ChildFunction, *args: object) -> Any:
+            content = run_with_progress(
+                context,
+                function,
+                args,
+                title=title,
+                log_file=work_dir / "prepare.log",
+                display=display,
+                num_threads=jobs.num_threads,
+            ).content
+
+            if "error" in content:
+                raise SuiteError(content["error"])
+
+            return content
+
+        if suite.corpus is not None or suite.instructions is not None:
+            options = prepare("Building the data", build_data, suite, work_dir)
+            suite = add_options(suite, **options)
+
+        resolution = prepare("Reading presets, preparing data", resolve_suite, suite)
+
+        plans = plan_suite(suite, Resolution(**resolution), work_dir)
 
         conflicts = find_conflicts(plans, results_dir)
 
@@ -231,6 +257,18 @@ def _create_parser() -> ArgumentParser:
         nargs="+",
         type=int,
         help="run these seeds instead of the suite's",
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        nargs="+",
+        help="train on this text instead of the suite's: .txt, .jsonl or .parquet",
+    )
+    parser.add_argument(
+        "--valid-text",
+        metavar="FILE",
+        nargs="+",
+        help="hold this text out (default: 2 %% of the documents of --text)",
     )
     parser.add_argument(
         "--jobs",

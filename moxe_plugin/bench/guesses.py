@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, final
 
 import numpy as np
@@ -138,7 +139,8 @@ def evaluate_guess(stage: StagePlan) -> dict[str, Any]:
 
     :param stage: The guess; its configuration says which.
 
-    :returns: ``evals``: files of the record by name.
+    :returns: ``evals``: files of the record by name; ``items``: values by document of
+        each task.
     """
     config = stage.config
     guess, section = config["guess"], config["dataset"]
@@ -160,12 +162,24 @@ def evaluate_guess(stage: StagePlan) -> dict[str, Any]:
     loss = measure_loss(model, (batch for step in reader for batch in step))
 
     loaded = LoadedModel(model, tokenizer, guess, None, {})
-    results = evaluate_tasks(loaded, config)
+    results, items = evaluate_tasks(loaded, config, "pretrained")
 
     if guess == "uniform":
-        # All tokens are equally likely, so no continuation is the greedy one.
-        for metrics in results.get("results", {}).values():
+        _drop_greediness(results, items)
+
+    evals = {"guess": {**results, "valid_loss_nats": loss["nll_nats"]}}
+
+    return {"evals": evals, "items": items}
+
+
+def _drop_greediness(
+    results: dict[str, Any], items: Mapping[str, dict[str, list[Any]]]
+) -> None:
+    # All tokens are equally likely, so no continuation is the greedy one. The choice
+    # among answers stays: the shortest one is the most likely.
+    for task, columns in items.items():
+        if columns.pop("is_greedy", None) is not None:
+            metrics = results["results"][task]
+
             for name in [n for n in metrics if n.startswith("acc")]:
                 del metrics[name]
-
-    return {"evals": {"guess": {**results, "valid_loss_nats": loss["nll_nats"]}}}

@@ -23,6 +23,9 @@ class Resolution:
     data: Mapping[str, Mapping[str, Any]]
     """Facts of :class:`~moxe_plugin.report.records.Data` by run."""
 
+    tasks: Sequence[Any]
+    """The suite's tasks as plain values: a name, or a mapping."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
@@ -127,7 +130,7 @@ def plan_suite(suite: Suite, resolution: Resolution, work_dir: Path) -> list[Run
 
     :returns: The runs.
     """
-    options = {"tasks": list(suite.tasks), "batch_size": suite.batch_size}
+    options = {"tasks": list(resolution.tasks), "batch_size": suite.batch_size}
 
     runs = [
         _plan_run(suite, system, seed, resolution, work_dir, options)
@@ -158,8 +161,9 @@ def _plan_run(
     recipe_chain: list[object] = [data]
 
     def append(name: StageName, argv: Sequence[str], config: Mapping[str, Any]) -> None:
-        chain.append(config)
-        recipe_chain.append(_without_seed(config))
+        identity = _without_places(config, work_dir)
+        chain.append(identity)
+        recipe_chain.append(_without_seed(identity))
 
         stages.append(
             StagePlan(
@@ -175,6 +179,9 @@ def _plan_run(
         if (config := resolution.configs[key].get(name)) is not None:
             argv = train_argv(suite, system, seed, name, run_dir, config)
             append(name, argv, config)
+
+    if system.finetune is None:
+        options = _of_pretrained(options)
 
     append("evaluate", (), options)
 
@@ -198,12 +205,12 @@ def _plan_guesses(
     for name, label in _GUESSES.items():
         # What to read, and how: exactly what the trained systems read.
         config = {
-            **options,
+            **_of_pretrained(options),
             "guess": name,
             "dataset": pretrain.config["dataset"],
             "tokenizer": pretrain.config["tokenizer"],
         }
-        sha256 = hash_config([run.data, config])
+        sha256 = hash_config([run.data, _without_places(config, work_dir)])
 
         stage = StagePlan(
             name="guess",
@@ -224,6 +231,37 @@ def _plan_guesses(
         )
 
     return plans
+
+
+def _of_pretrained(options: Mapping[str, Any]) -> dict[str, Any]:
+    tasks = [
+        task
+        for task in options["tasks"]
+        if isinstance(task, str) or task.get("stage") != "finetuned"
+    ]
+
+    return {**options, "tasks": tasks}
+
+
+def _without_places(config: Mapping[str, Any], work_dir: Path) -> dict[str, Any]:
+    # What is built in the work directory is named by its content. The content of a
+    # task's file is hashed; only a mapping has one.
+    def relocate(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {
+                k: relocate(v)
+                for k, v in value.items()
+                if k != "file" or "file_sha256" not in value
+            }
+
+        if isinstance(value, list):
+            return [relocate(v) for v in value]
+
+        is_within = isinstance(value, str) and value.startswith(f"{work_dir}/")
+
+        return value.removeprefix(f"{work_dir}/") if is_within else value
+
+    return {key: relocate(value) for key, value in config.items()}
 
 
 def _without_seed(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from moxe_plugin.bench.metrics import (
 from moxe_plugin.bench.plan import RunPlan
 from moxe_plugin.bench.stage_state import StageState, read_state
 from moxe_plugin.report.files import DamagedRecordError
+from moxe_plugin.report.items import make_task_items
 from moxe_plugin.report.records import Data, Environment, ModelInfo, RunRecord
 from moxe_plugin.report.run_dirs import find_run_dirs, read_run, write_run
 
@@ -107,6 +108,10 @@ def record_run(
         train=train,
         valid=valid,
         evals=last.result["evals"],
+        items={
+            task: make_task_items(values)
+            for task, values in last.result.get("items", {}).items()
+        },
     )
 
     config_yaml = None if plan.is_guess else _config_yaml(plan)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from fairseq2.datasets import DatasetHubAccessor
-from fairseq2.utils.config import ReplaceEnvDirective, StandardConfigProcessor
-from fairseq2.utils.env import StandardEnvironment
+from fairseq2.recipe.error import RecipeError
 from fairseq2.utils.structured import StandardValueConverter
 
+from moxe_plugin.bench.corpus import expand, find_file
+from moxe_plugin.bench.suite import SuiteError, Task
 from moxe_plugin.data.instructions import (
     MOXE_INSTRUCTIONS_FAMILY,
     InstructionsConfig,
     InstructionsDataset,
     open_instructions,
 )
+from moxe_plugin.data.manifest import compute_sha256
 from moxe_plugin.data.tokens import (
     MOXE_TOKENS_FAMILY,
     TokensConfig,
@@ -49,9 +51,7 @@ def resolve_preset(
 
     :returns: The configuration as plain values.
     """
-    processor = StandardConfigProcessor([ReplaceEnvDirective(StandardEnvironment())])
-
-    options: Any = processor.process(dict(overrides))
+    options: Any = expand(dict(overrides))
     options |= {"common.seed": seed, "common.no_sweep_dir": True}
 
     config = load_preset(preset, options, recipe=recipe)
@@ -60,6 +60,38 @@ def resolve_preset(
     assert isinstance(values, dict)
 
     return values
+
+
+def resolve_tasks(tasks: Sequence[Task]) -> list[Any]:
+    """Write down tasks as plain values.
+
+    :param tasks: The tasks.
+
+    :returns: The name of a task that has nothing else; otherwise what differs from the
+        defaults, with the whole path and the hash of a file.
+
+    :raises SuiteError: There is no such file.
+    """
+    return [_resolve_task(task) for task in tasks]
+
+
+def _resolve_task(task: Task) -> str | dict[str, Any]:
+    options: dict[str, Any] = {
+        field.name: value
+        for field in fields(task)
+        if (value := getattr(task, field.name)) and value != field.default
+    }
+
+    if task.file is not None:
+        way_out = "take the task out of the suite."
+        file = find_file(task.file, f"`file` of the task {task.task}", way_out)
+
+        options |= {"file": str(file), "file_sha256": compute_sha256(file)}
+
+    if task.arguments:
+        options["arguments"] = expand(dict(task.arguments))
+
+    return options if options.keys() != {"task"} else task.task
 
 
 def describe_data(name: str, configs: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -87,6 +119,33 @@ def describe_data(name: str, configs: Mapping[str, Mapping[str, Any]]) -> Any:
             valid_sha256=digest(section["valid_split"]),
         )
     )
+
+
+def check_instructions(preset: str, config: Mapping[str, Any]) -> None:
+    """Make sure before anything is trained that the instructions are there.
+
+    :param preset: The preset of the finetuning.
+    :param config: Its resolved configuration.
+
+    :raises SuiteError: They are not, or lack a split.
+    """
+    section = config["dataset"]
+
+    try:
+        splits = open_instructions_section(section).splits
+    except RecipeError as ex:
+        raise SuiteError(
+            f"The instructions of `{preset}` cannot be read: {ex} Presets read them "
+            "below the directory that MOXE_DATA_DIR names; `finetune_config` of the "
+            "suite can set another `dataset.path`."
+        ) from ex
+
+    for name in (section["train_split"], section["valid_split"]):
+        if name not in splits:
+            raise SuiteError(
+                f"The instructions of `{preset}` in '{section['path']}' must have the "
+                f"split `{name}`, but have {', '.join(splits)} only."
+            )
 
 
 def open_tokens_section(section: Mapping[str, Any]) -> TokensDataset:

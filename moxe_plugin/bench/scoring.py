@@ -16,8 +16,9 @@ from torch import Tensor
 from moxe_plugin.bench.plan import StagePlan
 from moxe_plugin.bench.resolution import open_instructions_section
 from moxe_plugin.bench.stage_state import read_state
+from moxe_plugin.bench.suite import TaskStage
 from moxe_plugin.eval.checkpoints import LoadedModel, load_checkpoint
-from moxe_plugin.eval.evaluation import evaluate
+from moxe_plugin.eval.evaluation import Evaluation, TaskRequest, evaluate
 from moxe_plugin.models.clm import AuxLossCausalLM
 
 
@@ -26,14 +27,15 @@ def evaluate_run(stage: StagePlan) -> dict[str, Any]:
 
     :param stage: The evaluation stage.
 
-    :returns: ``evals``: files of the record by name; ``model``: fields of
-        :class:`~moxe_plugin.report.records.ModelInfo`.
+    :returns: ``evals``: files of the record by name; ``items``: values by document of
+        each task; ``model``: fields of :class:`~moxe_plugin.report.records.ModelInfo`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     pretrained = load_checkpoint(stage.run_dir / "pretrain", device=device)
 
-    evals = {"pretrained": evaluate_tasks(pretrained, stage.config)}
+    evaluation = evaluate_tasks(pretrained, stage.config, "pretrained")
+    evals, items = {"pretrained": evaluation.results}, evaluation.items
 
     state = read_state(stage.run_dir / "finetune.json")
     if state is not None:
@@ -46,25 +48,54 @@ def evaluate_run(stage: StagePlan) -> dict[str, Any]:
             for name, loaded in (("pretrained", pretrained), ("finetuned", finetuned))
         }
 
-    return {"evals": evals, "model": _describe_model(pretrained)}
+        evaluation = evaluate_tasks(finetuned, stage.config, "finetuned")
+        if evaluation.results:
+            evals["finetuned"] = evaluation.results
+            items |= evaluation.items
+
+    return {"evals": evals, "items": items, "model": _describe_model(pretrained)}
 
 
-def evaluate_tasks(loaded: LoadedModel, options: Mapping[str, Any]) -> dict[str, Any]:
+def evaluate_tasks(
+    loaded: LoadedModel, options: Mapping[str, Any], stage: TaskStage
+) -> Evaluation:
     """Evaluate a model with lm-evaluation-harness.
 
     :param loaded: The model.
     :param options: ``tasks`` and ``batch_size``.
+    :param stage: Whose tasks to run.
 
-    :returns: The harness's result dictionary, without samples; empty without tasks.
+    :returns: The results; empty without tasks.
     """
-    if not options["tasks"]:
-        return {}
+    tasks: list[Mapping[str, Any]] = [
+        {"task": task} if isinstance(task, str) else task for task in options["tasks"]
+    ]
 
-    results: dict[str, Any] = evaluate(
-        loaded, options["tasks"], batch_size=options["batch_size"]
+    requests = [
+        TaskRequest(
+            task=task["task"],
+            limit=task.get("limit"),
+            arguments={
+                **task.get("arguments", {}),
+                **({"file": task["file"]} if "file" in task else {}),
+            },
+        )
+        for task in tasks
+        if task.get("stage", "pretrained") == stage
+    ]
+
+    if not requests:
+        return Evaluation({}, {})
+
+    # In instructions a prompt follows the beginning of sequence, if there is one.
+    has_bos = loaded.tokenizer.vocab_info.bos_idx is not None
+
+    return evaluate(
+        loaded,
+        requests,
+        batch_size=options["batch_size"],
+        add_bos_token=stage == "finetuned" and has_bos,
     )
-
-    return results
 
 
 def measure_instruction_loss(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from moxe_plugin.bench.commands import RECIPES
 from moxe_plugin.bench.plan import StagePlan, run_key
-from moxe_plugin.bench.suite import Suite
+from moxe_plugin.bench.suite import Suite, SuiteError
+from moxe_plugin.train.registry import UnknownNameError
 
 PRELOAD: Final = (
     "torch",
@@ -21,20 +23,54 @@ PRELOAD: Final = (
     "moxe_plugin.train.pretrain",
     "moxe_plugin.train.instruction_finetune",
     "moxe_plugin.eval.evaluation",
+    "moxe_plugin.bench.corpus",
+    "moxe_plugin.bench.resolution",
     "moxe_plugin.bench.scoring",
     "moxe_plugin.bench.stages",
 )
 """What the server of child processes imports."""
 
 
+def build_data(suite: Suite, work_dir: Path) -> dict[str, Any]:
+    """Build the data that a suite describes itself, if it is missing.
+
+    :param suite: The suite.
+    :param work_dir: Where work is done.
+
+    :returns: Options of all systems: ``pretrain_config`` and ``finetune_config``; or
+        ``error``: what the user did wrong.
+    """
+    from moxe_plugin.bench import corpus
+
+    try:
+        return corpus.build_data(suite, work_dir)
+    except SuiteError as ex:
+        return {"error": str(ex)}
+
+
 def resolve_suite(suite: Suite) -> dict[str, Any]:
-    """Find out what the presets and the data of a suite are; builds missing data.
+    """Find out what the presets, the data and the tasks of a suite are.
 
     :param suite: The suite.
 
-    :returns: The fields of :class:`~moxe_plugin.bench.plan.Resolution`.
+    :returns: The fields of :class:`~moxe_plugin.bench.plan.Resolution`, or ``error``:
+        what the user did wrong.
     """
-    from moxe_plugin.bench.resolution import describe_data, resolve_preset
+    try:
+        return _resolve(suite)
+    except (SuiteError, UnknownNameError) as ex:
+        return {"error": str(ex)}
+
+
+def _resolve(suite: Suite) -> dict[str, Any]:
+    from moxe_plugin.bench.resolution import (
+        check_instructions,
+        describe_data,
+        resolve_preset,
+        resolve_tasks,
+    )
+
+    tasks = resolve_tasks(suite.tasks)
 
     configs: dict[str, dict[str, Any]] = {}
     data: dict[str, Any] = {}
@@ -55,10 +91,11 @@ def resolve_suite(suite: Suite) -> dict[str, Any]:
                 configs[key]["finetune"] = resolve_preset(
                     RECIPES["finetune"], system.finetune, seed, overrides
                 )
+                check_instructions(system.finetune, configs[key]["finetune"])
 
             data[key] = describe_data(suite.data, configs[key])
 
-    return {"configs": configs, "data": data}
+    return {"configs": configs, "data": data, "tasks": tasks}
 
 
 def train(stage: StagePlan) -> dict[str, Any]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from moxe_plugin.bench.structure import SuiteError as SuiteError
+from moxe_plugin.bench.structure import structure, structure_optional
 from moxe_plugin.resources import resource_dir
 
-
-class SuiteError(ValueError):
-    """Raised when a suite cannot be run as asked; the message is for the user."""
+TaskStage = Literal["pretrained", "finetuned"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,75 @@ class System:
     finetune: str | None = None
     """A preset of ``fairseq2 lm instruction_finetune``; ``None`` means none."""
 
-    pretrain_config: Mapping[str, Any]
+    pretrain_config: Mapping[str, Any] = field(default_factory=dict)
     """Options that go before the preset's, by dotted name."""
 
-    finetune_config: Mapping[str, Any]
+    finetune_config: Mapping[str, Any] = field(default_factory=dict)
     """The same for finetuning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task of lm-evaluation-harness; in YAML its name alone will do."""
+
+    task: str
+    """Its name: the harness', or one of ``eval_tasks``."""
+
+    stage: TaskStage = "pretrained"
+    """Which model of a run to evaluate."""
+
+    file: str | None = None
+    """The documents, for a task that can read a file."""
+
+    limit: int | None = None
+    """The most documents, from the first on; all if ``None``."""
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the task's dataset, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Text that becomes a tokenizer and token shards in the work directory."""
+
+    train_files: Sequence[str] = ()
+    """``.txt``, ``.jsonl`` and ``.parquet`` files to train on."""
+
+    valid_files: Sequence[str] = ()
+    """Files that are held out."""
+
+    valid_fraction: float = 0.0
+    """The share of training documents to hold out, where there are no files for it."""
+
+    text_column: str = "text"
+    """The key or column of the text."""
+
+    hub: str | None = None
+    """A dataset of the Hugging Face hub instead of ``train_files``; it is streamed."""
+
+    hub_config: str | None = None
+    """Its configuration."""
+
+    max_tokens: int | None = None
+    """How many tokens to read, held-out ones included; all if ``None``."""
+
+    tokenizer: str | None = None
+    """A directory with a Hugging Face tokenizer; ``None`` trains one."""
+
+    vocab_size: int | None = None
+    """The entries of the tokenizer that is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instructions:
+    """Instructions that are split in the work directory."""
+
+    files: Sequence[str]
+    """``.jsonl`` files, with lines as
+    :func:`~moxe_plugin.data.instruction_encoding.read_instructions` reads them."""
+
+    valid_fraction: float = 0.05
+    """The share of instructions to hold out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +114,26 @@ class Suite:
 
     systems: Sequence[System]
     seeds: Sequence[int]
-    tasks: Sequence[str]
-    """Tasks of lm-evaluation-harness for the pretrained models."""
+    tasks: Sequence[Task]
+    """What to evaluate."""
 
     data: str
     """What run directories call the data."""
 
-    batch_size: int = 16
-    """Sequences per batch in evaluation."""
+    corpus: Corpus | None = None
+    """The text, if token shards are to be built."""
 
-    pretrain_config: Mapping[str, Any]
+    instructions: Instructions | None = None
+    """The instructions, if they are to be split."""
+
+    batch_size: int | str = 16
+    """Sequences per batch in evaluation, or ``auto``."""
+
+    pretrain_config: Mapping[str, Any] = field(default_factory=dict)
     """Options for all systems; those of a system go before them."""
 
-    finetune_config: Mapping[str, Any]
+    finetune_config: Mapping[str, Any] = field(default_factory=dict)
     """The same for finetuning."""
-
-
-_DEFAULTS: Final[Mapping[str, Any]] = {"pretrain_config": {}, "finetune_config": {}}
 
 
 def load_suite(name_or_file: str) -> Suite:
@@ -115,24 +183,40 @@ def parse_suite(text: str, source: str) -> Suite:
     except YAMLError as ex:
         raise SuiteError(f"{source}: not valid YAML: {ex}") from None
 
-    suite: Suite = _structure(Suite, content, source)
+    suite: Suite = structure(Suite, content, source)
 
     systems = [
-        _structure(System, system, f"{source}, system {number}")
+        structure(System, system, f"{source}, system {number}")
         for number, system in enumerate(suite.systems, start=1)
+    ]
+
+    tasks = [
+        structure(
+            Task, {"task": task} if isinstance(task, str) else task, f"{source}, tasks"
+        )
+        for task in suite.tasks
     ]
 
     for name, values in (
         ("systems", [system.name for system in systems]),
         ("seeds", suite.seeds),
+        ("tasks", [task.task for task in tasks]),
     ):
-        if not values:
+        if not values and name != "tasks":
             raise SuiteError(f"{source}: `{name}` must not be empty.")
 
         if len(set(values)) < len(values):
             raise SuiteError(f"{source}: `{name}` must not repeat: {values}.")
 
-    return replace(suite, systems=systems)
+    return replace(
+        suite,
+        systems=systems,
+        tasks=tasks,
+        corpus=structure_optional(Corpus, suite.corpus, f"{source}, corpus"),
+        instructions=structure_optional(
+            Instructions, suite.instructions, f"{source}, instructions"
+        ),
+    )
 
 
 def select(
@@ -164,52 +248,62 @@ def select(
     return suite if seeds is None else replace(suite, seeds=list(dict.fromkeys(seeds)))
 
 
-def _structure(kls: type[Any], content: object, source: str) -> Any:
-    if not isinstance(content, dict):
-        raise SuiteError(f"{source}: must be a mapping, but is {content!r} instead.")
-
-    content = {**_DEFAULTS, **content}
-
-    known = {field.name: str(field.type) for field in fields(kls)}
-
-    for name, value in content.items():
-        if name not in known:
-            raise SuiteError(
-                f"{source}: `{name}` is not a known key. Known keys: "
-                f"{', '.join(known)}."
-            )
-
-        if not _fits(value, known[name]):
-            raise SuiteError(
-                f"{source}: `{name}` must be of type `{known[name]}`, but is "
-                f"{value!r} instead."
-            )
-
-    try:
-        return kls(**content)
-    except TypeError as ex:
-        raise SuiteError(f"{source}: {_describe_missing(kls, content)}.") from ex
+_VALID_FRACTION: Final = 0.02
+"""The share of a user's text that is held out if the user says nothing."""
 
 
-def _fits(value: object, annotation: str) -> bool:
-    match annotation:
-        case "str":
-            return isinstance(value, str)
-        case "str | None":
-            return value is None or isinstance(value, str)
-        case "int":
-            return isinstance(value, int)
-        case "Sequence[int]":
-            return isinstance(value, list) and all(isinstance(v, int) for v in value)
-        case "Sequence[str]":
-            return isinstance(value, list) and all(isinstance(v, str) for v in value)
-        case "Mapping[str, Any]":
-            return isinstance(value, dict)
-        case _:
-            return isinstance(value, list)
+def replace_text(
+    suite: Suite, text: Sequence[str] | None, valid_text: Sequence[str] | None
+) -> Suite:
+    """Train on other text than a suite's.
+
+    :param suite: The suite.
+    :param text: The files to train on; ``None`` for the suite's.
+    :param valid_text: The files to hold out; 2 % of the documents if ``None``.
+
+    :returns: The suite with the text, and its data named after the first file.
+
+    :raises SuiteError: The suite has no ``corpus``, or there is held-out text only.
+    """
+    if text is None:
+        if valid_text is not None:
+            raise SuiteError("--valid-text needs --text.")
+
+        return suite
+
+    if suite.corpus is None:
+        raise SuiteError(
+            f"`{suite.name}` has no `corpus`, so --text cannot replace its text."
+        )
+
+    corpus = replace(
+        suite.corpus,
+        hub=None,
+        hub_config=None,
+        train_files=list(text),
+        valid_files=list(valid_text or ()),
+        valid_fraction=_VALID_FRACTION,
+    )
+    name = re.sub(r"[^a-z0-9]+", "-", Path(text[0]).stem.lower()).strip("-")
+
+    return replace(suite, corpus=corpus, data=name or "text")
 
 
-def _describe_missing(kls: type[Any], content: Mapping[str, Any]) -> str:
-    missing = [f"`{f.name}`" for f in fields(kls) if f.name not in content]
+def add_options(
+    suite: Suite,
+    pretrain_config: Mapping[str, Any],
+    finetune_config: Mapping[str, Any],
+) -> Suite:
+    """Add options of all systems, behind those that the suite has.
 
-    return f"missing keys among {', '.join(missing)}"
+    :param suite: The suite.
+    :param pretrain_config: Options of pretraining, by dotted name.
+    :param finetune_config: The same of finetuning.
+
+    :returns: The suite.
+    """
+    return replace(
+        suite,
+        pretrain_config={**pretrain_config, **suite.pretrain_config},
+        finetune_config={**finetune_config, **suite.finetune_config},
+    )

@@ -89,6 +89,7 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
         self._device = next(loaded.model.parameters()).device
         self._share_prefixes = resolve_sharing(loaded.model, share_prefixes)
         self._token_counts = TokenCounts(0, 0)
+        self._num_target_tokens: dict[tuple[str, ...], int] = {}
 
     @property
     @override
@@ -127,6 +128,16 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
             "add_bos_token": self._codec.add_bos_token,
             "share_prefixes": self._share_prefixes,
         }
+
+    def count_target_tokens(self, request_args: tuple[str, ...]) -> int:
+        """Tell how many tokens the log-likelihood of a request is the sum over.
+
+        :param request_args: Context and continuation, or a whole text alone; as in a
+            request that has been answered.
+
+        :returns: The number of predicted tokens.
+        """
+        return self._num_target_tokens[request_args]
 
     @override
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
@@ -173,6 +184,7 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
                 scores[idx] = (score.logprob, score.is_greedy)
                 # Windows of a longer text have no request of their own.
                 if (texts := requests[idx][0]) is not None:
+                    self._num_target_tokens[texts] = len(requests[idx][2])
                     self.cache_hook.add_partial("loglikelihood", texts, scores[idx])
                 progress.update(1)
 
@@ -212,8 +224,11 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
         windows, owners = [], []
 
         for owner, text in enumerate(texts):
+            tokens = self.tok_encode(text, add_special_tokens=False)
+            self._num_target_tokens[(text,)] = len(tokens)
+
             for window in get_rolling_token_windows(
-                self.tok_encode(text, add_special_tokens=False),
+                tokens,
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,

@@ -19,6 +19,7 @@ from datasets import Dataset, load_dataset
 from moxe_plugin.data.corpus import EmbeddedSize, prepare_embedded
 
 _LAMBADA: Final = "EleutherAI/lambada_openai"
+_GSM8K: Final = "openai/gsm8k"
 
 _FINEWEB_EDU: Final = "HuggingFaceFW/fineweb-edu"
 # Training reads the 10-billion-token sample from its first file on; this is its last.
@@ -134,6 +135,45 @@ def load_fineweb_edu(
 
     return _as_test_split(
         {"text": text} for _, text in zip(range(max_documents), texts, strict=False)
+    )
+
+
+def load_documents(file: str | None = None, **_ignored: object) -> dict[str, Dataset]:
+    """Load documents of a file.
+
+    :param file: JSON lines with the field ``text``.
+    :param _ignored: What the harness passes to every task.
+
+    :returns: Documents with the field ``text``.
+
+    :raises ValueError: There is no file.
+    """
+    if file is None:
+        raise ValueError(
+            "`file` must be given, as in `--metadata file=valid.jsonl`: JSON lines "
+            "with the field `text`."
+        )
+
+    return _as_test_split({"text": text} for text in _read_texts(Path(file)))
+
+
+def load_gsm8k(file: str | None = None, **_ignored: object) -> dict[str, Dataset]:
+    """Load the test questions of GSM8K.
+
+    :param file: A local copy, JSON lines with the fields ``question`` and ``answer``;
+        downloaded if ``None``.
+    :param _ignored: What the harness passes to every task.
+
+    :returns: Documents with the fields ``question`` and ``answer``.
+    """
+    if file is None:
+        return {"test": load_dataset(_GSM8K, "main", split="test")}
+
+    with Path(file).open(encoding="utf-8") as fp:
+        rows = [json.loads(line) for line in fp]
+
+    return _as_test_split(
+        {"question": row["question"], "answer": row["answer"]} for row in rows
     )
 
 

@@ -23,7 +23,7 @@ def read_json(file: Path) -> dict[str, Any]:
     :raises DamagedRecordError: The file is missing, is no JSON object, or holds NaN or
         an infinity.
     """
-    return _parse_object(_read_text(file), file.name)
+    return _parse_object(read_text(file), file.name)
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
     :raises DamagedRecordError: As :func:`read_json`, also for a last line without its
         line break.
     """
-    text = _read_text(file)
+    text = read_text(file)
 
     if text and not text.endswith("\n"):
         raise DamagedRecordError(f"{file.name}: the last line is truncated.")
@@ -55,15 +55,30 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     :param file: The file.
     :param content: The object. A tuple becomes a list.
     """
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    write_text(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the whole new one.
+
+    :param file: The file.
+    :param text: Its content.
+    """
     part = file.with_name(file.name + ".part")
     part.write_text(text, encoding="utf-8")
 
     os.replace(part, file)
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """Read a file of a run record.
+
+    :param file: The file.
+
+    :returns: Its content.
+
+    :raises DamagedRecordError: The file is missing, or not UTF-8 text.
+    """
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:

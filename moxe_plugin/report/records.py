@@ -9,10 +9,12 @@ A run is one directory (CONTRIBUTING, section 8)::
       train.jsonl        training metrics; fairseq2's keys and "Stage"
       valid.jsonl        validation metrics; fairseq2's keys, "Stage" and "Split"
       eval_*.json        lm-eval's result dictionaries and our own losses
+      items_*.csv        each task's values by document: :mod:`moxe_plugin.report.items`
 
 A *guess* (uniform, unigram, bigram) is a run without training: it has
-``environment.json`` and ``eval_*.json`` only. A directory that breaks the schema is
-never repaired or skipped silently: see :mod:`moxe_plugin.report.run_dirs`.
+``environment.json``, ``eval_*.json`` and ``items_*.csv`` only. A directory that breaks
+the schema is never repaired or skipped silently: see
+:mod:`moxe_plugin.report.run_dirs`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
+
+from moxe_plugin.report.items import TaskItems
 
 SCHEMA_VERSION: Final = 1
 """The version of the record format; readers refuse any other."""
@@ -143,6 +147,10 @@ class RunRecord:
     valid: Sequence[Mapping[str, Any]] = field(default=())
     evals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Content of each ``eval_<key>.json`` by key."""
+
+    items: Mapping[str, TaskItems] = field(default_factory=dict)
+    """Content of each ``items_<task>.csv`` by task; runs of earlier versions have
+    none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from moxe_plugin.report.files import (
     read_jsonl,
     write_json,
 )
+from moxe_plugin.report.items import read_items, write_items
 from moxe_plugin.report.records import (
     SCHEMA_VERSION,
     Code,
@@ -48,9 +50,18 @@ def read_run(run_dir: Path) -> RunRecord:
         for path in sorted(run_dir.glob("eval_*.json"))
     }
 
+    items = {
+        path.stem.removeprefix("items_"): read_items(path)
+        for path in sorted(run_dir.glob("items_*.csv"))
+    }
+
     if environment.kind == "guess":
         return RunRecord(
-            name=run_dir.name, environment=environment, model=None, evals=evals
+            name=run_dir.name,
+            environment=environment,
+            model=None,
+            evals=evals,
+            items=items,
         )
 
     model_file = run_dir / "model.json"
@@ -62,6 +73,7 @@ def read_run(run_dir: Path) -> RunRecord:
         train=read_jsonl(run_dir / "train.jsonl"),
         valid=read_jsonl(run_dir / "valid.jsonl"),
         evals=evals,
+        items=items,
     )
 
 
@@ -102,7 +114,9 @@ def find_run_dirs(results_dir: Path) -> list[Path]:
 
 
 def write_run(results_dir: Path, record: RunRecord, config_yaml: str | None) -> Path:
-    """Write a run directory; ``environment.json`` comes last and marks it complete.
+    """Write a run directory, at once: a kill leaves the whole of it or nothing.
+
+    A directory of this name that is there already is replaced.
 
     :param results_dir: The directory that holds the runs.
     :param record: The run.
@@ -110,10 +124,22 @@ def write_run(results_dir: Path, record: RunRecord, config_yaml: str | None) -> 
 
     :returns: The run's directory.
     """
-    run_dir = results_dir / record.name
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / ENVIRONMENT_FILE).unlink(missing_ok=True)
+    # Hidden, so that nobody takes for a run what a kill leaves.
+    part_dir = results_dir / f".{record.name}.part"
+    shutil.rmtree(part_dir, ignore_errors=True)
+    part_dir.mkdir(parents=True)
 
+    _write_files(part_dir, record, config_yaml)
+
+    run_dir = results_dir / record.name
+    if run_dir.exists():
+        shutil.rmtree(run_dir)
+    part_dir.rename(run_dir)
+
+    return run_dir
+
+
+def _write_files(run_dir: Path, record: RunRecord, config_yaml: str | None) -> None:
     if config_yaml is not None:
         (run_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
 
@@ -127,9 +153,10 @@ def write_run(results_dir: Path, record: RunRecord, config_yaml: str | None) -> 
     for key, content in record.evals.items():
         write_json(run_dir / f"eval_{key}.json", content)
 
-    write_json(run_dir / ENVIRONMENT_FILE, asdict(record.environment))
+    for task, items in record.items.items():
+        write_items(run_dir / f"items_{task}.csv", items)
 
-    return run_dir
+    write_json(run_dir / ENVIRONMENT_FILE, asdict(record.environment))
 
 
 def _read_environment(file: Path) -> Environment:

@@ -39,7 +39,11 @@ def resolve(suite: Suite) -> dict[str, Any]:
             if system.finetune is not None:
                 configs[key]["finetune"] = config
 
-    return {"configs": configs, "data": {key: asdict(DATA) for key in configs}}
+    return {
+        "configs": configs,
+        "data": {key: asdict(DATA) for key in configs},
+        "tasks": [],
+    }
 
 
 def train(stage: StagePlan) -> dict[str, Any]:
@@ -101,13 +105,25 @@ def evaluate(stage: StagePlan) -> dict[str, Any]:
         "num_active_parameters": 400,
     }
 
-    return {"evals": {"pretrained": {"results": {}}}, "model": model, **_DEVICE}
+    return {
+        "evals": {"pretrained": {"results": {}}},
+        "items": {
+            "last_word": {
+                "item": ["a", "b"],
+                "logprob": [-1.25, -2],
+                "num_tokens": [1, 2],
+                "is_greedy": [0, 1],
+            }
+        },
+        "model": model,
+        **_DEVICE,
+    }
 
 
 def guess(stage: StagePlan) -> dict[str, Any]:
     _note_call(stage)
 
-    return {"evals": {"guess": {"valid_loss_nats": 7.0}}, **_DEVICE}
+    return {"evals": {"guess": {"valid_loss_nats": 7.0}}, "items": {}, **_DEVICE}
 
 
 def _note_call(stage: StagePlan) -> None:

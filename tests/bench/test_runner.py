@@ -110,6 +110,10 @@ def test_suite_leaves_a_record_per_run_and_per_guess(run: Run, tmp_path: Path) -
         ("finetune", 10),
         ("finetune", 20),
     ]
+    file = tmp_path / "results" / record.name / "items_last_word.csv"
+    assert file.read_text().splitlines() == [
+        *("item,logprob,num_tokens,is_greedy", "a,-1.25,1,0", "b,-2,2,1")
+    ]
 
 
 def test_finished_suite_is_not_run_again(run: Run, tmp_path: Path) -> None:

@@ -43,9 +43,12 @@ def _change(**changes: object) -> str:
         (_change(seeds=[]), "`seeds` must not be empty"),
         (_change(seeds=[2, 2]), "`seeds` must not repeat"),
         (_change(systems=[]), "`systems` must not be empty"),
-        (_change(systems=[{"name": "moxe"}]), "system 1: missing keys among `label`"),
+        (
+            _change(systems=[{"name": "moxe"}]),
+            "system 1: missing keys: `label`, `pretrain`",
+        ),
         (_change(systems=[{"nam": "moxe"}]), "system 1: `nam` is not a known key"),
-        ("name: mine", "missing keys among `systems`, `seeds`"),
+        ("name: mine", "missing keys: `systems`, `seeds`"),
     ],
 )
 def test_wrong_suite_is_refused(text: str, message: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from moxe_plugin.data.corpus import EmbeddedData
+from moxe_plugin.data.instruction_encoding import read_instructions
 from moxe_plugin.eval import tasks
 from moxe_plugin.resources import resource_dir
 
@@ -16,8 +17,10 @@ TASKS = [
     "moxe_embedded_last_word",
     "moxe_embedded_rolling",
     "moxe_fineweb_edu_256",
+    "moxe_gsm8k",
     "moxe_lambada",
     "moxe_multiple_choice",
+    "moxe_rolling",
 ]
 
 TEXTS = ["The first document.", "A second, longer document. " * 9, "Third."]
@@ -94,3 +97,53 @@ def test_multiple_choice_reads_a_local_file(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="`file` must be given"):
         tasks.load_multiple_choice()
+
+
+def test_rolling_reads_a_local_file(documents: Path) -> None:
+    assert tasks.load_documents(file=str(documents))["test"]["text"][:] == TEXTS
+
+    with pytest.raises(ValueError, match="`file` must be given"):
+        tasks.load_documents()
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_right"),
+    [
+        ("9 - 2 = 7 and 7 * 180 is\n#### 1260", True),
+        ("#### 1,260", True),
+        ("#### 1260.", True),
+        ("#### 1260\n\nQ", True),
+        ("The answer is 1260", False),
+        ("#### 12600", False),
+        ("#### 1260.5", False),
+        ("#### -1260", False),
+        ("#### $1260", False),
+        ("#### 3\n#### 1260", False),
+    ],
+)
+def test_gsm8k_takes_the_number_behind_the_mark(
+    answer: str, is_right: bool, tmp_path: Path
+) -> None:
+    line = {"question": "How many?", "answer": "7 * 180 = 1260\n#### 1,260"}
+    file = tmp_path / "test.jsonl"
+    file.write_text(json.dumps(line) + "\n")
+    manager = TaskManager(
+        include_path=str(resource_dir("eval_tasks")),
+        include_defaults=False,
+        metadata={"file": str(file)},
+    )
+    task = manager.load(["moxe_gsm8k"])["tasks"]["moxe_gsm8k"]
+    task.build_all_requests()
+    (request,) = task.instances
+
+    # As the instructions ask it.
+    assert request.args[0] == "Question: How many?\nAnswer:"
+    (piece, _) = next(read_instructions(file)).pieces
+    assert piece.text == request.args[0]
+
+    request.resps = [answer]
+    task.apply_filters()
+
+    (doc,) = task.test_docs()
+    metrics = task.process_results(doc, [request.filtered_resps["strict"]])
+    assert metrics["exact_match"] == float(is_right)

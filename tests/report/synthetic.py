@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moxe_plugin.report.items import TaskItems
 from moxe_plugin.report.records import (
     Code,
     Data,
@@ -81,6 +82,16 @@ def make_trained(
                 "pretrained": {"nll_nats": loss + 0.5, "num_tokens": 100},
                 "finetuned": {"nll_nats": loss - 1.0, "num_tokens": 100},
             },
+        },
+        items={
+            "moxe_embedded_last_word": TaskItems(
+                items=("0123456789ab", "ba9876543210"),
+                columns={
+                    "logprob": (-7.12345, -0.000123456),
+                    "num_tokens": (3.0, 1.0),
+                    "is_greedy": (0.0, 1.0),
+                },
+            )
         },
     )
 
