@@ -3,46 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import pandas as pd
-
-from moxe_plugin.report.measurements import COLUMNS
+from moxe_plugin.report.pairs import MetricPairs, compare_rows
 from moxe_plugin.report.records import DamagedRun, Data, RunRecord
-
-
-class Statistic(NamedTuple):
-    """A number over the runs of a row."""
-
-    mean: float
-    sd: float | None
-    """Sample standard deviation; ``None`` for a single run."""
-
-    num_runs: int
-    """Runs that have the number."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """The runs of one system that differ in their seed only."""
-
-    system: str
-    label: str
-    records: Sequence[RunRecord]
-    statistics: Mapping[str, Statistic]
-    """By key of the column; a missing number has no entry."""
-
-    @property
-    def is_guess(self) -> bool:
-        """Whether nothing was trained for this row."""
-        return self.records[0].environment.kind == "guess"
-
-    @property
-    def run_names(self) -> list[str]:
-        """The directories that the row's numbers come from."""
-        return [record.name for record in self.records]
+from moxe_plugin.report.rows import ItemWeights, Row, create_row, describe_codes
+from moxe_plugin.report.soundness import split_sound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +19,23 @@ class Comparison:
     data: Data
     training_tokens: int | None
     rows: Sequence[Row]
+    """Best held-out loss first, guesses below."""
+
+    pairs: Sequence[MetricPairs]
+    """Tests of each system against each other, one entry a metric."""
+
     notes: Sequence[str]
     """What a reader must know before comparing rows."""
+
+    @property
+    def trained_rows(self) -> list[Row]:
+        """The rows that are no guesses."""
+        return [row for row in self.rows if not row.is_guess]
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds of its runs, sorted."""
+        return sorted({seed for row in self.rows for seed in row.seeds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +59,11 @@ def compare(
 
     :returns: One entry a suite, sorted by name.
     """
+    sound, foreign = split_sound(records)
+    damaged = sorted([*damaged, *foreign], key=lambda run: run.name)
+
     by_suite = defaultdict(list)
-    for record in records:
+    for record in sound:
         by_suite[record.environment.suite].append(record)
 
     return [
@@ -148,38 +133,38 @@ def _create_comparison(
             record
         )
 
-    rows = [_create_row(by_row[key]) for key in sorted(by_row)]
+    weights = ItemWeights()
+
+    rows = _mark_codes([create_row(by_row[key], weights) for key in sorted(by_row)])
     rows.sort(key=_by_loss)
 
     return Comparison(
         data=data,
         training_tokens=training_tokens,
         rows=rows,
-        notes=[*_note_seeds(rows), *_note_variants(rows), *_note_differences(records)],
+        pairs=compare_rows(rows),
+        notes=[
+            *_note_seeds(rows),
+            *_note_variants(rows),
+            *_note_differences(records),
+            *(f"{row.label}: {note}" for row in rows for note in row.notes),
+        ],
     )
 
 
-def _create_row(records: Sequence[RunRecord]) -> Row:
-    records = sorted(records, key=lambda r: (r.environment.seed or 0, r.name))
+def _mark_codes(rows: Sequence[Row]) -> list[Row]:
+    codes = [describe_codes(row.records) for row in rows]
 
-    frame = pd.DataFrame(
-        [{c.key: c.measure(record) for c in COLUMNS} for record in records],
-        dtype="float64",
-    )
+    if len({code for row_codes in codes for code in row_codes}) < 2:
+        return list(rows)
 
-    statistics = {}
-    for column in COLUMNS:
-        values = frame[column.key].dropna()
-        if len(values) > 0:
-            sd = float(values.std(ddof=1)) if len(values) > 1 else None
-            statistics[column.key] = Statistic(float(values.mean()), sd, len(values))
-
-    return Row(
-        system=records[0].environment.system,
-        label=records[0].environment.label,
-        records=records,
-        statistics=statistics,
-    )
+    # A row of several codes is marked already.
+    return [
+        replace(row, marks=[*row.marks, f"code {row_codes[0]}"])
+        if len(row_codes) == 1
+        else row
+        for row, row_codes in zip(rows, codes, strict=True)
+    ]
 
 
 def _by_loss(row: Row) -> tuple[bool, bool, float, str]:
@@ -218,9 +203,8 @@ def _note_differences(records: Sequence[RunRecord]) -> list[str]:
 
     notes = []
 
-    codes = {f"{e.code.version} ({e.code.commit or 'no commit'})" for e in trained}
-    if len(codes) > 1:
-        notes.append(f"Runs come from different code: {', '.join(sorted(codes))}.")
+    if len(codes := describe_codes(records)) > 1:
+        notes.append(f"Runs come from different code: {', '.join(codes)}.")
 
     dirty = sum(1 for e in trained if e.code.dirty)
     if dirty:

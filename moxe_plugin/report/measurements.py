@@ -5,15 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
+
+import numpy as np
 
 from moxe_plugin.report.records import RunRecord
+from moxe_plugin.report.scores import Score, score_run
+from moxe_plugin.report.statistics import Array
 
 NLL_KEY: Final = "NLL Loss"
 """fairseq2's display name of the cross-entropy, in nats per token."""
 
-ROLLING_TASK: Final = "moxe_embedded_rolling"
-LAST_WORD_TASK: Final = "moxe_embedded_last_word"
+_AGREEMENT: Final = 1e-4
+"""How far, relatively, a number of the harness may be from that of its items, which
+have 6 digits."""
+
+Measure = Callable[[RunRecord], float | None]
+"""Reads a number off a run; ``None`` where the run has none."""
+
+Group = Literal["Model", "Training", "LAMBADA", "Texts", "Questions", "Cost"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,26 +34,110 @@ class Column:
     """Name in the CSV file; units end it."""
 
     heading: str
+    group: Group
+    """The part of a page that shows it."""
+
     meaning: str
     """One sentence for the legend below the table."""
 
-    measure: Callable[[RunRecord], float | None]
-    """Reads the number off a run; ``None`` where the run has none."""
+    measure: Measure
+    """Reads the number as it was recorded."""
 
     number_format: str
     """How :func:`format` writes the number."""
 
+    lower_is_better: bool | None = None
+    """``None`` for what is not judged."""
 
-def _count(value: int | None) -> float | None:
-    return None if value is None else float(value)
+    compared: bool = False
+    """Whether systems are tested against each other by this number. Of numbers that
+    rank systems alike, such as a loss and its exponential, one is."""
+
+    score: Score | None = None
+    """How the number follows from items; ``None`` for what is not made of items."""
+
+    log_scale: bool = False
+    """Whether the number is the exponential of what is averaged and compared."""
+
+    unit: str = ""
+    """The unit of differences: of logarithms if ``log_scale``."""
+
+    def to_scale(self, number: float) -> float:
+        """Turn the number into what is compared.
+
+        :param number: As the column shows it.
+
+        :returns: Its logarithm if ``log_scale``.
+        """
+        return math.log(number) if self.log_scale else number
+
+    def from_scale(self, values: Array) -> Array:
+        """Turn what is compared into numbers.
+
+        :param values: Values on the scale of comparison.
+
+        :returns: As the column shows them.
+        """
+        return np.exp(values) if self.log_scale else values
+
+    def read(self, record: RunRecord) -> float | None:
+        """Read the number off a run.
+
+        :param record: The run.
+
+        :returns: What was recorded, or else what follows from the items.
+        """
+        number = self.measure(record)
+
+        return self._read_items(record) if number is None else number
+
+    def disagrees(self, record: RunRecord) -> bool:
+        """Tell whether the items of a run give another number than was recorded.
+
+        :param record: The run.
+
+        :returns: Whether both are there and differ by more than rounding.
+        """
+        recorded, counted = self.measure(record), self._read_items(record)
+
+        if recorded is None or counted is None:
+            return False
+
+        return not math.isclose(
+            recorded, counted, rel_tol=_AGREEMENT, abs_tol=_AGREEMENT**2
+        )
+
+    def _read_items(self, record: RunRecord) -> float | None:
+        if self.score is None or (value := score_run(record, self.score)) is None:
+            return None
+
+        return float(self.from_scale(np.asarray(value)))
 
 
-def _last_loss(lines: object, stage: str) -> float | None:
-    assert isinstance(lines, (list, tuple))
+def read_nothing(_: RunRecord) -> None:
+    """Read no number: the column has items only."""
 
-    losses = [x[NLL_KEY] for x in lines if x.get("Stage") == stage and NLL_KEY in x]
 
-    return float(losses[-1]) if losses else None
+def last_loss(split: Literal["train", "valid"]) -> Measure:
+    """Make the reader of the last loss of pretraining.
+
+    :param split: ``train`` or ``valid``.
+
+    :returns: The reader; nats per token.
+    """
+
+    def measure(record: RunRecord) -> float | None:
+        lines = record.train if split == "train" else record.valid
+
+        losses = [
+            line[NLL_KEY]
+            for line in lines
+            if line.get("Stage") == "pretrain" and NLL_KEY in line
+        ]
+
+        return float(losses[-1]) if losses else None
+
+    return measure
 
 
 def valid_loss(record: RunRecord) -> float | None:
@@ -59,22 +153,44 @@ def valid_loss(record: RunRecord) -> float | None:
 
         return None if loss is None else float(loss)
 
-    return _last_loss(record.valid, "pretrain")
+    return last_loss("valid")(record)
 
 
-def _valid_perplexity(record: RunRecord) -> float | None:
+def valid_perplexity(record: RunRecord) -> float | None:
+    """Return the exponential of the held-out loss.
+
+    :param record: The run.
+
+    :returns: The perplexity per token.
+    """
     loss = valid_loss(record)
 
     return None if loss is None else math.exp(loss)
 
 
-def _harness(task: str, metric: str) -> Callable[[RunRecord], float | None]:
-    def measure(record: RunRecord) -> float | None:
-        for key in ("pretrained", "guess"):
-            results: Mapping[str, Mapping[str, float]]
-            results = record.evals.get(key, {}).get("results", {})
+def harness_metric(
+    task: str,
+    metric: str,
+    *,
+    stages: tuple[str, ...] = ("pretrained", "guess"),
+    filter_name: str = "none",
+) -> Measure:
+    """Make the reader of a metric of lm-evaluation-harness.
 
-            value = results.get(task, {}).get(f"{metric},none")
+    :param task: The task.
+    :param metric: The metric.
+    :param stages: Whose results count: the first stage's that has any.
+    :param filter_name: The harness' filter of answers.
+
+    :returns: The reader.
+    """
+
+    def measure(record: RunRecord) -> float | None:
+        for stage in stages:
+            results: Mapping[str, Mapping[str, float]]
+            results = record.evals.get(stage, {}).get("results", {})
+
+            value = results.get(task, {}).get(f"{metric},{filter_name}")
             if value is not None:
                 return float(value)
 
@@ -83,7 +199,14 @@ def _harness(task: str, metric: str) -> Callable[[RunRecord], float | None]:
     return measure
 
 
-def _instruction_loss(stage: str) -> Callable[[RunRecord], float | None]:
+def instruction_loss(stage: str) -> Measure:
+    """Make the reader of the loss of held-out answers.
+
+    :param stage: ``pretrained`` or ``finetuned``.
+
+    :returns: The reader; nats per token.
+    """
+
     def measure(record: RunRecord) -> float | None:
         losses = record.evals.get("instructions", {})
 
@@ -92,109 +215,3 @@ def _instruction_loss(stage: str) -> Callable[[RunRecord], float | None]:
         return None if loss is None else float(loss)
 
     return measure
-
-
-COLUMNS: Final = (
-    Column(
-        key="parameters",
-        heading="parameters",
-        meaning="all parameters of the model",
-        measure=lambda r: _count(r.model.num_parameters if r.model else None),
-        number_format=",.0f",
-    ),
-    Column(
-        key="active_parameters",
-        heading="active",
-        meaning="parameters that one token uses: without the input embedding (unless "
-        "tied to the output) and without the experts that are not chosen",
-        measure=lambda r: _count(r.model.num_active_parameters if r.model else None),
-        number_format=",.0f",
-    ),
-    Column(
-        key="training_tokens",
-        heading="training tokens",
-        meaning="target tokens seen in pretraining, repetitions included",
-        measure=lambda r: _count(r.environment.training_tokens),
-        number_format=",.0f",
-    ),
-    Column(
-        key="train_loss_nats",
-        heading="train loss, nats",
-        meaning="cross-entropy over the last logged training interval, nats per token",
-        measure=lambda r: _last_loss(r.train, "pretrain"),
-        number_format=".3f",
-    ),
-    Column(
-        key="valid_loss_nats",
-        heading="valid loss, nats",
-        meaning="cross-entropy on the held-out split, nats per token",
-        measure=valid_loss,
-        number_format=".3f",
-    ),
-    Column(
-        key="valid_perplexity_per_token",
-        heading="perplexity per token",
-        meaning="exp(valid loss)",
-        measure=_valid_perplexity,
-        number_format=",.1f",
-    ),
-    Column(
-        key="test_bits_per_byte",
-        heading="bits per byte",
-        meaning="on the documents of the test split, independent of the tokenizer",
-        measure=_harness(ROLLING_TASK, "bits_per_byte"),
-        number_format=".3f",
-    ),
-    Column(
-        key="test_perplexity_per_word",
-        heading="perplexity per word",
-        meaning="on the documents of the test split",
-        measure=_harness(ROLLING_TASK, "word_perplexity"),
-        number_format=",.0f",
-    ),
-    Column(
-        key="last_word_accuracy",
-        heading="last-word accuracy",
-        meaning="share of test passages whose last word is the greedy continuation",
-        measure=_harness(LAST_WORD_TASK, "acc"),
-        number_format=".1%",
-    ),
-    Column(
-        key="instruction_loss_before_nats",
-        heading="instruction loss, nats",
-        meaning="cross-entropy of held-out answers before finetuning, nats per token",
-        measure=_instruction_loss("pretrained"),
-        number_format=".3f",
-    ),
-    Column(
-        key="instruction_loss_after_nats",
-        heading="after finetuning, nats",
-        meaning="the same after finetuning on instructions",
-        measure=_instruction_loss("finetuned"),
-        number_format=".3f",
-    ),
-    Column(
-        key="throughput_tokens_per_s",
-        heading="tokens/s",
-        meaning="training tokens over the time of training steps; leaves out "
-        "validation, checkpoints and start-up",
-        measure=lambda r: r.environment.throughput_tokens_per_s,
-        number_format=",.0f",
-    ),
-    Column(
-        key="peak_memory_gib",
-        heading="peak memory, GiB",
-        meaning="of the training process: resident memory with libraries on cpu, "
-        "memory held by tensors on cuda",
-        measure=lambda r: r.environment.peak_memory_gib,
-        number_format=".2f",
-    ),
-    Column(
-        key="wall_s",
-        heading="wall time, s",
-        meaning="all stages: pretraining, finetuning, evaluation",
-        measure=lambda r: sum(r.environment.wall_s.values()) or None,
-        number_format=",.0f",
-    ),
-)
-"""The columns of a results table, in order."""

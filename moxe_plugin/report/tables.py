@@ -1,4 +1,4 @@
-"""Result tables as Markdown and CSV, from run records only."""
+"""Writes tables and figures, from run records only."""
 
 from __future__ import annotations
 
@@ -6,202 +6,172 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import pandas as pd
-
-from moxe_plugin.report.comparison import (
-    Comparison,
-    Row,
-    Statistic,
-    SuiteResults,
-    compare,
+from moxe_plugin.report.architectures import read_architectures
+from moxe_plugin.report.cells import suite_content, suite_frame
+from moxe_plugin.report.comparison import SuiteResults
+from moxe_plugin.report.content import (
+    ComparisonReport,
+    Report,
+    SuiteReport,
+    build_report,
 )
-from moxe_plugin.report.measurements import COLUMNS, Column
-from moxe_plugin.report.paper import write_paper_table
-from moxe_plugin.report.plots import plot_suite
+from moxe_plugin.report.files import DamagedRecordError
+from moxe_plugin.report.formats import (
+    latex_table,
+    markdown_table,
+    write_csv,
+    write_rounded_json,
+)
+from moxe_plugin.report.named_tables import Table
+from moxe_plugin.report.pairs_page import (
+    pairs_content,
+    pairs_frame,
+    pairs_latex,
+    pairs_markdown,
+)
+from moxe_plugin.report.paper import paper_markdown, read_paper
 from moxe_plugin.report.records import DamagedRun, RunRecord
+from moxe_plugin.report.styles import drawing, save_figure
+from moxe_plugin.report.suite_page import suite_latex, suite_markdown
 
-DASH: Final = "—"
-"""What stands for a number that does not exist."""
-
-_PREAMBLE: Final = """\
-Written by `moxe tables` from the run directories named below each table; no number is
-typed by hand. A dash is a number that does not exist. `±` is the sample standard
-deviation over seeds. Small models and little text: nothing here compares with the
-paper's numbers."""
+_LATEX_HEAD: Final = "% Written by `moxe tables`; needs \\usepackage{booktabs}.\n"
 
 
 def write_tables(
     records: Sequence[RunRecord], damaged: Sequence[DamagedRun], tables_dir: Path
 ) -> list[SuiteResults]:
-    """Write the table, the CSV file and the plot of each suite.
+    """Write the tables and figures of each suite.
 
     :param records: The runs.
     :param damaged: Runs to name as excluded.
-    :param tables_dir: Where the files go: ``<suite>.md``, ``.csv`` and ``.png``, and
-        ``paper.md`` if ``paper.json`` lies beside the directory.
+    :param tables_dir: Where the files go: ``<suite>`` and ``<suite>_pairs`` as
+        ``.md``, ``.csv``, ``.tex`` and ``.json``, ``<suite>_table1``, ``_table2`` and
+        figures, and ``paper.md`` if ``paper.json`` lies beside the directory.
 
     :returns: What the tables show.
     """
-    results = compare(records, damaged)
-
     tables_dir.mkdir(parents=True, exist_ok=True)
 
-    for suite in results:
-        file = tables_dir / suite.suite
+    report = read_report(records, damaged, tables_dir)
 
-        file.with_suffix(".md").write_text(suite_markdown(suite), encoding="utf-8")
+    for suite in report.suites:
+        _write_suite(suite, tables_dir)
 
-        suite_frame(suite).to_csv(
-            file.with_suffix(".csv"), index=False, lineterminator="\n"
-        )
+    for table in report.tables:
+        write_table(table, tables_dir)
 
-        plot_suite(suite, file.with_suffix(".png"))
+    if report.paper is not None:
+        _write(tables_dir / "paper.md", paper_markdown(report.paper))
 
+    return [suite.results for suite in report.suites]
+
+
+def read_report(
+    records: Sequence[RunRecord], damaged: Sequence[DamagedRun], tables_dir: Path
+) -> Report:
+    """Build the report with what lies beside the runs.
+
+    :param records: The runs.
+    :param damaged: Runs to name as excluded.
+    :param tables_dir: The directory of the tables of `moxe systems`; ``paper.json``
+        lies beside it.
+
+    :returns: The report; a file that could not be read is excluded like a run.
+    """
+    architectures, damaged_files = read_architectures(tables_dir)
+
+    paper = None
     paper_file = tables_dir.parent / "paper.json"
+
     if paper_file.exists():
-        write_paper_table(paper_file, tables_dir / "paper.md")
+        try:
+            paper = read_paper(paper_file)
+        except DamagedRecordError as ex:
+            damaged_files.append(DamagedRun(name=paper_file.name, reason=str(ex)))
 
-    return results
-
-
-def suite_markdown(results: SuiteResults) -> str:
-    """Write the page of a suite.
-
-    :param results: The suite.
-
-    :returns: Markdown.
-    """
-    parts = [f"# {results.suite}", _PREAMBLE]
-
-    for comparison in results.comparisons:
-        parts += _comparison_parts(comparison)
-
-    if len(results.comparisons) > 1:
-        parts.insert(2, "**The tables below do not compare with each other.**")
-
-    if results.excluded:
-        lines = [f"- `{run.name}`: {run.reason}" for run in results.excluded]
-        parts += ["## Excluded runs", "\n".join(lines)]
-
-    if results.comparisons:
-        lines = [f"- **{column.heading}**: {column.meaning}." for column in COLUMNS]
-        parts += ["## Columns", "\n".join(lines)]
-
-    return "\n\n".join(parts) + "\n"
-
-
-def comparison_cells(comparison: Comparison) -> pd.DataFrame:
-    """Format the rows of a comparison.
-
-    :param comparison: The rows.
-
-    :returns: Text cells; one column for each heading.
-    """
-    rows = []
-
-    for row in comparison.rows:
-        seeds = [r.environment.seed for r in row.records if not row.is_guess]
-
-        cells = {"system": row.label, "seeds": ", ".join(map(str, seeds)) or DASH}
-        for column in COLUMNS:
-            cells[column.heading] = format_cell(column, row)
-
-        rows.append(cells)
-
-    frame: pd.DataFrame = pd.DataFrame(rows, dtype="object")
-
-    return frame
-
-
-def format_cell(column: Column, row: Row) -> str:
-    """Format one number of a row.
-
-    :param column: The column.
-    :param row: The row.
-
-    :returns: For example ``4.213 ± 0.011``; ``(2 of 3)`` follows if runs lack the
-        number, and a dash stands for none.
-    """
-    statistic = row.statistics.get(column.key)
-    if statistic is None:
-        return DASH
-
-    text = format(statistic.mean, column.number_format)
-
-    # Counts that are equal by design would only clutter the table with zeros.
-    if statistic.sd:
-        text += f" ± {format(statistic.sd, column.number_format)}"
-
-    if statistic.num_runs < len(row.records):
-        text += f" ({statistic.num_runs} of {len(row.records)})"
-
-    return text
-
-
-def suite_frame(results: SuiteResults) -> pd.DataFrame:
-    """List all rows of a suite with unrounded numbers.
-
-    :param results: The suite.
-
-    :returns: One line a row: mean, standard deviation and number of runs by column;
-        ``comparison`` numbers the tables, which do not compare with each other.
-    """
-    lines = []
-
-    for number, comparison in enumerate(results.comparisons, start=1):
-        for row in comparison.rows:
-            line: dict[str, object] = {
-                "comparison": number,
-                "system": row.system,
-                "label": row.label,
-                "num_runs": len(row.records),
-            }
-
-            for column in COLUMNS:
-                mean, sd, num_runs = row.statistics.get(
-                    column.key, Statistic(float("nan"), None, 0)
-                )
-                line[column.key] = mean
-                line[f"{column.key}_sd"] = sd
-                line[f"{column.key}_runs"] = num_runs
-
-            lines.append({**line, "runs": " ".join(row.run_names)})
-
-    frame: pd.DataFrame = pd.DataFrame(lines)
-
-    return frame
-
-
-def _comparison_parts(comparison: Comparison) -> list[str]:
-    data = comparison.data
-
-    tokens = comparison.training_tokens
-    title = f"## Data `{data.name}`"
-    if tokens is not None:
-        title += f", {tokens:,} training tokens"
-
-    facts = (
-        f"Vocabulary {data.vocab_size:,} (tokenizer `{data.tokenizer_sha256[:12]}`), "
-        f"training text `{data.train_sha256[:12]}`, "
-        f"held-out text `{data.valid_sha256[:12]}`."
+    return build_report(
+        records,
+        [*damaged, *damaged_files],
+        paper=paper,
+        architectures=architectures,
     )
 
-    cells = comparison_cells(comparison)
-    # Numbers to the right, names to the left.
-    table = cells.to_markdown(
-        index=False,
-        disable_numparse=True,
-        colalign=["left", *["right"] * (cells.shape[1] - 1)],
-    )
 
-    parts = [title, facts, table]
+def write_table(table: Table, tables_dir: Path) -> None:
+    """Write a table as Markdown, CSV, LaTeX and JSON.
 
-    if comparison.notes:
-        parts.append("\n".join(f"- Note: {note}" for note in comparison.notes))
-
-    runs = [
-        f"- {row.label}: " + ", ".join(f"`{name}`" for name in row.run_names)
-        for row in comparison.rows
+    :param table: The table.
+    :param tables_dir: Where the files go.
+    """
+    parts = [
+        f"# {table.title}",
+        table.caption,
+        markdown_table(table.cells, num_names=table.num_names),
+        "\n".join(f"- Note: {note}" for note in table.notes),
     ]
+    latex = latex_table(
+        table.cells,
+        caption=f"{table.title}. {table.caption}",
+        label=f"tab:{table.name}",
+        num_names=table.num_names,
+    )
+    content = {
+        "title": table.title,
+        "caption": table.caption,
+        "notes": list(table.notes),
+        "rows": table.numbers.astype(object)
+        .where(table.numbers.notna(), None)
+        .to_dict("records"),
+    }
 
-    return [*parts, "Runs:", "\n".join(runs)]
+    file = tables_dir / table.name
+
+    _write(file.with_suffix(".md"), "\n\n".join(part for part in parts if part) + "\n")
+    _write(file.with_suffix(".tex"), _LATEX_HEAD + latex)
+    write_csv(table.numbers, file.with_suffix(".csv"))
+    write_rounded_json(content, file.with_suffix(".json"))
+
+
+def _write_suite(suite: SuiteReport, tables_dir: Path) -> None:
+    results = suite.results
+
+    file = tables_dir / results.suite
+    _write(file.with_suffix(".md"), suite_markdown(results) + _list_figures(suite))
+    _write(file.with_suffix(".tex"), suite_latex(results))
+    write_csv(suite_frame(results), file.with_suffix(".csv"))
+    write_rounded_json(suite_content(results), file.with_suffix(".json"))
+
+    file = tables_dir / f"{results.suite}_pairs"
+    _write(file.with_suffix(".md"), pairs_markdown(results))
+    _write(file.with_suffix(".tex"), pairs_latex(results))
+    write_csv(pairs_frame(results), file.with_suffix(".csv"))
+    write_rounded_json(pairs_content(results), file.with_suffix(".json"))
+
+    with drawing():
+        for part in suite.comparisons:
+            for table in part.tables:
+                write_table(table, tables_dir)
+
+            for figure in part.figures:
+                save_figure(figure, tables_dir)
+
+
+def _list_figures(suite: SuiteReport) -> str:
+    parts = [part for report in suite.comparisons for part in _figure_parts(report)]
+
+    return (
+        ""
+        if not parts
+        else "\n" + "\n\n".join(["## As the paper shows it", *parts, ""])
+    )
+
+
+def _figure_parts(report: ComparisonReport) -> list[str]:
+    links = [f"- [{table.title}]({table.name}.md)" for table in report.tables]
+    figures = [f"![{f.title}]({f.name}.png)" for f in report.figures]
+
+    return (["\n".join(links)] if links else []) + figures
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")

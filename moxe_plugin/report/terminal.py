@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moxe_plugin.report.cells import comparison_cells, shown_columns
 from moxe_plugin.report.comparison import Comparison, SuiteResults
 from moxe_plugin.report.records import DamagedRun
-from moxe_plugin.report.tables import comparison_cells
 
 _WIDTH: Final = 110
 
@@ -44,8 +44,11 @@ def print_results(
 
         print_excluded(suite.excluded, console)
 
-        names = ", ".join(f"{suite.suite}.{suffix}" for suffix in ("md", "csv", "png"))
-        console.print(f"Written: {names} in {tables_dir}", highlight=False)
+        console.print(
+            f"Written: {suite.suite}.md, {suite.suite}_pairs.md (also as csv, tex, "
+            f"json) and figures in {tables_dir}",
+            highlight=False,
+        )
 
 
 def print_excluded(excluded: Sequence[DamagedRun], console: Console) -> None:
@@ -64,7 +67,8 @@ def _print_comparison(suite: str, comparison: Comparison, console: Console) -> N
         title += f", {comparison.training_tokens:,} training tokens"
 
     # One column a system: fourteen numbers do not fit beside each other.
-    cells = comparison_cells(comparison).set_index("system").T
+    cells = comparison_cells(comparison, shown_columns(comparison))
+    cells = cells.set_index("system").T
 
     table = Table(
         title=title, title_justify="left", box=SIMPLE, padding=0, show_edge=False

@@ -75,7 +75,7 @@ def make_trained(
                         "word_perplexity,none": 1500.2,
                         "bits_per_byte,none": 2.3456,
                     },
-                    "moxe_embedded_last_word": {"acc,none": 0.0625},
+                    "moxe_embedded_last_word": {"acc,none": 0.5},
                 }
             },
             "instructions": {

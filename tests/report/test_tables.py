@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
 from moxe_plugin.report.__main__ import main
-from moxe_plugin.report.comparison import compare
-from moxe_plugin.report.records import DamagedRun, RunRecord
-from moxe_plugin.report.tables import (
-    comparison_cells,
-    suite_frame,
-    suite_markdown,
-    write_tables,
-)
+from moxe_plugin.report.cells import comparison_cells, shown_columns, suite_frame
+from moxe_plugin.report.columns import COLUMNS_BY_KEY
+from moxe_plugin.report.comparison import Comparison, compare
+from moxe_plugin.report.records import Code, DamagedRun, RunRecord
+from moxe_plugin.report.run_dirs import find_run_dirs, read_runs
+from moxe_plugin.report.suite_page import suite_markdown
+from moxe_plugin.report.tables import write_tables
 from moxe_plugin.report.terminal import print_results
 from tests.report.synthetic import DATA, make_guess, make_trained, write
+from tests.report.synthetic_items import LAMBADA, make_lambada, make_scored
 
 
-def _cells(*records: RunRecord) -> pd.DataFrame:
+def _compare(*records: RunRecord) -> Comparison:
     (suite,) = compare(records, [])
     (comparison,) = suite.comparisons
 
-    cells: pd.DataFrame = comparison_cells(comparison).set_index("system")
+    return comparison
+
+
+def _cells(*records: RunRecord) -> pd.DataFrame:
+    cells: pd.DataFrame = comparison_cells(_compare(*records)).set_index("system")
 
     return cells
 
 
 def test_cells_of_one_run() -> None:
-    assert _cells(make_trained()).loc["Moxe"].to_dict() == {
+    comparison = _compare(make_trained())
+    cells = comparison_cells(comparison, shown_columns(comparison))
+
+    assert cells.set_index("system").loc["Moxe"].to_dict() == {
         "seeds": "2",
         "parameters": "1,900,000",
         "active": "800,000",
@@ -43,11 +52,14 @@ def test_cells_of_one_run() -> None:
         "train loss, nats": "3.900",
         "valid loss, nats": "4.000",
         "perplexity per token": "54.6",
-        "bits per byte": "2.346",
-        "perplexity per word": "1,500",
-        "last-word accuracy": "6.2%",
         "instruction loss, nats": "4.500",
         "after finetuning, nats": "3.000",
+        # exp(7.123573 / 2) of two words, exp(7.123573 / 4) of four tokens
+        "last-word perplexity per word": "35",
+        "last-word perplexity per token": "5.9",
+        "last-word accuracy": "50.00%",
+        "test bits per byte": "2.346",
+        "test perplexity per word": "1,500",
         "tokens/s": "1,234",
         "peak memory, GiB": "1.25",
         "wall time, s": "46",
@@ -66,7 +78,7 @@ def test_cells_of_two_seeds_are_mean_and_sample_deviation() -> None:
 
 
 def test_missing_number_is_a_dash_and_never_zero() -> None:
-    record = replace(make_trained(), evals={}, valid=[])
+    record = replace(make_trained(), evals={}, items={}, valid=[])
     cells = _cells(record, make_guess())
 
     for heading in ("valid loss, nats", "last-word accuracy", "after finetuning, nats"):
@@ -82,7 +94,7 @@ def test_number_that_some_seeds_lack_says_so() -> None:
     complete = make_trained(seed=2)
     cells = _cells(complete, replace(make_trained(seed=3), evals={}))
 
-    assert cells.loc["Moxe", "bits per byte"] == "2.346 (1 of 2)"
+    assert cells.loc["Moxe", "test bits per byte"] == "2.346 (1 of 2)"
 
 
 def test_rows_are_sorted_by_loss_with_guesses_below() -> None:
@@ -185,10 +197,22 @@ def test_markdown_table_is_exact() -> None:
     lines = suite_markdown(suite).splitlines()
     table = [line for line in lines if line.startswith("|")]
 
-    assert len(table) == 3
-    assert [cell.strip() for cell in table[2].strip("|").split("|")] == (
-        ["uniform guess", *["—"] * 5, "7.625", "2,048.0", "3.500", *["—"] * 7]
-    )
+    # What a guess has no number for makes no column.
+    assert [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table
+    ] == [
+        ["system", "seeds", "valid loss, nats", "perplexity per token"],
+        [
+            ":--------------",
+            ":--------",
+            "-------------------:",
+            "-----------------------:",
+        ],
+        ["uniform guess", "—", "7.625", "2,048.0"],
+        ["system", "seeds", "test bits per byte"],
+        [":--------------", ":--------", "---------------------:"],
+        ["uniform guess", "—", "3.500"],
+    ]
 
 
 def test_csv_has_unrounded_numbers_and_empty_cells(tmp_path: Path) -> None:
@@ -211,9 +235,10 @@ def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     write_tables(records, [], tmp_path / "one" / "tables")
     write_tables(records[::-1], [], tmp_path / "two" / "tables")
 
-    for name in ("quickstart.md", "quickstart.csv", "quickstart.png"):
-        one, two = (tmp_path / d / "tables" / name for d in ("one", "two"))
-        assert one.read_bytes() == two.read_bytes(), name
+    one, two = (_read_all(tmp_path / d / "tables") for d in ("one", "two"))
+
+    assert len(one) > 10
+    assert one == two
 
 
 def test_terminal_shows_the_rows() -> None:
@@ -228,6 +253,154 @@ def test_terminal_shows_the_rows() -> None:
     assert "quickstart.md" in text
 
 
+def _read_all(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_damaged_run_changes_no_other_byte(tmp_path: Path) -> None:
+    good = [
+        make_trained(system, seed, 4.0 + seed / 10 + (system == "gemma2"))
+        for system in ("moxe", "gemma2")
+        for seed in (1, 2)
+    ]
+    damaged = make_trained("xlstm", 1)
+
+    for name, records in (("without", good), ("with", [*good, damaged])):
+        run_dirs = write(tmp_path / name, *records)
+        if name == "with":
+            file = run_dirs[-1] / "train.jsonl"
+            file.write_text(file.read_text().replace("6.0", "NaN"))
+
+        write_tables(
+            *read_runs(find_run_dirs(tmp_path / name)), tmp_path / name / "tables"
+        )
+
+    without, files = (_read_all(tmp_path / n / "tables") for n in ("without", "with"))
+
+    changed = {
+        name for name in without.keys() | files.keys() if without[name] != files[name]
+    }
+    assert changed == {"quickstart.md", "quickstart.json"}
+
+    report = "## Excluded runs\n\n- `{}`: train.jsonl, line 1: a value is NaN.\n\n"
+    page = files["quickstart.md"].decode()
+    assert page.replace(report.format(damaged.name), "") == (
+        without["quickstart.md"].decode()
+    )
+
+    content = json.loads(files["quickstart.json"])
+    assert [run["name"] for run in content["excluded"]] == [damaged.name]
+    assert {**content, "excluded": []} == json.loads(without["quickstart.json"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"train": [{"Stage": "pretrain", "NLL Loss": "low"}]}, "`NLL Loss` must be a"),
+        ({"evals": {"pretrained": {"results": []}}}, "per word` cannot be read"),
+        ({"evals": {"instructions": {"pretrained": {"nll_nats": "low"}}}}, "cannot be"),
+    ],
+    ids=["text in metrics", "foreign results", "text in results"],
+)
+def test_record_of_another_form_is_named_and_left_out(
+    changes: dict[str, Any], reason: str
+) -> None:
+    good = make_trained("gemma2")
+    (alone,) = compare([good], [])
+    (suite,) = compare([replace(make_trained("moxe"), **changes), good], [])
+
+    (excluded,) = suite.excluded
+
+    assert excluded.name == "moxe_embedded_cpu2_20261123_s2"
+    assert reason in excluded.reason
+    assert suite_frame(suite).equals(suite_frame(alone))
+
+
+@pytest.mark.parametrize(
+    ("changes", "mark"),
+    [
+        (
+            {"code": Code(version="0.1.0", commit="fedcba", dirty=False)},
+            "mixed code: 0.1.0 (0123abc), 0.1.0 (fedcba)",
+        ),
+        (
+            {"code": Code(version="0.1.0", commit="0123abc", dirty=True)},
+            "code with uncommitted changes",
+        ),
+        ({"versions": {"torch": "2.10"}}, "mixed versions of packages"),
+        (
+            {"hardware": replace(make_trained().environment.hardware, num_jobs=2)},
+            "mixed machines",
+        ),
+    ],
+    ids=["code", "dirty", "versions", "machines"],
+)
+def test_row_of_unlike_runs_is_marked(changes: dict[str, Any], mark: str) -> None:
+    records = [make_trained(seed=2), make_trained(seed=3, **changes)]
+    (suite,) = compare(records, [])
+
+    (row,) = suite.comparisons[0].rows
+
+    assert row.marks == [mark]
+    assert f"| Moxe [{mark}]" in suite_markdown(suite)
+    assert list(suite_frame(suite)["marks"]) == [mark]
+
+
+def test_rows_of_different_code_are_marked_with_it() -> None:
+    other = Code(version="0.1.0", commit="fedcba", dirty=False)
+    cells = _cells(make_trained("moxe"), make_trained("gemma2", loss=5.0, code=other))
+
+    assert list(cells.index) == [
+        "Moxe [code 0.1.0 (0123abc)]",
+        "Gemma2 [code 0.1.0 (fedcba)]",
+    ]
+
+
+def test_items_that_contradict_the_results_mark_the_row() -> None:
+    nll = np.array([1.0, 2.0, 3.0])
+    record = make_scored("moxe", 1, nll)
+    other = replace(record, items={LAMBADA: make_lambada(nll + 1.0)})
+
+    assert list(_cells(record).index) == ["Moxe"]
+    assert list(_cells(other).index) == ["Moxe [items disagree with results]"]
+
+
+def test_interval_over_items_stands_beside_the_deviation_over_seeds() -> None:
+    # Every item is the same: an interval over items has no width, seeds differ.
+    records = [
+        make_scored("moxe", 1, np.full(9, 1.0)),
+        make_scored("moxe", 2, np.full(9, 2.0)),
+    ]
+    comparison = _compare(*records)
+    column = COLUMNS_BY_KEY["lambada_perplexity_per_word"]
+
+    cells = comparison_cells(comparison, [column], with_intervals=True)
+
+    # exp(1) = 2.718 and exp(2) = 7.389: mean 5.054, deviation 3.303
+    assert cells.loc[0, "LAMBADA perplexity per word"] == "5 ± 3 [5, 5]"
+    assert comparison.rows[0].statistics[column.key].num_items == 9
+
+
+def test_seeds_with_other_items_give_a_note_and_no_interval() -> None:
+    nll = np.array([1.0, 2.0, 3.0])
+    records = [
+        make_scored("moxe", 1, nll),
+        replace(
+            make_scored("moxe", 2, nll), items={LAMBADA: make_lambada(nll, first=1)}
+        ),
+    ]
+    comparison = _compare(*records)
+
+    statistic = comparison.rows[0].statistics["lambada_perplexity_per_word"]
+
+    assert statistic.mean == pytest.approx(math.exp(2.0))
+    assert statistic.low is None
+    assert any(
+        note.startswith("Moxe: No interval over items: ") and "2 in common" in note
+        for note in comparison.notes
+    )
+
+
 def test_command_writes_tables_and_paper(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,12 +410,16 @@ def test_command_writes_tables_and_paper(
 
     assert main(["--results", str(tmp_path)]) == 0
 
-    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == [
-        "paper.md",
-        "quickstart.csv",
-        "quickstart.md",
-        "quickstart.png",
-    ]
+    names = {path.name for path in (tmp_path / "tables").iterdir()}
+    assert {
+        f"quickstart{part}.{suffix}"
+        for part in ("", "_pairs", "_table1")
+        for suffix in ("csv", "json", "md", "tex")
+    } | {
+        f"quickstart_{figure}.{suffix}"
+        for figure in ("fig3a", "fig3b", "fig4", "cost")
+        for suffix in ("png", "svg")
+    } == names - {"paper.md"}
     page = (tmp_path / "tables" / "paper.md").read_text()
     assert "| Full MoxE" in page
     assert "65,213.61" in page
