@@ -97,7 +97,8 @@ def make_tiny_data(path: Path) -> TinyData:
             for n in range(40)
         ]
         file = data.instructions_dir / f"{split}.jsonl"
-        file.write_text("\n".join(lines), encoding="utf-8")
+        # fairseq2's own reader wants the last line to end, too.
+        file.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
     return data
 
