@@ -34,8 +34,8 @@ class Prediction(NamedTuple):
     ``(N,S,M)``, or ``(S,M)`` for a packed batch."""
 
     expert_loads: Tensor | None = None
-    """How many tokens each expert got, if the model adjusts to it after a training
-    step: see :meth:`AuxLossCausalLM.adjust_to_loads`. *Shape:* ``(L,E)``."""
+    """How many tokens each expert of each layer got, int64; ``None`` without experts,
+    or without the other terms. *Shape:* ``(L,E)``."""
 
 
 class LossTerms(NamedTuple):
@@ -73,6 +73,9 @@ class AuxLossCausalLM(CausalLM):
     :param aux_loss_scales: The weight of each auxiliary loss in the aggregate.
     :param stat_names: The names of the statistics that :meth:`predict` returns.
     """
+
+    adjusts_to_loads: bool = False
+    """Whether :meth:`adjust_to_loads` must be called after each optimizer step."""
 
     has_recurrent_state: ClassVar[bool] = False
     """Whether a state bag holds nothing but
@@ -127,8 +130,7 @@ class AuxLossCausalLM(CausalLM):
     def adjust_to_loads(self, expert_loads: Tensor) -> None:
         """Change what follows the load of experts, and no gradient.
 
-        To be called once after each optimizer step, and only if :class:`LossTerms` has
-        loads.
+        To be called once after each optimizer step, if ``adjusts_to_loads``.
 
         :param expert_loads: The sum of ``LossTerms.expert_loads`` over the batches of
             the step, in all processes. *Shape:* ``(L,E)``.

@@ -17,6 +17,7 @@ from moxe_plugin.train.checks import (
     check_vocabulary,
     refuse_other_model,
 )
+from moxe_plugin.train.routing_recorder import LoadHistory
 from moxe_plugin.train.units import CausalLMEvalUnit, CausalLMTrainUnit
 
 
@@ -77,11 +78,11 @@ def create_lm_trainer(
     """
     dp_model, model, _ = prepared
 
-    unit = CausalLMTrainUnit(dp_model, model)
+    unit = CausalLMTrainUnit(dp_model, model, context.resolver.resolve(LoadHistory))
 
     # Not called for a step that fp16 gives up
     context.get_optimizer().register_step_post_hook(
-        lambda *_: unit.adjust_model(context.gangs.dp)
+        lambda *_: unit.finish_step(context.gangs.dp)
     )
 
     if valid_reader is None:

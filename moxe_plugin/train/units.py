@@ -23,6 +23,7 @@ from moxe_plugin.train.metrics import (
     update_aggregate_loss_metric,
     update_loss_metrics,
 )
+from moxe_plugin.train.routing_recorder import LoadHistory
 
 
 class _BatchLoss(NamedTuple):
@@ -36,16 +37,26 @@ class CausalLMTrainUnit(TrainUnit[SequenceBatch]):
 
     :param dp_model: The model in its data-parallel wrapper.
     :param model: The model itself, which names its losses and statistics.
+    :param load_history: Gets the load of the experts, if it is to be recorded.
     """
 
-    def __init__(self, dp_model: Module, model: AuxLossCausalLM) -> None:
+    def __init__(
+        self,
+        dp_model: Module,
+        model: AuxLossCausalLM,
+        load_history: LoadHistory | None = None,
+    ) -> None:
         self._dp_model = dp_model
         self._model = model
+        self._load_history = load_history
 
+        self._step_nr = 0
         self._expert_loads: Tensor | None = None
 
     @override
     def set_step_nr(self, step_nr: int) -> None:
+        self._step_nr = step_nr
+
         # Those of a step that fp16 gave up, if any
         self._expert_loads = None
 
@@ -71,22 +82,26 @@ class CausalLMTrainUnit(TrainUnit[SequenceBatch]):
 
         return terms.aggregate, num_targets
 
-    def adjust_model(self, gang: Gang) -> None:
-        """Let the model follow the load of its experts in the step that ends.
+    def finish_step(self, gang: Gang) -> None:
+        """Record the load of the experts in the step, and let the model follow it.
 
         It must be called after the optimizer's update: between a forward and its
         backward, activation checkpointing would compute something else.
 
         :param gang: The processes that share the step's batches.
         """
-        if self._expert_loads is None:
+        loads, self._expert_loads = self._expert_loads, None
+
+        if loads is None:
             return
 
-        gang.all_reduce(self._expert_loads, ReduceOperation.SUM)
+        if self._load_history is not None:
+            self._load_history.add(self._step_nr, loads, gang)
 
-        self._model.adjust_to_loads(self._expert_loads)
+        if self._model.adjusts_to_loads:
+            gang.all_reduce(loads, ReduceOperation.SUM)
 
-        self._expert_loads = None
+            self._model.adjust_to_loads(loads)
 
     @override
     def process_metric_values(self, values: MutableMapping[str, object]) -> None:

@@ -15,6 +15,7 @@ from moxe_plugin.models.moxe import MoxEConfig, MoxELM
 from moxe_plugin.nn.loss_free import LossFreeSelection
 from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.selection import NO_EXPERT
+from moxe_plugin.nn.statistics import count_expert_loads
 from tests.common import assert_close
 from tests.models.families import create_model, get_family, random_ids
 
@@ -321,7 +322,18 @@ def test_loads_are_counted_without_padding() -> None:
     assert alone[1] is not None
     assert torch.equal(loads, alone[0] + alone[1])
 
-    assert _terms(_create("dynamic"), seqs).expert_loads is None
+
+@pytest.mark.parametrize("selection", [*SELECTIONS])
+def test_only_a_rule_without_a_loss_adjusts_to_loads(selection: str) -> None:
+    model = _create(selection)
+    seqs = random_ids(2, 8)
+
+    loads, routings = _terms(model, seqs).expert_loads, _route(model, seqs)
+
+    assert model.adjusts_to_loads == (selection == "loss_free")
+
+    assert loads is not None
+    assert loads.tolist() == [count_expert_loads(r).tolist() for r in routings]
 
 
 def test_model_follows_the_loads_of_each_layer() -> None:
@@ -390,7 +402,8 @@ def test_tiny_model_learns_one_batch(selection: str) -> None:
 
         losses.append(terms.nll.item())
 
-        if terms.expert_loads is not None:
+        if model.adjusts_to_loads:
+            assert terms.expert_loads is not None
             model.adjust_to_loads(terms.expert_loads)
 
     assert losses[-1] < 0.6 * losses[0]

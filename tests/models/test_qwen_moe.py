@@ -137,13 +137,17 @@ def test_statistics_count_the_choices_of_tokens_per_layer() -> None:
     seqs = torch.randint(0, 320, (2, 5))
     layout = BatchLayout.of(seqs, [5, 2])
 
-    stats = _terms(model, seqs, layout).stats
+    terms = _terms(model, seqs, layout)
+    stats, loads = terms.stats, terms.expert_loads
+    assert loads is not None
 
     router_logits = _hf(model)(input_ids=seqs).router_logits
     for layer in range(2):
         # Rows 7 to 9 are padding.
         chosen = router_logits[layer][:7].topk(2).indices.flatten().tolist()
         counts = [chosen.count(expert) for expert in range(5)]
+
+        assert loads[layer].tolist() == counts
 
         share = stats[f"layer_{layer}/busiest_expert_share"]
         assert float(share) == pytest.approx(max(counts) / 14)

@@ -90,7 +90,7 @@ class _Step:
             torch.autograd.backward(loss)
 
         self._optimizer.step()
-        self._unit.adjust_model(gang)
+        self._unit.finish_step(gang)
         self._optimizer.zero_grad()
 
 
@@ -151,7 +151,7 @@ def test_evaluation_and_abandoned_steps_do_not_move_the_bias() -> None:
     eval_unit.prepare_metric_bag(eval_bag)
     eval_unit.process_batch(_make_batch(1), eval_bag)
 
-    unit.adjust_model(FakeGang(CPU))
+    unit.finish_step(FakeGang(CPU))
 
     assert not _biases(model).any()
 

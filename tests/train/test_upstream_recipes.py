@@ -48,9 +48,7 @@ def _run_module(
 
     # Our own `recipes` has no module, and is no package.
     monkeypatch.syspath_prepend(str(_CHECKOUT))
-    monkeypatch.setattr(
-        sys, "argv", [recipe, *argv, "--no-rich", "--no-exit-on-error"]
-    )
+    monkeypatch.setattr(sys, "argv", [recipe, *argv, "--no-rich", "--no-exit-on-error"])
 
     runpy.run_module(f"recipes.lm.{recipe}", run_name="__main__", alter_sys=False)
 
@@ -143,9 +141,7 @@ def test_generate_completes_prompts(
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
-        "".join(
-            json.dumps({"id": n, "src": f"Double {n}. "}) + "\n" for n in range(3)
-        )
+        "".join(json.dumps({"id": n, "src": f"Double {n}. "}) + "\n" for n in range(3))
     )
 
     config = {

@@ -53,15 +53,13 @@ class HfCausalLM(AuxLossCausalLM):
         self.decoder_frontend = SimpleNamespace(embed=_HfEmbedding(embed))
 
     @abstractmethod
-    def read_output(
-        self, output: ModelOutput, seqs_layout: BatchLayout
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def read_output(self, output: ModelOutput, seqs_layout: BatchLayout) -> Prediction:
         """Take auxiliary losses and statistics from what transformers returned.
 
         :param output: The output of the transformers model.
         :param seqs_layout: Tells tokens from padding; never packed.
 
-        :returns: Auxiliary losses and statistics by name.
+        :returns: Auxiliary losses, statistics and loads; without logits.
         """
 
     @final
@@ -93,9 +91,9 @@ class HfCausalLM(AuxLossCausalLM):
         if not with_terms:
             return Prediction(output["logits"], {}, {})
 
-        aux_losses, stats = self.read_output(output, seqs_layout)
+        terms = self.read_output(output, seqs_layout)
 
-        return Prediction(output["logits"], aux_losses, stats)
+        return terms._replace(logits=output["logits"])
 
     @override
     def num_idle_parameters(self) -> float:

@@ -79,6 +79,7 @@ class MoxELM(AuxLossCausalLM):
 
         self.config = config
         self.varies_top_k = varies_top_k
+        self.adjusts_to_loads = config.expert_selection == "loss_free"
         self.decoder_frontend = decoder_frontend
         self.decoder = decoder
         self.final_proj = final_proj
@@ -105,7 +106,9 @@ class MoxELM(AuxLossCausalLM):
         return prediction._replace(
             aux_losses=self._aux_losses(routings, token_mask),
             stats=self._stats(routings, token_mask),
-            expert_loads=self._expert_loads(routings, token_mask),
+            expert_loads=torch.stack(
+                [count_expert_loads(r, token_mask) for r in routings]
+            ),
         )
 
     def trace(
@@ -219,14 +222,6 @@ class MoxELM(AuxLossCausalLM):
                 varies_top_k=self.varies_top_k,
             ).items()
         }
-
-    def _expert_loads(
-        self, routings: list[Routing], token_mask: Tensor | None
-    ) -> Tensor | None:
-        if self.config.expert_selection != "loss_free":
-            return None
-
-        return torch.stack([count_expert_loads(r, token_mask) for r in routings])
 
     @override
     def adjust_to_loads(self, expert_loads: Tensor) -> None:

@@ -11,6 +11,7 @@ from transformers import Qwen2MoeForCausalLM
 from transformers.utils.generic import ModelOutput
 from typing_extensions import override
 
+from moxe_plugin.models.clm import Prediction
 from moxe_plugin.models.hf import HfCausalLM
 from moxe_plugin.nn.losses import load_balancing_loss
 
@@ -56,9 +57,7 @@ class QwenMoELM(HfCausalLM):
         self.top_k = top_k
 
     @override
-    def read_output(
-        self, output: ModelOutput, seqs_layout: BatchLayout
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def read_output(self, output: ModelOutput, seqs_layout: BatchLayout) -> Prediction:
         # L x (T,E) -> (L,T,E)
         router_logits = torch.stack(output["router_logits"])
 
@@ -76,6 +75,7 @@ class QwenMoELM(HfCausalLM):
         )
 
         stats: dict[str, Tensor] = {}
+        loads = []
 
         for i, indices in enumerate(expert_indices):
             # (T,K) -> (E)
@@ -86,7 +86,11 @@ class QwenMoELM(HfCausalLM):
             stats[f"layer_{i}/busiest_expert_share"] = counts.max() / counts.sum()
             stats[f"layer_{i}/idle_experts"] = (counts == 0).sum().float()
 
-        return {LOAD_BALANCE: loss}, stats
+            loads.append(counts)
+
+        return Prediction(
+            None, {LOAD_BALANCE: loss}, stats, expert_loads=torch.stack(loads)
+        )
 
     @override
     def num_idle_parameters(self) -> float:

@@ -12,6 +12,7 @@ from typing_extensions import override
 from moxe_plugin.data.instructions import InstructionsDataset
 from moxe_plugin.train.instruction_finetune.config import LMInstructionFinetuneConfig
 from moxe_plugin.train.metrics import register_metric_descriptors
+from moxe_plugin.train.routing_recorder import register_routing_recorder
 from moxe_plugin.train.task import create_lm_trainer, prepare_model
 
 
@@ -22,6 +23,7 @@ class LMInstructionFinetuneRecipe(Recipe):
     @override
     def register(self, container: DependencyContainer) -> None:
         register_metric_descriptors(container)
+        register_routing_recorder(container)
 
     @override
     def create_task(self, context: RecipeContext) -> Task:
