@@ -143,6 +143,21 @@ def test_shortcuts_set_configuration_keys(capsys: pytest.CaptureFixture[str]) ->
     assert config["common"]["cluster"] == "none"
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], "null"), (["--stream"], "true"), (["--no-stream"], "false")],
+    ids=["neither", "yes", "no"],
+)
+def test_switches_set_configuration_keys(
+    options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["lm", "generate", "--dump-config", "--prompt", "One", *options]
+    args += ["--config", "model.name=nothing"]
+
+    assert main(args) == 0
+    assert f"\nstream: {expected}\n" in capsys.readouterr().out
+
+
 def test_unknown_preset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     err = _fail(capsys, "lm", "pretrain", "out", "--preset", "quickstart/mox")
 

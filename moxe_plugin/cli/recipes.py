@@ -59,13 +59,24 @@ def _add_recipe_options(parser: ArgumentParser, entry: RecipeEntry) -> None:
     add("output_dir", nargs="?", metavar="OUTPUT_DIR", help="where everything goes")
 
     for shortcut in entry.shortcuts:
+        help_text = f"{shortcut.help}; sets `{shortcut.key}`"
+
+        if shortcut.kind is bool:
+            add(
+                shortcut.option,
+                dest=shortcut.key,
+                action=BooleanOptionalAction,
+                help=help_text,
+            )
+            continue
+
         add(
             shortcut.option,
             dest=shortcut.key,
             action="append" if shortcut.repeatable else "store",
             type=shortcut.kind,
             metavar="N" if shortcut.kind is int else shortcut.option[2:].upper(),
-            help=f"{shortcut.help}; sets `{shortcut.key}`",
+            help=help_text,
         )
 
     add(
@@ -163,7 +174,9 @@ def run_recipe_command(args: Namespace) -> int:
     except ConfigFileError as ex:
         _fail(args, ex)
 
-    launch(recipe, config, _to_fairseq2_args(args, preset), quiet=args.quiet)
+    quiet = args.quiet or entry.is_quiet
+
+    launch(recipe, config, _to_fairseq2_args(args, preset), quiet=quiet)
 
     return 0
 

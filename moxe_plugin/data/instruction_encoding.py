@@ -222,6 +222,16 @@ def read_instructions(file: Path) -> Iterator[Instruction]:
                 raise DatasetError(f"{file}:{line_nr}: {ex}") from ex
 
 
+def format_question(question: str) -> str:
+    """Write a question as lm-evaluation-harness' task ``gsm8k`` does.
+
+    :param question: The question.
+
+    :returns: What comes before the answer.
+    """
+    return f"Question: {question}\nAnswer:"
+
+
 def _parse(data: Any) -> Instruction:
     if not isinstance(data, dict):
         raise ValueError("a line must be a JSON object.")
@@ -233,7 +243,7 @@ def _parse(data: Any) -> Instruction:
         case {"src": str(src), "tgt": str(tgt)}:
             pass
         case {"question": str(question), "answer": str(answer)}:
-            src, tgt = f"Question: {question}\nAnswer:", f" {answer}"
+            src, tgt = format_question(question), f" {answer}"
         case _:
             raise ValueError(
                 "a line must have the texts `src` and `tgt`, or `question` and "

@@ -36,8 +36,8 @@ class Shortcut:
     help: str
     """What it means."""
 
-    kind: type[str] | type[int] = str
-    """The type of the value."""
+    kind: type[str] | type[int] | type[bool] = str
+    """The type of the value; ``bool`` makes a pair ``--x`` and ``--no-x``."""
 
     repeatable: bool = False
     """Whether the option may be given more than once; the key then holds a list."""
@@ -61,6 +61,9 @@ class RecipeEntry:
 
     shortcuts: Sequence[Shortcut] = ()
     """Options of this recipe only."""
+
+    is_quiet: bool = False
+    """Whether only warnings are logged, since people read its output as it comes."""
 
     def load(self) -> Recipe:
         """Import and create the recipe.
@@ -119,7 +122,36 @@ _OWN_RECIPES: Final = (
                 key="prompt_file",
                 help="file with one prompt per line, or .jsonl with `prompt` or `src`",
             ),
+            Shortcut(
+                option="--stream",
+                key="stream",
+                kind=bool,
+                help="show text as it is generated (default: for one prompt, on a "
+                "terminal)",
+            ),
         ),
+    ),
+    RecipeEntry(
+        name="lm/chat",
+        summary="talk with a language model, on the terminal or one line per turn",
+        target="moxe_plugin.train.chat:LMChatRecipe",
+        shortcuts=(
+            _FROM,
+            _STEP,
+            Shortcut(
+                option="--turns",
+                key="turn_format",
+                help="instruction, question or messages: how the model was finetuned "
+                "(default: as its training data tells)",
+            ),
+            Shortcut(
+                option="--json",
+                key="json_output",
+                kind=bool,
+                help="print one JSON object per answer",
+            ),
+        ),
+        is_quiet=True,
     ),
 )
 

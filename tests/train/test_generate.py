@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from fairseq2.recipe.error import RecipeError
+from fairseq2.utils.validation import ValidationError
 
 from moxe_plugin.train.generate.prompts import read_prompts
 from moxe_plugin.train.launch import load_preset, run_recipe
@@ -73,6 +75,70 @@ def test_greedy_completion_does_not_depend_on_the_batch(
         texts.append([r["text"] for r in records])
 
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2])
+def test_streamed_text_is_that_of_the_records(
+    pretrained_dir: Path,
+    tmp_path: Path,
+    num_prompts: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outputs, texts = [], []
+
+    for stream in (False, True):
+        overrides = {
+            "prompts": _PROMPTS[:num_prompts],
+            "batch_size": 1,
+            "stream": stream,
+        }
+        output_dir = tmp_path / str(stream)
+
+        records = _generate(pretrained_dir, output_dir, "generate/greedy", overrides)
+
+        texts.append([r["text"] for r in records])
+        outputs.append(capsys.readouterr().out)
+
+    assert texts[0] == texts[1]
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("preset", "num_prompts", "expected"),
+    [("greedy", 1, True), ("greedy", 2, False), ("beam", 1, False)],
+)
+def test_text_is_streamed_for_one_prompt_on_a_terminal(
+    pretrained_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+    num_prompts: int,
+    expected: bool,
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    sink = Terminal()
+    monkeypatch.setattr("sys.stdout", sink)
+
+    sizes = []
+    write = sink.write
+    monkeypatch.setattr(sink, "write", lambda text: sizes.append(write(text)))
+
+    overrides: dict[str, object] = {"prompts": _PROMPTS[:num_prompts]}
+
+    _generate(pretrained_dir, tmp_path, f"generate/{preset}", overrides)
+
+    # In one piece per prompt otherwise
+    assert (len(sizes) > 2) == expected
+
+
+def test_beam_search_is_not_streamed(pretrained_dir: Path, tmp_path: Path) -> None:
+    overrides = {"prompts": _PROMPTS, "stream": True}
+
+    with pytest.raises(ValidationError, match="`stream` must be false"):
+        _generate(pretrained_dir, tmp_path, "generate/beam", overrides)
 
 
 def test_too_long_prompt_is_refused(pretrained_dir: Path, tmp_path: Path) -> None:

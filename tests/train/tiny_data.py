@@ -72,7 +72,7 @@ def make_tiny_data(path: Path) -> TinyData:
     """
     data = TinyData(path / "tokenizer", path / "tokens", path / "instructions")
 
-    tokenizer = _train_tokenizer(data.tokenizer_dir)
+    tokenizer = train_tokenizer(data.tokenizer_dir)
 
     writer = ShardWriter(
         data.tokens_dir,
@@ -107,7 +107,13 @@ def _sentence(number: int) -> str:
     return f"The double of {number} is {2 * number}, and its square is {number**2}."
 
 
-def _train_tokenizer(path: Path) -> Tokenizer:
+def train_tokenizer(path: Path) -> Tokenizer:
+    """Train a byte-level tokenizer without a chat template.
+
+    :param path: The directory to write it to.
+
+    :returns: The tokenizer.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -41,7 +41,11 @@ class LMGenerateConfig(SupportsStructure, Validatable):
     the ``{"src": ...}`` of an instruction."""
 
     batch_size: int = 8
-    """The number of prompts that are completed at a time."""
+    """The number of prompts that are completed at a time, unless text is streamed."""
+
+    stream: bool | None = None
+    """Whether to show text as it is generated, one prompt after the other; ``None``
+    does so for a single prompt if standard output is a terminal."""
 
     seq_generator: SequenceGeneratorSection = field(
         default_factory=lambda: SequenceGeneratorSection(
@@ -58,6 +62,11 @@ class LMGenerateConfig(SupportsStructure, Validatable):
     common: CommonSection = field(
         default_factory=lambda: CommonSection(no_sweep_dir=True)
     )
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether the generator never revises a token; a beam search does."""
+        return isinstance(self.seq_generator.config, SamplingConfig)
 
     @override
     def structure(self, resolver: DependencyResolver) -> None:
@@ -77,6 +86,12 @@ class LMGenerateConfig(SupportsStructure, Validatable):
             result.add_error(
                 "`prompts` or `prompt_file` must be specified (on the command line: "
                 "`--prompt`, `--prompt-file`)."
+            )
+
+        if self.stream and not self.can_stream:
+            result.add_error(
+                "`stream` must be false with `seq_generator.name` "
+                f"'{self.seq_generator.name}', which may revise what it has shown."
             )
 
         if self.batch_size < 1:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 from typing import final
 
+from fairseq2.generator import Generator
 from fairseq2.recipe import Recipe, RecipeContext
+from fairseq2.runtime.dependency import wire_object
 from fairseq2.task import Task
+from fairseq2.utils.progress import NOOP_PROGRESS_REPORTER
 from typing_extensions import override
 
 from moxe_plugin.models.clm import AuxLossCausalLM
@@ -38,11 +41,15 @@ class LMGenerateRecipe(Recipe):
 
         check_vocabulary(model, tokenizer)
 
+        streams = config.stream
+        if streams is None:
+            streams = len(prompts) == 1 and config.can_stream and sys.stdout.isatty()
+
         reader = PromptReader(
             prompts,
             tokenizer.create_encoder(mode="prompt"),
             gangs,
-            batch_size=config.batch_size,
+            batch_size=1 if streams else config.batch_size,
             max_seq_len=model.max_seq_len,
         )
 
@@ -55,9 +62,23 @@ class LMGenerateRecipe(Recipe):
             tokenizer.create_decoder(skip_special_tokens=True),
             file.open("w", encoding="utf-8"),
             sys.stdout if gangs.dp.rank == 0 else None,
+            streams=streams,
         )
 
-        return context.create_generator(unit, reader)
+        if not streams:
+            return context.create_generator(unit, reader)
+
+        # As it does, but without a bar that would be drawn over the text.
+        return wire_object(
+            context.resolver,
+            Generator,
+            unit=unit,
+            data_reader=reader,
+            amp=config.generator.amp,
+            amp_dtype=config.generator.amp_dtype,
+            seed=config.common.seed + 3,
+            progress_reporter=NOOP_PROGRESS_REPORTER,
+        )
 
     @property
     @override

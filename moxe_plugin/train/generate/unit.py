@@ -8,14 +8,22 @@ from typing import TextIO, cast, final
 
 from fairseq2.data.tokenizers import TokenDecoder
 from fairseq2.datasets import SequenceBatch
-from fairseq2.generation import Hypothesis, SequenceGenerator
+from fairseq2.generation import (
+    Hypothesis,
+    SequenceGenerator,
+    SequenceGeneratorOutput,
+)
 from fairseq2.metrics import MetricBag
 from fairseq2.metrics.common import (
     add_seq_generator_metrics,
     update_seq_generator_metrics,
 )
+from fairseq2.nn import BatchLayout
 from fairseq2.recipe import GeneratorUnit  # its module cannot come first
+from torch import Tensor
 from typing_extensions import override
+
+from moxe_plugin.train.generate.text_stream import TextStream
 
 
 @final
@@ -27,6 +35,8 @@ class CompletionUnit(GeneratorUnit[SequenceBatch]):
     :param jsonl: Gets one line per prompt: ``prompt``, ``text``, ``num_tokens``, and
         the ``score`` if the generator computes one.
     :param text: Gets the prompts and the completions for people to read, if given.
+    :param streams: Whether ``text`` gets completions while they grow; a batch must then
+        have one prompt.
     """
 
     def __init__(
@@ -35,11 +45,14 @@ class CompletionUnit(GeneratorUnit[SequenceBatch]):
         decode: TokenDecoder,
         jsonl: TextIO,
         text: TextIO | None,
+        *,
+        streams: bool = False,
     ) -> None:
         self._generator = generator
         self._decode = decode
         self._jsonl = jsonl
         self._text = text
+        self._streams = streams
 
     @override
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
@@ -47,14 +60,43 @@ class CompletionUnit(GeneratorUnit[SequenceBatch]):
 
     @override
     def process_batch(self, batch: SequenceBatch, metric_bag: MetricBag) -> None:
-        output = self._generator(*batch.as_input())
+        prompts = cast(Sequence[str], batch.example)
+
+        if self._streams and self._text is not None:
+            output = self._stream(self._text, prompts[0], *batch.as_input())
+        else:
+            output = self._generator(*batch.as_input())
 
         update_seq_generator_metrics(metric_bag, output)
 
-        prompts = cast(Sequence[str], batch.example)
-
         for prompt, hypotheses in zip(prompts, output.hypotheses, strict=True):
             self._write(prompt, hypotheses[0])
+
+    def _stream(
+        self, text: TextIO, prompt: str, seqs: Tensor, seqs_layout: BatchLayout
+    ) -> SequenceGeneratorOutput:
+        stream = TextStream(self._decode)
+
+        def show(piece: str) -> None:
+            text.write(piece)
+            text.flush()
+
+        show(f"> {prompt}\n")
+
+        def on_token(seqs: Tensor, prefill: bool) -> None:
+            if not prefill:
+                show(stream.push(int(seqs[0, -1])))
+
+        handle = self._generator.register_step_hook(
+            lambda _, seqs, __, prefill: on_token(seqs, prefill)
+        )
+
+        with handle:
+            output = self._generator(seqs, seqs_layout)
+
+        show(stream.finish() + "\n\n")
+
+        return output
 
     @override
     def finalize(self, metric_bag: MetricBag) -> None:
@@ -75,6 +117,6 @@ class CompletionUnit(GeneratorUnit[SequenceBatch]):
         self._jsonl.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._jsonl.flush()
 
-        if self._text is not None:
+        if self._text is not None and not self._streams:
             self._text.write(f"> {prompt}\n{text}\n\n")
             self._text.flush()
