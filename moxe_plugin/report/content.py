@@ -17,12 +17,10 @@ from moxe_plugin.report.architecture_tables import (
 )
 from moxe_plugin.report.architectures import Architecture
 from moxe_plugin.report.comparison import Comparison, SuiteResults, compare
+from moxe_plugin.report.cost_figure import draw_cost_figure
 from moxe_plugin.report.named_tables import Table
 from moxe_plugin.report.paper import Paper
-from moxe_plugin.report.quality_figures import (
-    draw_cost_figure,
-    draw_perplexity_figure,
-)
+from moxe_plugin.report.perplexity_figure import draw_perplexity_figure
 from moxe_plugin.report.records import DamagedRun, RunRecord
 from moxe_plugin.report.styles import DrawnFigure, drawing
 from moxe_plugin.report.suite_page import describe_setting

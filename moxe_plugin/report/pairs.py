@@ -1,10 +1,14 @@
-"""Tests of each system against each other, on the same items and seeds."""
+"""Tests of each system against each other, on the same items and seeds.
+
+Systems are tested against the best guess too, apart from the others: it has no seeds,
+so each seed of a system is compared with the same numbers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Final, Literal
 
 import numpy as np
@@ -78,22 +82,24 @@ class MetricPairs:
     notes: Sequence[str]
     """Why pairs have no estimate; each reason once."""
 
+    guess_pairs: Sequence[Pair]
+    """Each system, as ``first``, against the best guess; Holm's method over these. None
+    if no guess has the metric."""
+
 
 def compare_rows(rows: Sequence[Row]) -> list[MetricPairs]:
     """Test each trained system against each other.
 
-    :param rows: The rows of a comparison; guesses are left out.
+    :param rows: The rows of a comparison, guesses included.
 
     :returns: One entry for each metric that two rows have.
     """
-    trained = [row for row in rows if not row.is_guess]
-
     metrics = []
 
     for column in COLUMNS:
-        present = [row for row in trained if column.key in row.statistics]
+        present = [row for row in rows if column.key in row.statistics]
 
-        if column.compared and len(present) > 1:
+        if column.compared and sum(not row.is_guess for row in present) > 1:
             metrics.append(_compare_metric(column, present))
 
     return metrics
@@ -101,10 +107,16 @@ def compare_rows(rows: Sequence[Row]) -> list[MetricPairs]:
 
 def _compare_metric(column: Column, rows: Sequence[Row]) -> MetricPairs:
     sign = 1.0 if column.lower_is_better else -1.0
-    ranked = sorted(rows, key=lambda row: sign * row.statistics[column.key].mean)
+    order = sorted(rows, key=lambda row: sign * row.statistics[column.key].mean)
+
+    ranked = [row for row in order if not row.is_guess]
+    best_guess = [row for row in order if row.is_guess][:1]
 
     pairs = _judge(
         [_pair_rows(column, *both) for both in combinations(ranked, 2)], sign
+    )
+    guess_pairs = _judge(
+        [_pair_rows(column, *both) for both in product(ranked, best_guess)], sign
     )
 
     leader = ranked[0]
@@ -119,12 +131,29 @@ def _compare_metric(column: Column, rows: Sequence[Row]) -> MetricPairs:
         pairs=pairs,
         leader=leader,
         not_beaten=[row for row in ranked[1:] if id(row) not in beaten],
-        notes=list(dict.fromkeys(pair.reason for pair in pairs if pair.reason)),
+        notes=_explain([*pairs, *guess_pairs]),
+        guess_pairs=guess_pairs,
     )
 
 
+def _explain(pairs: Sequence[Pair]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+
+    for pair in pairs:
+        if pair.reason is not None:
+            names = f"{pair.first.label} and {pair.second.label}"
+            by_reason.setdefault(pair.reason, []).append(names)
+
+    return [
+        ("All pairs" if len(names) == len(pairs) else "; ".join(names)) + f": {reason}."
+        for reason, names in by_reason.items()
+    ]
+
+
 def _pair_rows(column: Column, first: Row, second: Row) -> Pair:
-    seeds = sorted(set(first.seeds) & set(second.seeds))
+    seeds = first.seeds
+    if not second.is_guess:
+        seeds = sorted(set(seeds) & set(second.seeds))
 
     pair = Pair(
         first=first,
@@ -142,7 +171,7 @@ def _pair_rows(column: Column, first: Row, second: Row) -> Pair:
     try:
         estimate, num_items = _estimate(column, first, second, seeds)
     except MissingNumberError as ex:
-        return replace(pair, reason=f"{first.label} and {second.label}: {ex}.")
+        return replace(pair, reason=str(ex))
 
     return replace(
         pair,
@@ -195,8 +224,8 @@ def _differences(
     values = []
 
     for row in (first, second):
-        by_seed = {r.environment.seed: column.read(r) for r in row.records}
-        values.append([by_seed[seed] for seed in seeds])
+        numbers = [column.read(record) for record in row.records]
+        values.append([numbers[idx] for idx in _find_seeds(row, seeds)])
 
     return [
         column.to_scale(a) - column.to_scale(b)
@@ -206,9 +235,14 @@ def _differences(
 
 
 def _pick_seeds(row: Row, resampled: Resampled, seeds: Sequence[int]) -> Resampled:
-    indices = np.array([row.seeds.index(seed) for seed in seeds], dtype=np.intp)
+    indices = np.array(_find_seeds(row, seeds), dtype=np.intp)
 
     return Resampled(resampled.values[indices], resampled.resamples[:, indices])
+
+
+def _find_seeds(row: Row, seeds: Sequence[int]) -> list[int]:
+    # A guess is the same for all seeds.
+    return [0 if row.is_guess else row.seeds.index(seed) for seed in seeds]
 
 
 def _judge(pairs: Sequence[Pair], sign: float) -> list[Pair]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Final
+from typing import Final
 
-import pandas as pd
-
-from moxe_plugin.report.cells import format_cell
-from moxe_plugin.report.comparison import Comparison, SuiteResults
-from moxe_plugin.report.formats import DASH, latex_table, markdown_table
-from moxe_plugin.report.pairs import LEVEL, MetricPairs, Pair
+from moxe_plugin.report.comparison import SuiteResults
+from moxe_plugin.report.formats import latex_table, markdown_table
+from moxe_plugin.report.pair_tables import leader_cells, pair_cells
+from moxe_plugin.report.pairs import LEVEL, MetricPairs
 from moxe_plugin.report.suite_page import describe_setting
 
 _PREAMBLE: Final = f"""\
@@ -24,6 +21,10 @@ its table. The first is *better* (or *worse*) only if that is below {LEVEL} and 
 interval excludes 0; all else is *not decided*, which is not the same as equal.
 Differences of perplexities are of their logarithms, and `ratio` is what they come to:
 0.9 is a perplexity lower by a tenth."""
+
+_GUESSES: Final = (
+    "Against the best guess, which has no seeds; Holm's method over these alone:"
+)
 
 _LEADERS: Final = "### Which system is best on what"
 
@@ -71,157 +72,25 @@ def pairs_latex(results: SuiteResults) -> str:
             label = f"tab:{results.suite}-{number}-pairs-{metric.column.key}"
             parts.append(
                 latex_table(
-                    pair_cells(metric), caption=caption, label=label, num_names=2
+                    pair_cells(metric, metric.pairs),
+                    caption=caption,
+                    label=label,
+                    num_names=2,
                 )
             )
 
     return "\n".join(parts)
 
 
-def leader_cells(comparison: Comparison) -> pd.DataFrame:
-    """Format which system is best by each metric.
-
-    :param comparison: The comparison.
-
-    :returns: Text cells, one row a metric.
-    """
-    rows = []
-
-    for metric in comparison.pairs:
-        rivals = "; ".join(row.label for row in metric.not_beaten)
-
-        rows.append(
-            {
-                "metric": metric.column.heading,
-                "best mean": metric.leader.marked_label,
-                "value": format_cell(metric.column, metric.leader),
-                "not shown to be worse": rivals or "none: better than all others",
-            }
-        )
-
-    frame: pd.DataFrame = pd.DataFrame(rows, dtype="object")
-
-    return frame
-
-
-def pair_cells(metric: MetricPairs) -> pd.DataFrame:
-    """Format the pairs of a metric.
-
-    :param metric: The pairs.
-
-    :returns: Text cells, one row a pair.
-    """
-    frame: pd.DataFrame = pd.DataFrame(
-        [_format_pair(metric, pair) for pair in metric.pairs], dtype="object"
-    )
-
-    return frame
-
-
-def pairs_frame(results: SuiteResults) -> pd.DataFrame:
-    """List all pairs of a suite with unrounded numbers.
-
-    :param results: The suite.
-
-    :returns: One line a pair and metric.
-    """
-    lines = [
-        {"comparison": number, "metric": metric.column.key, **pair_content(pair)}
-        for number, comparison in enumerate(results.comparisons, start=1)
-        for metric in comparison.pairs
-        for pair in metric.pairs
-    ]
-
-    frame: pd.DataFrame = pd.DataFrame(
-        lines, columns=["comparison", "metric", *_KEYS]
-    ).astype({"num_items": "Int64"})
-
-    return frame
-
-
-_KEYS: Final = (
-    "first",
-    "second",
-    "first_label",
-    "second_label",
-    "difference",
-    "low",
-    "high",
-    "p_value",
-    "adjusted_p_value",
-    "verdict",
-    "basis",
-    "seeds",
-    "num_items",
-    "reason",
-)
-
-
-def pair_content(pair: Pair) -> dict[str, Any]:
-    """List what is known of a pair as plain values.
-
-    :param pair: The pair.
-
-    :returns: Values by name; ``None`` for what does not exist.
-    """
-    estimate = pair.estimate
-
-    values = (
-        pair.first.system,
-        pair.second.system,
-        pair.first.marked_label,
-        pair.second.marked_label,
-        None if estimate is None else estimate.value,
-        None if estimate is None else estimate.low,
-        None if estimate is None else estimate.high,
-        pair.p_value,
-        pair.adjusted_p_value,
-        pair.verdict,
-        pair.basis,
-        " ".join(map(str, pair.seeds)),
-        pair.num_items,
-        pair.reason,
-    )
-
-    return dict(zip(_KEYS, values, strict=True))
-
-
-def pairs_content(results: SuiteResults) -> dict[str, Any]:
-    """List all pairs of a suite as plain values.
-
-    :param results: The suite.
-
-    :returns: The content of its JSON file.
-    """
-    return {
-        "suite": results.suite,
-        "correction": "Holm, over the pairs of a metric in a comparison",
-        "level": LEVEL,
-        "comparisons": [
-            {
-                "setting": describe_setting(comparison),
-                "metrics": [
-                    {
-                        "metric": metric.column.key,
-                        "unit": metric.column.unit,
-                        "log_scale": metric.column.log_scale,
-                        "leader": metric.leader.system,
-                        "not_beaten": [row.system for row in metric.not_beaten],
-                        "pairs": [pair_content(pair) for pair in metric.pairs],
-                    }
-                    for metric in comparison.pairs
-                ],
-            }
-            for comparison in results.comparisons
-        ],
-    }
-
-
 def _metric_parts(metric: MetricPairs) -> list[str]:
     parts = [f"### {metric.column.heading}", _describe_basis(metric)]
 
     if any(pair.estimate is not None for pair in metric.pairs):
-        parts.append(markdown_table(pair_cells(metric), num_names=2))
+        parts.append(markdown_table(pair_cells(metric, metric.pairs), num_names=2))
+
+    if any(pair.estimate is not None for pair in metric.guess_pairs):
+        cells = pair_cells(metric, metric.guess_pairs)
+        parts += [_GUESSES, markdown_table(cells, num_names=2)]
 
     if metric.notes:
         parts.append("\n".join(f"- Note: {note}" for note in metric.notes))
@@ -244,31 +113,3 @@ def _describe_basis(metric: MetricPairs) -> str:
         text += f" ({', '.join(f'{count:,}' for count in items)} items)"
 
     return text + "; Holm's method over these."
-
-
-def _format_pair(metric: MetricPairs, pair: Pair) -> dict[str, str]:
-    cells = {"first": pair.first.marked_label, "second": pair.second.marked_label}
-    estimate = pair.estimate
-
-    if estimate is None or pair.p_value is None or pair.adjusted_p_value is None:
-        ratio = ["ratio"] if metric.column.log_scale else []
-        dashes = ["difference", "95 % interval", *ratio, "p", "p, Holm"]
-
-        return {**cells, **dict.fromkeys(dashes, DASH), "first is": "not compared"}
-
-    digits = ".3f" if abs(estimate.value) >= 0.1 else ".4f"
-
-    cells |= {
-        "difference": format(estimate.value, f"+{digits}"),
-        "95 % interval": f"[{estimate.low:+{digits}}, {estimate.high:+{digits}}]",
-    }
-
-    if metric.column.log_scale:
-        cells["ratio"] = f"{math.exp(estimate.value):.3g}"
-
-    return {
-        **cells,
-        "p": f"{pair.p_value:.2g}",
-        "p, Holm": f"{pair.adjusted_p_value:.2g}",
-        "first is": pair.verdict,
-    }

@@ -13,7 +13,9 @@ from typing import Final, NamedTuple
 import matplotlib as mpl
 from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 GUESS_COLOUR: Final = "#777777"
 
@@ -23,6 +25,9 @@ _POINTS_PER_INCH: Final = 72.0
 _LETTER_WIDTH: Final = 0.58
 
 _CAPTION_SIZE: Final = 8.0
+
+# The span of an axis up to which there is room for ticks within a decade.
+_MAX_FINE_SPAN: Final = 50.0
 
 
 class SystemStyle(NamedTuple):
@@ -147,6 +152,20 @@ def style_axes(axes: Axes, *, grid: str = "both") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, alpha=0.3)  # type: ignore[arg-type]  # a Literal there
     axes.set_axisbelow(True)
+
+
+def tick_decades(axis: Axis, limits: tuple[float, float]) -> None:
+    """Put ticks on a logarithmic axis, few enough to be read.
+
+    :param axis: The axis.
+    :param limits: Its ends.
+    """
+    low, high = limits
+    steps = (1.0, 2.0, 5.0) if high / low < _MAX_FINE_SPAN else (1.0,)
+
+    axis.set_major_locator(LogLocator(subs=steps, numticks=12))
+    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_minor_locator(NullLocator())
 
 
 def save_figure(drawn: DrawnFigure, directory: Path) -> list[Path]:

@@ -23,12 +23,8 @@ from moxe_plugin.report.formats import (
     write_rounded_json,
 )
 from moxe_plugin.report.named_tables import Table
-from moxe_plugin.report.pairs_page import (
-    pairs_content,
-    pairs_frame,
-    pairs_latex,
-    pairs_markdown,
-)
+from moxe_plugin.report.pair_tables import pairs_content, pairs_frame
+from moxe_plugin.report.pairs_page import pairs_latex, pairs_markdown
 from moxe_plugin.report.paper import paper_markdown, read_paper
 from moxe_plugin.report.records import DamagedRun, RunRecord
 from moxe_plugin.report.styles import drawing, save_figure

@@ -151,7 +151,7 @@ def test_unequal_items_refuse_to_pair_and_say_so() -> None:
     assert pair.verdict == "not decided"
     (note,) = metric.notes
     assert note == (
-        "Moxe and Gemma2: scored on different items (5 and 5, of which 3 in common), "
+        "All pairs: scored on different items (5 and 5, of which 3 in common), "
         "not paired."
     )
 
@@ -163,8 +163,21 @@ def test_items_of_one_side_only_refuse_to_pair() -> None:
         for record in _make_systems({"moxe": nll, "gemma2": nll + 1.0})
     ]
 
-    assert _compare(records)[WORDS].notes == [
-        "Moxe and Gemma2: Gemma2 has no items to pair."
+    assert _compare(records)[WORDS].notes == ["All pairs: Gemma2 has no items to pair."]
+
+
+def test_notes_name_the_pairs_that_they_are_about() -> None:
+    records = [
+        make_trained("moxe", 1, 4.0),
+        make_trained("moxe", 2, 4.1),
+        make_trained("gemma2", 3, 5.0),
+        make_trained("xlstm", 1, 6.0),
+    ]
+
+    assert _compare(records)["valid_loss_nats"].notes == [
+        "Moxe and Gemma2; Gemma2 and Xlstm: two seeds in common are needed, there are "
+        "0.",
+        "Moxe and Xlstm: two seeds in common are needed, there are 1.",
     ]
 
 
@@ -184,15 +197,34 @@ def test_only_common_seeds_enter() -> None:
     assert abs(pair.estimate.value) == pytest.approx((0.5 + 0.4) / 2)
 
 
-def test_one_seed_decides_nothing_and_guesses_are_left_out() -> None:
+def test_one_seed_decides_nothing() -> None:
     records = [make_trained("moxe"), make_trained("gemma2", loss=5.0), make_guess()]
 
     metric = _compare(records)["valid_loss_nats"]
 
-    assert metric.notes == [
-        "Moxe and Gemma2: two seeds in common are needed, there are 1."
-    ]
+    assert metric.notes == ["All pairs: two seeds in common are needed, there are 1."]
     assert [pair.verdict for pair in metric.pairs] == ["not decided"]
+
+
+def test_systems_are_tested_against_the_best_guess_apart_from_each_other() -> None:
+    nll = np.full((3, 9), 5.0) + np.arange(9) / 9 + np.array([[0.1], [0.2], [0.3]])
+    guesses = [
+        replace(make_guess(name), items={LAMBADA: make_lambada(nll[1] + gap)})
+        for name, gap in (("uniform", 9.0), ("unigram", 1.0))
+    ]
+    records = _make_systems({"moxe": nll, "gemma2": nll + 2.0})
+
+    metric = _compare([*records, *guesses])[WORDS]
+    moxe, gemma2 = metric.guess_pairs
+
+    expected = stats.ttest_1samp([-1.1, -1.0, -0.9], 0.0)
+
+    assert [p.second.system for p in metric.guess_pairs] == ["unigram"] * 2
+    assert [p.first.system for p in metric.guess_pairs] == ["moxe", "gemma2"]
+    assert len(metric.pairs) == 1
+    assert moxe.p_value == pytest.approx(expected.pvalue, rel=1e-3)
+    assert moxe.adjusted_p_value == pytest.approx(2 * expected.pvalue, rel=1e-3)
+    assert (moxe.verdict, gemma2.verdict) == ("better", "worse")
 
 
 def test_equal_systems_are_rarely_told_apart() -> None:

@@ -1,20 +1,17 @@
-"""Quality by model: the paper's Figure 4, and what quality costs."""
+"""The paper's Figure 4: perplexity by model, the paper's beside ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
-from moxe_plugin.report.architectures import Architecture, find_architecture
 from moxe_plugin.report.columns import COLUMNS_BY_KEY, LAMBADA_PERPLEXITY
 from moxe_plugin.report.comparison import Comparison
 from moxe_plugin.report.measurements import Column
 from moxe_plugin.report.paper import Paper
-from moxe_plugin.report.rows import Row, Statistic
+from moxe_plugin.report.rows import Row
 from moxe_plugin.report.styles import (
     GUESS_COLOUR,
     DrawnFigure,
@@ -22,15 +19,11 @@ from moxe_plugin.report.styles import (
     finish_figure,
     style_axes,
     system_style,
+    tick_decades,
 )
 
 _STAND_IN: Final = "valid_perplexity_per_token"
 """What Figure 4 shows where LAMBADA was not measured."""
-
-_MAX_FINE_SPAN: Final = 50.0
-"""The span of an axis up to which there is room for ticks within a decade."""
-
-Number = Callable[[Row], Statistic | None]
 
 
 def draw_perplexity_figure(
@@ -80,73 +73,6 @@ def draw_perplexity_figure(
         _draw_printed(grid[0][1], printed)
 
     return finish_figure(f"{name}_fig4", title, caption, figure)
-
-
-def draw_cost_figure(
-    name: str,
-    caption: str,
-    comparison: Comparison,
-    architectures: Sequence[Architecture],
-) -> DrawnFigure | None:
-    """Draw quality against tokens per second, memory and FLOPs.
-
-    :param name: What the name of the file begins with.
-    :param caption: Data, seeds and size.
-    :param comparison: The rows.
-    :param architectures: What `moxe systems` found.
-
-    :returns: The figure; ``None`` if no row has both.
-    """
-    quality = COLUMNS_BY_KEY["valid_loss_nats"]
-
-    costs: list[tuple[str, Number]] = [
-        ("training tokens per second", _read("throughput_tokens_per_s")),
-        ("peak memory of training, GiB", _read("peak_memory_gib")),
-        (
-            "forward pass, MFLOP per token",
-            lambda row: _read_flops(row, architectures),
-        ),
-    ]
-
-    rows = [row for row in comparison.trained_rows if quality.key in row.statistics]
-    panels = [
-        (heading, read)
-        for heading, read in costs
-        if any(read(row) is not None for row in rows)
-    ]
-
-    if not panels:
-        return None
-
-    title = "Loss on held-out text against its cost"
-    caption = (
-        "Lower is better; in the first panel right is better, in the others left. "
-        "Marks: mean over seeds; bars: sample standard deviation over seeds. Speed and "
-        f"memory are of the machines that the table names. {caption}"
-    )
-    figure = create_figure(title, caption, width=4.0 * len(panels) + 2.2, height=4.8)
-    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)
-
-    for axes, (heading, read) in zip(grid[0], panels, strict=True):
-        for row in rows:
-            if (cost := read(row)) is not None:
-                _draw_point(axes, row, cost, row.statistics[quality.key])
-
-        style_axes(axes)
-        axes.set_xlabel(heading)
-        axes.xaxis.set_major_formatter("{x:,g}")
-        axes.locator_params(axis="x", nbins=5)
-
-    grid[0][0].set_ylabel(f"{quality.heading} per token")
-    grid[0][-1].legend(
-        handles=[_legend_entry(row) for row in rows],
-        loc="upper left",
-        bbox_to_anchor=(1.0, 1.0),
-        frameon=False,
-        fontsize=8.5,
-    )
-
-    return finish_figure(f"{name}_cost", title, caption, figure)
 
 
 def _draw_rows(axes: Axes, rows: Sequence[Row], column: Column) -> None:
@@ -208,11 +134,7 @@ def _draw_printed(axes: Axes, printed: Sequence[tuple[str, str, float]]) -> None
 
 def _style_logarithmic(axes: Axes, labels: Sequence[str], heading: str) -> None:
     axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    steps = (1.0, 2.0, 5.0) if high / low < _MAX_FINE_SPAN else (1.0,)
-    axes.xaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_minor_locator(NullLocator())
+    tick_decades(axes.xaxis, axes.get_xlim())
     axes.tick_params(axis="x", labelsize=8)
     axes.set_yticks(range(len(labels)), labels, fontsize=9)
     axes.set_ylim(-0.6, len(labels) - 0.4)
@@ -241,46 +163,3 @@ def _paper_perplexities(paper: Paper | None) -> list[tuple[str, str, float]]:
 def _shorten(configuration: str) -> str:
     # What is in parentheses is the configuration's name.
     return configuration.split("(")[-1].removesuffix(")")
-
-
-def _read(key: str) -> Number:
-    return lambda row: row.statistics.get(key)
-
-
-def _read_flops(row: Row, architectures: Sequence[Architecture]) -> Statistic | None:
-    model = row.records[0].model
-    assert model is not None
-
-    found = find_architecture(architectures, model.family, model.arch)
-
-    return None if found is None else Statistic(found.flops_per_token / 1e6, None, 1)
-
-
-def _draw_point(axes: Axes, row: Row, cost: Statistic, quality: Statistic) -> None:
-    colour, marker, _ = system_style(row.system)
-
-    axes.errorbar(
-        cost.mean,
-        quality.mean,
-        xerr=cost.sd,
-        yerr=quality.sd,
-        color=colour,
-        marker=marker,
-        markersize=8,
-        elinewidth=1,
-        alpha=0.9,
-    )
-
-
-def _legend_entry(row: Row) -> Line2D:
-    colour, marker, _ = system_style(row.system)
-
-    return Line2D(
-        [],
-        [],
-        linestyle="none",
-        color=colour,
-        marker=marker,
-        markersize=8,
-        label=row.marked_label,
-    )
