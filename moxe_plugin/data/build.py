@@ -89,28 +89,37 @@ def build_shards(
         source=source,
         overwrite=overwrite,
     ) as writer:
-        num_left = max_tokens
-
-        for batch in _batched(documents, ENCODE_BATCH_SIZE):
-            encodings = tokenizer.encode_batch(
-                [d.text for d in batch], add_special_tokens=False
-            )
-
-            for document, encoding in zip(batch, encodings, strict=True):
-                if not encoding.ids:
-                    continue
-
-                writer.add_document(
-                    document.split, encoding.ids, len(document.text.encode())
-                )
-
-                if num_left is not None:
-                    num_left -= len(encoding.ids) + 1
-
-            if num_left is not None and num_left <= 0:
-                break
+        _write_documents(writer, documents, tokenizer, max_tokens)
 
     return writer.manifest
+
+
+def _write_documents(
+    writer: ShardWriter,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
+) -> None:
+    num_tokens = 0
+
+    for batch in _batched(documents, ENCODE_BATCH_SIZE):
+        encodings = tokenizer.encode_batch(
+            [d.text for d in batch], add_special_tokens=False
+        )
+
+        for document, encoding in zip(batch, encodings, strict=True):
+            if not encoding.ids:
+                continue
+
+            writer.add_document(
+                document.split, encoding.ids, len(document.text.encode())
+            )
+
+            # Each document ends with the token that separates them.
+            num_tokens += len(encoding.ids) + 1
+
+            if max_tokens is not None and num_tokens >= max_tokens:
+                return
 
 
 def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
