@@ -145,17 +145,15 @@ def test_shortcuts_set_configuration_keys(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [([], "null"), (["--stream"], "true"), (["--no-stream"], "false")],
+    [([], None), (["--stream"], True), (["--no-stream"], False)],
     ids=["neither", "yes", "no"],
 )
 def test_switches_set_configuration_keys(
-    options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+    options: list[str], expected: bool | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["lm", "generate", "--dump-config", "--prompt", "One", *options]
-    args += ["--config", "model.name=nothing"]
+    args = ("lm", "generate", "--from", "moxe_foo", "--prompt", "One", *options)
 
-    assert main(args) == 0
-    assert f"\nstream: {expected}\n" in capsys.readouterr().out
+    assert _dump_config(capsys, *args)["stream"] is expected
 
 
 def test_unknown_preset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
