@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.models.utils import postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from typing_extensions import override
 
-from moxe_plugin.eval.batching import Batching
+from moxe_plugin.eval.batching import MAX_TOKENS, MAX_TOKENS_ON_CPU, Batching
 from moxe_plugin.eval.checkpoints import LoadedModel
 from moxe_plugin.eval.generation import GenerationOptions, generate_in_batches
 from moxe_plugin.eval.response_cache import claim_response_cache
@@ -22,6 +22,7 @@ from moxe_plugin.eval.scoring import (
     score_continuations,
 )
 from moxe_plugin.eval.text_codec import TextCodec
+from moxe_plugin.eval.windows import check_length, cut_windows
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -70,10 +71,10 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
 
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer
-        self.max_length = _check_length(
+        self.max_length = check_length(
             "max_length", max_length, default=loaded.model.max_seq_len
         )
-        self.max_gen_toks = _check_length(
+        self.max_gen_toks = check_length(
             "max_gen_toks",
             max_gen_toks,
             default=min(_DEFAULT_MAX_GEN_TOKS, max(1, self.max_length // 2)),
@@ -86,7 +87,10 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
             max_batch_size=max_batch_size,
         )
         self._model = loaded.model.eval()
-        self._device = next(loaded.model.parameters()).device
+        is_on_cpu = next(loaded.model.parameters()).device.type == "cpu"
+        self._scoring_batching = replace(
+            self._batching, max_tokens=MAX_TOKENS_ON_CPU if is_on_cpu else MAX_TOKENS
+        )
         self._share_prefixes = resolve_sharing(loaded.model, share_prefixes)
         self._token_counts = TokenCounts(0, 0)
         self._num_target_tokens: dict[tuple[str, ...], int] = {}
@@ -193,7 +197,7 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
                 # A context of spaces alone has moved to the continuation entirely.
                 [(ctx or [self.prefix_token_id], cont) for _, ctx, cont in requests],
                 max_length=self.max_length,
-                batching=self._batching,
+                batching=self._scoring_batching,
                 on_scored=on_scored,
                 share_prefixes=self._share_prefixes,
             )
@@ -209,11 +213,7 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Score whole texts, cut into windows of ``max_length`` tokens.
-
-        Each token is predicted once. The first window follows the prefix token; later
-        ones follow the last token of the window before, and the last one reaches back
-        until it is full.
+        """Score whole texts, cut as :func:`~moxe_plugin.eval.windows.cut_windows` does.
 
         :param requests: One text each.
         :param disable_tqdm: Whether to show no progress.
@@ -221,20 +221,12 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
         :returns: The log-likelihood of each text in nats.
         """
         texts: list[str] = [request.args[0] for request in requests]
-        windows, owners = [], []
+        encoded = [self.tok_encode(t, add_special_tokens=False) for t in texts]
 
-        for owner, text in enumerate(texts):
-            tokens = self.tok_encode(text, add_special_tokens=False)
+        for text, tokens in zip(texts, encoded, strict=True):
             self._num_target_tokens[(text,)] = len(tokens)
 
-            for window in get_rolling_token_windows(
-                tokens,
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            ):
-                windows.append((None, *make_disjoint_window(window)))
-                owners.append(owner)
+        windows, owners = cut_windows(encoded, self.prefix_token_id, self.max_length)
 
         totals = [0.0] * len(texts)
         scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
@@ -311,13 +303,3 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
             )
 
         return self.tok_encode(text)[-room:] or [self.prefix_token_id]
-
-
-def _check_length(name: str, value: int | None, *, default: int) -> int:
-    if value is None:
-        return default
-
-    if value < 1:
-        raise ValueError(f"`{name}` must be positive, but is {value} instead.")
-
-    return value

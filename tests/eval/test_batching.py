@@ -44,3 +44,9 @@ def test_auto_keeps_to_the_budget_of_states() -> None:
 
     assert [len(batch) for batch in batches] == [2, 1]
     assert [len(b) for b in batching.make_batches([1, 1], state_bytes=2**31)] == [1, 1]
+
+
+def test_auto_keeps_to_fewer_tokens_where_it_is_told() -> None:
+    batching = Batching(batch_size="auto", vocab_size=10, max_tokens=2**11)
+
+    assert [len(batch) for batch in batching.make_batches([2**9] * 5)] == [4, 1]
