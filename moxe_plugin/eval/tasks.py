@@ -178,12 +178,16 @@ def load_gsm8k(file: str | None = None, **_ignored: object) -> dict[str, Dataset
 
 
 def load_multiple_choice(
-    file: str | None = None, **_ignored: object
+    file: str | None = None,
+    max_choice_chars: int | None = None,
+    **_ignored: object,
 ) -> dict[str, Dataset]:
     """Load questions with several answers.
 
     :param file: JSON lines with the fields ``query``, ``choices`` and ``gold``, the
         index of the right choice.
+    :param max_choice_chars: Leave questions out that have a longer choice, as one of
+        more tokens than a model can read has no score; ``None`` keeps all.
     :param _ignored: What the harness passes to every task.
 
     :returns: Documents with the fields ``query``, ``choices`` and ``gold``.
@@ -196,7 +200,16 @@ def load_multiple_choice(
             "the fields `query`, `choices` and `gold`."
         )
 
-    return _as_test_split(_read_questions(Path(file)))
+    questions = _read_questions(Path(file))
+
+    if max_choice_chars is None:
+        return _as_test_split(questions)
+
+    return _as_test_split(
+        question
+        for question in questions
+        if all(len(choice) <= max_choice_chars for choice in question["choices"])
+    )
 
 
 def _read_questions(file: Path) -> Iterator[dict[str, Any]]:

@@ -91,6 +91,11 @@ def test_multiple_choice_reads_a_local_file(tmp_path: Path) -> None:
 
     assert list(tasks.load_multiple_choice(file=str(file))["test"]) == [question]
 
+    long = {**question, "choices": ["so", "or not so"]}
+    file.write_text(json.dumps(long) + "\n" + json.dumps(question) + "\n")
+    kept = tasks.load_multiple_choice(file=str(file), max_choice_chars=5)["test"]
+    assert list(kept) == [question]
+
     file.write_text(json.dumps(question) + "\n" + json.dumps({**question, "gold": 2}))
     with pytest.raises(ValueError, match=r"line 2: must be a JSON object with `query`"):
         tasks.load_multiple_choice(file=str(file))
