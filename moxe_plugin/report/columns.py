@@ -202,7 +202,8 @@ _QUESTIONS: Final = (
         key="multiple_choice_accuracy",
         heading="multiple choice acc",
         group="Questions",
-        meaning="share of questions whose right choice is the most likely one",
+        meaning="share of questions of the suite's file whose right choice is the most "
+        "likely one",
         measure=harness_metric(MULTIPLE_CHOICE_TASK, "acc"),
         number_format=".1%",
         lower_is_better=False,

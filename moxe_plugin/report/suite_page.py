@@ -15,7 +15,9 @@ Written by `moxe tables` from the run directories named below each table; no num
 typed by hand. A dash is a number that does not exist. `±` is the sample standard
 deviation over seeds. `[low, high]` is something else: the 95 % interval over items
 (passages, documents, questions) by bootstrap, the models being as they are. Neither
-alone tells systems apart; {pairs} does. Small models and little text: nothing here
+alone tells systems apart; {pairs} does.
+A share that is 0 % on all items has an interval without width, which is not certainty:
+on n items the true share may be up to 3 / n. Small models and little text: nothing here
 compares with the paper's numbers unless it says so."""
 
 

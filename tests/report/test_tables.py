@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from moxe_plugin.report.__main__ import main
 from moxe_plugin.report.cells import comparison_cells, shown_columns, suite_frame
 from moxe_plugin.report.columns import COLUMNS_BY_KEY
 from moxe_plugin.report.comparison import Comparison, compare
+from moxe_plugin.report.pair_tables import pairs_frame
 from moxe_plugin.report.records import Code, DamagedRun, RunRecord
 from moxe_plugin.report.run_dirs import find_run_dirs, read_runs
-from moxe_plugin.report.suite_page import suite_markdown
+from moxe_plugin.report.suite_page import suite_latex, suite_markdown
 from moxe_plugin.report.tables import write_tables
 from moxe_plugin.report.terminal import print_results
 from tests.report.synthetic import DATA, make_guess, make_trained, write
@@ -291,6 +293,55 @@ def test_damaged_run_changes_no_other_byte(tmp_path: Path) -> None:
     content = json.loads(files["quickstart.json"])
     assert [run["name"] for run in content["excluded"]] == [damaged.name]
     assert {**content, "excluded": []} == json.loads(without["quickstart.json"])
+
+
+def _set_version(text: str) -> str:
+    return text.replace('"schema_version": 1', '"schema_version": 2')
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("eval_pretrained.json", lambda t: t[:-30], "eval_pretrained.json: not valid"),
+        ("valid.jsonl", lambda t: t.replace("4.0", "NaN"), "a value is NaN"),
+        ("environment.json", _set_version, "`schema_version` must be 1, but is 2"),
+        (
+            "items_moxe_lambada.csv",
+            lambda t: t[:-3],
+            "items_moxe_lambada.csv: the last",
+        ),
+        ("items_moxe_lambada.csv", lambda t: t.replace(",-", ",x"), "is not a finite"),
+        ("model.json", lambda _: "", "model.json: not valid JSON"),
+    ],
+    ids=["truncated", "nan", "version", "truncated items", "items", "empty"],
+)
+def test_damaged_file_is_named_and_changes_no_other_number(
+    name: str, damage: Callable[[str], str], reason: str, tmp_path: Path
+) -> None:
+    nll = np.array([1.0, 2.0, 4.0])
+    good = [
+        make_scored(system, seed, nll + seed / 9 + (system == "moxe"))
+        for system in ("moxe", "gemma2")
+        for seed in (1, 2)
+    ]
+    bad_dir = write(tmp_path, *good, make_scored("xlstm", 1, nll))[-1]
+    # Somebody's own files are no run.
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "beach.png").write_bytes(b"\x89PNG")
+
+    file = bad_dir / name
+    file.write_text(damage(file.read_text()))
+
+    (suite,) = compare(*read_runs(find_run_dirs(tmp_path)))
+    (alone,) = compare(*read_runs([d for d in find_run_dirs(tmp_path) if d != bad_dir]))
+
+    assert [run.name for run in suite.excluded] == ["holiday", bad_dir.name]
+    assert reason in suite.excluded[1].reason
+    assert f"- `{bad_dir.name}`: {suite.excluded[1].reason}" in suite_markdown(suite)
+
+    assert suite_frame(suite).equals(suite_frame(alone))
+    assert pairs_frame(suite).equals(pairs_frame(alone))
+    assert suite_latex(suite) == suite_latex(alone)
 
 
 @pytest.mark.parametrize(
