@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moxe_plugin.eval import agreement
 from moxe_plugin.eval.adapter import LoadedModelLM
 from moxe_plugin.eval.checkpoints import load_checkpoint
 from moxe_plugin.eval.registration import register_transformers_classes
@@ -30,28 +31,9 @@ CONTINUATIONS = [
 ]
 
 
-@pytest.fixture
-def hf_kls(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return the class of the harness' model ``hf``.
-
-    It imports accelerate, which only several devices need.
-    """
-    if find_spec("accelerate") is None:
-        names = ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size")
-        stub, utils = ModuleType("accelerate"), ModuleType("accelerate.utils")
-        for name in names:
-            setattr(stub, name, None)
-        utils.get_max_memory = None  # type: ignore[attr-defined]  # a stub
-
-        monkeypatch.setitem(sys.modules, "accelerate", stub)
-        monkeypatch.setitem(sys.modules, "accelerate.utils", utils)
-
-    return import_module("lm_eval.models.huggingface").HFLM
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_hf_gives_the_scores_of_the_model_moxe(
-    export: Export, hf_kls: Any, family: str
+    export: Export, family: str
 ) -> None:
     register_transformers_classes()
 
@@ -59,7 +41,7 @@ def test_the_model_hf_gives_the_scores_of_the_model_moxe(
     load: Any = AutoModelForCausalLM.from_pretrained
     load_tokenizer: Any = AutoTokenizer.from_pretrained
 
-    theirs = hf_kls(load(folder), tokenizer=load_tokenizer(folder), batch_size=3)
+    theirs = HFLM(load(folder), tokenizer=load_tokenizer(folder), batch_size=3)
     ours = LoadedModelLM(load_checkpoint(folder), batch_size=2)
 
     assert theirs.max_length == ours.max_length == 64
@@ -90,3 +72,64 @@ def test_the_model_hf_gives_the_scores_of_the_model_moxe(
     assert theirs.generate_until(requests, disable_tqdm=True) == ours.generate_until(
         requests, disable_tqdm=True
     )
+
+
+@pytest.fixture
+def lambada(tmp_path: Path) -> Path:
+    """Write passages of different lengths, one longer than the window."""
+    texts = ["A short one", TEXT.strip(), *(TEXT[: 20 + 7 * n] for n in range(9))]
+    file = tmp_path / "lambada.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    return file
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen_moe"])
+def test_the_command_finds_that_hf_and_single_requests_agree(
+    export: Export, lambada: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(export(family).folder)
+
+    assert agreement.main([folder, "--lambada", str(lambada)]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" requests")[0] for line in lines] == [
+        "agrees: hf and moxe: 11",
+        "agrees: moxe with batch size 1 and auto: 11",
+    ]
+
+
+def test_the_command_tells_that_weights_differ(
+    export: Export,
+    lambada: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = AutoModelForCausalLM.from_pretrained
+
+    def load_other(folder: Path) -> Any:
+        model = load(folder)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(1.01)
+
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_other)
+
+    folder = str(export("gemma2").folder)
+
+    assert agreement.main([folder, "--lambada", str(lambada), "--limit", "3"]) == 1
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("DIFFERS: hf and moxe: 3 requests")
+    assert lines[1].startswith("agrees: moxe with batch size 1 and auto: 3")
+
+
+def test_passages_that_are_missing_are_named(
+    export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(export("gemma2").folder)
+
+    assert agreement.main([folder, "--lambada", str(tmp_path / "no.jsonl")]) == 2
+
+    assert "no.jsonl" in capsys.readouterr().err
