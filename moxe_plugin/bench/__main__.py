@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
@@ -12,7 +11,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moxe_plugin.bench.children import ChildFunction
-    from moxe_plugin.bench.plan import RunPlan
     from moxe_plugin.bench.runner import FailedRun
     from moxe_plugin.bench.work_dir import Conflict
 
@@ -54,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: Namespace, console: Console) -> int:
     from moxe_plugin.bench.children import create_context
     from moxe_plugin.bench.display import open_display
+    from moxe_plugin.bench.dry_run import print_plan
+    from moxe_plugin.bench.estimate import list_steps
     from moxe_plugin.bench.machine import plan_jobs
     from moxe_plugin.bench.plan import Resolution, plan_suite
     from moxe_plugin.bench.runner import Runner, run_with_progress
@@ -61,6 +61,7 @@ def _run(args: Namespace, console: Console) -> int:
         PRELOAD,
         STAGE_FUNCTIONS,
         build_data,
+        measure_steps,
         resolve_suite,
     )
     from moxe_plugin.bench.suite import (
@@ -115,7 +116,9 @@ def _run(args: Namespace, console: Console) -> int:
         conflicts = find_conflicts(plans, results_dir)
 
         if args.dry_run:
-            _print_plan(console, plans, results_dir)
+            steps = list_steps(plans)
+            costs = prepare("Timing a step of each model", measure_steps, steps)
+            print_plan(console, plans, results_dir, costs, jobs)
 
             return 0
 
@@ -168,36 +171,6 @@ def _print_failure(console: Console, title: str, error: object) -> None:
 
     console.print(error.read_log_tail(), markup=False, highlight=False)
     console.print(f"error: {title} {error}", markup=False, highlight=False)
-
-
-def _print_plan(console: Console, plans: list[RunPlan], results_dir: Path) -> None:
-    from moxe_plugin.bench.recording import find_records
-    from moxe_plugin.bench.stage_state import read_state
-
-    records = find_records(results_dir)
-
-    for plan in plans:
-        record = records.get(plan.config_sha256)
-
-        for stage in plan.stages:
-            state = read_state(stage.state_file)
-
-            if record is not None:
-                status = f"recorded in {record.name}"
-            elif state is None:
-                status = "to do"
-            elif state.config_sha256 != stage.config_sha256:
-                status = "begun with another configuration"
-            else:
-                status = "done" if state.status == "done" else "to continue"
-
-            console.print(
-                f"{plan.title}: {stage.name}: {status}", markup=False, highlight=False
-            )
-
-            if stage.argv:
-                command = f"  fairseq2 {shlex.join(stage.argv)}"
-                console.print(command, markup=False, highlight=False, soft_wrap=True)
 
 
 def _describe_conflicts(conflicts: list[Conflict]) -> str:
@@ -274,8 +247,8 @@ def _create_parser() -> ArgumentParser:
         "--jobs",
         metavar="N",
         type=_positive_int,
-        help="how many runs at a time share the cores (default: one per core, or one "
-        "in all where there is a GPU)",
+        help="how many runs at a time (default: one per GPU; one per core where there "
+        "is none)",
     )
     parser.add_argument(
         "--redo",

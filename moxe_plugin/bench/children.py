@@ -92,6 +92,7 @@ def run_in_child(
     log_file: Path,
     on_poll: Callable[[], None],
     num_threads: int,
+    device: str | None = None,
 ) -> ChildResult:
     """Run a function in a process of its own and wait for it.
 
@@ -104,6 +105,7 @@ def run_in_child(
     :param on_poll: Called about twice a second while the process runs; what it raises
         ends the process.
     :param num_threads: The threads of one operation of the process.
+    :param device: What ``CUDA_VISIBLE_DEVICES`` is in the process; ``None`` leaves it.
 
     :returns: The result.
 
@@ -117,7 +119,8 @@ def run_in_child(
     log_file.touch()
 
     process = context.Process(
-        target=_run, args=(function, tuple(args), log_file, result_file, num_threads)
+        target=_run,
+        args=(function, tuple(args), log_file, result_file, num_threads, device),
     )
 
     # Starting a process also looks which others have ended, and an end can be seen
@@ -153,8 +156,13 @@ def _run(
     log_file: Path,
     result_file: Path,
     num_threads: int,
+    device: str | None,
 ) -> None:
     _end_with_parent()
+
+    # In time: CUDA reads it when it is first used, and the server never uses it.
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
 
     # fairseq2 leaves the number of threads alone if this is set; torch, imported by the
     # server, does not read it any more.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -31,13 +32,29 @@ class Jobs(NamedTuple):
     num_threads: int
     """Threads of one operation of a run."""
 
+    devices: Sequence[str | None] = (None,)
+    """What ``CUDA_VISIBLE_DEVICES`` is for each run at a time; ``None`` leaves it."""
+
+
+def list_accelerators() -> list[str]:
+    """List the GPUs that this process may use, without a library of CUDA.
+
+    :returns: What ``CUDA_VISIBLE_DEVICES`` names, or the numbers of all there are.
+    """
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+
+    names = [file.name.removeprefix("nvidia") for file in Path("/dev").glob("nvidia*")]
+
+    return sorted((name for name in names if name.isdecimal()), key=int)
+
 
 def plan_jobs(num_jobs: int | None) -> Jobs:
     """Decide how runs share the machine.
 
     By default a core gets one run: operations on small models are too short to be
-    shared by threads, and far slower so when other processes need a core. An
-    accelerator gets one run at a time.
+    shared by threads, and far slower so when other processes need a core. Where there
+    are GPUs each gets one run at a time, and sees no other GPU.
 
     :param num_jobs: How many runs at a time, if the user says so.
 
@@ -46,12 +63,16 @@ def plan_jobs(num_jobs: int | None) -> Jobs:
     num_cores = len(os.sched_getaffinity(0))
     num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
 
+    gpus = list_accelerators()
+
     if num_jobs is None:
-        has_accelerator = Path("/dev/nvidiactl").exists()
+        num_jobs = len(gpus) or max(1, num_cores // max(1, num_threads))
 
-        num_jobs = 1 if has_accelerator else max(1, num_cores // max(1, num_threads))
+    devices: list[str | None] = [None] * num_jobs
+    if gpus:
+        devices = [gpus[job % len(gpus)] for job in range(num_jobs)]
 
-    return Jobs(num_jobs, num_threads or max(1, num_cores // num_jobs))
+    return Jobs(num_jobs, num_threads or max(1, num_cores // num_jobs), devices)
 
 
 def describe_hardware(

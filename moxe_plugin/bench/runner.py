@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import date
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Lock
 from typing import NamedTuple
 
@@ -74,6 +75,10 @@ class Runner:
         self._record_lock = Lock()
         self._is_interrupted = False
 
+        self._devices: SimpleQueue[str | None] = SimpleQueue()
+        for device in jobs.devices:
+            self._devices.put(device)
+
     def run(self, plans: Sequence[RunPlan]) -> list[FailedRun]:
         """Run all that is not done yet; a failed run does not stop the others.
 
@@ -96,16 +101,21 @@ class Runner:
         return [failed for failed in results if failed is not None]
 
     def _try_one(self, plan: RunPlan) -> FailedRun | None:
+        # There are as many as threads.
+        device = self._devices.get()
+
         try:
-            self._run_one(plan)
+            self._run_one(plan, device)
         except _StageFailedError as ex:
             self._display.show(f"{plan.title}: {ex.stage.name} failed. {ex.error}")
 
             return FailedRun(plan, ex.stage, ex.error)
+        finally:
+            self._devices.put(device)
 
         return None
 
-    def _run_one(self, plan: RunPlan) -> None:
+    def _run_one(self, plan: RunPlan, device: str | None) -> None:
         with self._record_lock:
             records = find_records(self._results_dir)
 
@@ -118,7 +128,7 @@ class Runner:
             if is_done(stage):
                 self._display.skip(plan, [stage], "done before")
             else:
-                self._run_stage(plan, stage)
+                self._run_stage(plan, stage, device)
 
         with self._record_lock:
             record_run(
@@ -129,7 +139,7 @@ class Runner:
                 self._jobs.num_jobs,
             )
 
-    def _run_stage(self, plan: RunPlan, stage: StagePlan) -> None:
+    def _run_stage(self, plan: RunPlan, stage: StagePlan, device: str | None) -> None:
         state = read_state(stage.state_file) or stage.start()
         write_state(stage.state_file, state)
 
@@ -161,6 +171,7 @@ class Runner:
                 log_file=log_file,
                 on_poll=on_poll,
                 num_threads=self._jobs.num_threads,
+                device=device,
             )
         except ChildFailedError as ex:
             # A terminal interrupts the children too; that is no failure of theirs.

@@ -150,6 +150,21 @@ def guess(stage: StagePlan) -> dict[str, Any]:
     return {**evaluate_guess(stage), **_describe_device()}
 
 
+def measure_steps(stages: Mapping[str, StagePlan]) -> dict[str, Any]:
+    """Measure a training step of each of some stages.
+
+    :param stages: The stages by a key.
+
+    :returns: ``steps``: fields of :class:`~moxe_plugin.bench.estimate.StepCost` by key;
+        the device and the number of threads.
+    """
+    from moxe_plugin.bench.step_timing import time_step
+
+    steps = {key: time_step(stage.config)._asdict() for key, stage in stages.items()}
+
+    return {"steps": steps, **_describe_device()}
+
+
 def _describe_device() -> dict[str, Any]:
     import torch
 

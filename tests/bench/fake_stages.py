@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def resolve(suite: Suite) -> dict[str, Any]:
             config = {
                 "regime": {"num_steps": 20, **suite.pretrain_config},
                 "common": {"seed": seed},
-                "dataset": {},
+                "dataset": {"seq_len": 50, "batch_size": 2},
+                "trainer": {"grad_accumulation": {"num_batches": 1}},
                 "tokenizer": {},
             }
             key = run_key(system, seed)
@@ -44,6 +46,12 @@ def resolve(suite: Suite) -> dict[str, Any]:
         "data": {key: asdict(DATA) for key in configs},
         "tasks": [],
     }
+
+
+def measure_steps(stages: Mapping[str, StagePlan]) -> dict[str, Any]:
+    cost = {"flops_per_token": 1000, "tokens_per_s": 10.0}
+
+    return {"steps": dict.fromkeys(stages, cost), **_DEVICE}
 
 
 def train(stage: StagePlan) -> dict[str, Any]:
@@ -79,6 +87,14 @@ def train_killed_once(stage: StagePlan) -> dict[str, Any]:
         (metrics_dir / "train.jsonl").write_text('{"Step": 10, "NLL Loss": 4.0}\n{"St')
 
         os.kill(os.getpid(), signal.SIGKILL)
+
+    return train(stage)
+
+
+def train_on_gpu(stage: StagePlan) -> dict[str, Any]:
+    stage.run_dir.joinpath("gpu").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    # Long enough for the other run to begin.
+    time.sleep(1.0)
 
     return train(stage)
 

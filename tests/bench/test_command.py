@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the arguments of a suite with fake stages."""
     monkeypatch.setattr(stages, "PRELOAD", ("moxe_plugin.bench.children",))
     monkeypatch.setattr(stages, "resolve_suite", fake_stages.resolve)
+    monkeypatch.setattr(stages, "measure_steps", fake_stages.measure_steps)
     monkeypatch.setattr(
         stages,
         "STAGE_FUNCTIONS",
@@ -60,10 +62,38 @@ def test_dry_run_prints_the_commands_and_does_nothing(
     assert main([*args, "--dry-run", "--only", "xlstm", "--seeds", "5"]) == 0
 
     output = capsys.readouterr().out
-    assert "xLSTM, seed 5: pretrain: to do" in output
+    # 20 steps of 2 sequences of 50 tokens, at 3 x 1000 FLOPs and 10 tokens a second
+    line = "xLSTM, seed 5: pretrain: to do; 6e+06 FLOPs, about 3 min (measured)"
+    assert line in output
+    assert "xLSTM, seed 5: evaluate: to do\n" in output
+    assert (
+        "In all: 6e+06 FLOPs of training, about 3 min with 1 at a time; without "
+        "4 stages whose time no earlier record tells."
+    ) in output
     assert f"fairseq2 lm pretrain {tmp_path}/out/work/xlstm_s5/pretrain" in output
     assert "MoxE" not in output
     assert not (tmp_path / "out" / "work" / "xlstm_s5").exists()
+
+
+def test_dry_run_takes_the_time_of_earlier_runs_of_the_recipe(
+    args: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(args) == 0
+    for file in (tmp_path / "out").glob("*/environment.json"):
+        environment = json.loads(file.read_text())
+        environment["wall_s"] = dict.fromkeys(environment["wall_s"], 4000.0)
+        file.write_text(json.dumps(environment))
+    capsys.readouterr()
+
+    assert main([*args, "--dry-run", "--only", "moxe", "--seeds", "2", "3"]) == 0
+
+    output = capsys.readouterr().out
+    assert "MoxE, seed 2: pretrain: recorded in moxe_embedded" in output
+    assert (
+        "MoxE, seed 3: pretrain: to do; 6e+06 FLOPs, about 67 min (recorded)" in output
+    )
+    assert "MoxE, seed 3: evaluate: to do; about 67 min (recorded)" in output
+    assert "In all: 6e+06 FLOPs of training, about 2.2 h with 1 at a time." in output
 
 
 def test_failure_is_shown_and_exits_with_1(

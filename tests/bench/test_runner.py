@@ -17,7 +17,7 @@ from rich.console import Console
 from moxe_plugin.bench import runner
 from moxe_plugin.bench.children import create_context
 from moxe_plugin.bench.display import LineDisplay
-from moxe_plugin.bench.machine import Jobs
+from moxe_plugin.bench.machine import Jobs, plan_jobs
 from moxe_plugin.bench.plan import Resolution, RunPlan, plan_suite
 from moxe_plugin.bench.runner import FailedRun, Runner
 from moxe_plugin.bench.suite import SuiteError, parse_suite
@@ -59,7 +59,10 @@ def _plan(work_dir: Path, num_steps: int = 20, text: str = _SUITE) -> list[RunPl
 @pytest.fixture
 def run(context: ForkServerContext, tmp_path: Path) -> Run:
     def run(
-        plans: list[RunPlan], train: Any = fake_stages.train, num_jobs: int = 1
+        plans: list[RunPlan],
+        train: Any = fake_stages.train,
+        num_jobs: int = 1,
+        devices: list[str | None] | None = None,
     ) -> tuple[list[FailedRun], str]:
         output = io.StringIO()
 
@@ -74,7 +77,7 @@ def run(context: ForkServerContext, tmp_path: Path) -> Run:
                 "guess": fake_stages.guess,
             },
             display=LineDisplay(Console(file=output, width=200)),
-            jobs=Jobs(num_jobs, num_threads=2),
+            jobs=Jobs(num_jobs, 2, devices or [None] * num_jobs),
         )
 
         return suite_runner.run(plans), output.getvalue()
@@ -203,6 +206,27 @@ def test_runs_share_the_machine(run: Run, tmp_path: Path) -> None:
     lines = output.splitlines()
     begun = [i for i, line in enumerate(lines) if line.endswith(" ...")]
     assert begun[:3] == [0, 1, 2], "three begin before the first ends"
+
+
+def test_runs_at_a_time_have_a_gpu_each(run: Run, tmp_path: Path) -> None:
+    text = _SUITE.replace("[2]", "[2, 3]")
+    plans = [p for p in _plan(tmp_path / "work", text=text) if not p.is_guess]
+
+    failed, _ = run(plans, fake_stages.train_on_gpu, num_jobs=2, devices=["4", "7"])
+
+    assert failed == []
+    gpus = [(p.run_dir / "gpu").read_text() for p in plans]
+    assert sorted(gpus) == ["4", "7"]
+
+
+def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+
+    assert plan_jobs(None).devices == ["3", "5"]
+    assert plan_jobs(3).devices == ["3", "5", "3"]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert plan_jobs(2).devices == [None, None]
 
 
 def test_interruption_ends_all_processes(
