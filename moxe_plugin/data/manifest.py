@@ -33,6 +33,17 @@ class FileInfo:
     sha256: str
     """The digest of the file."""
 
+    def __post_init__(self) -> None:
+        """Check that the file lies in the directory.
+
+        :raises ValueError: Its name leads elsewhere.
+        """
+        if Path(self.file).name != self.file:
+            raise ValueError(
+                "`file` must be the name of a file in the directory, but is "
+                f"'{self.file}' instead."
+            )
+
 
 @dataclass(kw_only=True)
 class SplitInfo:

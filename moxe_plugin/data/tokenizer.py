@@ -229,7 +229,10 @@ def _load(file: Path) -> PreTrainedTokenizerFast:
     try:
         if file.with_name("tokenizer_config.json").exists():
             load: Any = AutoTokenizer.from_pretrained
-            tokenizer = load(file.parent, local_files_only=True)
+            # Without an answer, transformers would ask whether to run code in there.
+            tokenizer = load(
+                file.parent, local_files_only=True, trust_remote_code=False
+            )
         else:
             load = PreTrainedTokenizerFast
             tokenizer = load(tokenizer_file=str(file))

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from moxe_plugin.models.model_card import check_model_card
+
 
 class TrainOutput(NamedTuple):
     """One checkpoint of a training run, and what is written beside it."""
@@ -83,9 +85,25 @@ def open_train_output(path: Path, step: int | None = None) -> TrainOutput:
     return TrainOutput(
         output_dir,
         step,
-        _read_yaml(output_dir / "checkpoints" / "model.yaml"),
+        read_model_card(output_dir / "checkpoints" / "model.yaml"),
         _read_yaml(config_file) if config_file.is_file() else {},
     )
+
+
+def read_model_card(file: Path) -> Mapping[str, Any]:
+    """Read what a training run says of its model.
+
+    :param file: Its ``model.yaml``.
+
+    :returns: The content.
+
+    :raises ValueError: It is damaged, or would let a checkpoint run code.
+    """
+    card = _read_yaml(file)
+
+    check_model_card(card, file)
+
+    return card
 
 
 def list_steps(output_dir: Path) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -99,7 +100,10 @@ def _round(value: Any) -> Any:
 
 
 def _escape_markdown(text: str) -> str:
-    return text.replace("|", "\\|")
+    text = text.replace("|", "\\|").replace("\n", " ")
+
+    # What begins like a tag of HTML would be one.
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
 
 
 def _escape_latex(text: str) -> str:

@@ -13,11 +13,17 @@ from torch.nn import Module
 from moxe_plugin.models.clm import AuxLossCausalLM
 from moxe_plugin.train.checks import (
     check_gangs,
+    check_model_section,
     check_seq_len,
     check_vocabulary,
     refuse_other_model,
 )
+from moxe_plugin.train.config import TrainConfig
 from moxe_plugin.train.routing_recorder import LoadHistory
+from moxe_plugin.train.safe_resume import (
+    check_named_checkpoints,
+    check_resumed_checkpoint,
+)
 from moxe_plugin.train.units import CausalLMEvalUnit, CausalLMTrainUnit
 
 
@@ -42,7 +48,12 @@ def prepare_model(context: RecipeContext, seq_len: int) -> PreparedModel:
 
     :returns: The model and its tokenizer.
     """
+    config = context.get_config_as(TrainConfig)
+
     check_gangs(context.gangs)
+    check_model_section(context.resolver, config.model)
+    check_named_checkpoints(config.common)
+    check_resumed_checkpoint(context)
 
     with refuse_other_model(context):
         dp_model = context.get_data_parallel_model()

@@ -24,6 +24,7 @@ from moxe_plugin.train.chat.config import LMChatConfig
 from moxe_plugin.train.chat.conversation import Conversation, GeneratorFactory
 from moxe_plugin.train.chat.task import EXIT, RESET, ChatTask
 from moxe_plugin.train.checks import check_gangs, check_vocabulary
+from moxe_plugin.train.safe_resume import check_named_checkpoints
 
 
 @final
@@ -35,6 +36,7 @@ class LMChatRecipe(Recipe):
         config = context.get_config_as(LMChatConfig)
 
         check_gangs(context.gangs)
+        check_named_checkpoints(config.common)
 
         if (num_processes := context.gangs.root.size) > 1:
             raise RecipeError(

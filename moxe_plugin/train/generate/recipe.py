@@ -17,6 +17,7 @@ from moxe_plugin.train.checks import check_gangs, check_vocabulary
 from moxe_plugin.train.generate.config import LMGenerateConfig
 from moxe_plugin.train.generate.prompts import PromptReader, read_prompts
 from moxe_plugin.train.generate.unit import CompletionUnit
+from moxe_plugin.train.safe_resume import check_named_checkpoints
 
 
 @final
@@ -30,6 +31,7 @@ class LMGenerateRecipe(Recipe):
         gangs = context.gangs
 
         check_gangs(gangs)
+        check_named_checkpoints(config.common)
 
         prompts = list(config.prompts)
         if config.prompt_file is not None:

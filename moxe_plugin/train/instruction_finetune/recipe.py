@@ -13,6 +13,7 @@ from moxe_plugin.data.instructions import InstructionsDataset
 from moxe_plugin.train.instruction_finetune.config import LMInstructionFinetuneConfig
 from moxe_plugin.train.metrics import register_metric_descriptors
 from moxe_plugin.train.routing_recorder import register_routing_recorder
+from moxe_plugin.train.safe_resume import register_unsafe_checkpoint_error
 from moxe_plugin.train.task import create_lm_trainer, prepare_model
 
 
@@ -24,6 +25,7 @@ class LMInstructionFinetuneRecipe(Recipe):
     def register(self, container: DependencyContainer) -> None:
         register_metric_descriptors(container)
         register_routing_recorder(container)
+        register_unsafe_checkpoint_error(container)
 
     @override
     def create_task(self, context: RecipeContext) -> Task:
