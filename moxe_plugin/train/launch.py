@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +25,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from moxe_plugin.train.error_lines import describe_config_error, shorten_trace
+from moxe_plugin.train.output_dir import keep_config
 from moxe_plugin.train.registry import find_preset, get_recipe_entry
+from moxe_plugin.train.secrets import is_not_environment, mask_secrets
 
 
 class ConfigFileError(ValueError):
@@ -102,6 +104,33 @@ def compose_config(
     return config
 
 
+def check_overrides(items: Sequence[str]) -> None:
+    """Check what follows ``--config`` on a command line.
+
+    :param items: ``KEY=VALUE`` or ``del:KEY`` each.
+
+    :raises ConfigFileError: One is neither, or its value is not valid YAML.
+    """
+    for item in items:
+        key, separator, value = item.partition("=")
+
+        if not (item.startswith("del:") or (key and separator)):
+            raise ConfigFileError(
+                f"`--config` must be followed by KEY=VALUE or del:KEY, but is '{item}' "
+                "instead."
+            )
+
+        try:
+            _yaml().load(value)
+        except YAMLError as ex:
+            reason = str(ex).splitlines()[0]
+
+            raise ConfigFileError(
+                f"`--config` must give `{key}` a value in YAML, but gives '{value}' "
+                f"({reason}). Put texts with special characters in quotation marks."
+            ) from None
+
+
 def run_recipe(
     recipe: str | Recipe,
     config: object,
@@ -157,10 +186,17 @@ def launch(
         # Without a terminal, rich breaks lines at column 80 and shows no progress.
         no_rich = [] if sys.stderr.isatty() else ["--no-rich"]
 
-        argv = [sys.argv[0], "--config-file", str(file), *args, *no_rich]
+        # What stands first is what fairseq2 calls the command in its messages.
+        argv = ["fairseq2", "--config-file", str(file), *args, *no_rich]
 
-        with _argv(argv), _own_logger(quiet):
+        with _argv(argv), _own_logger(quiet), _keep_config(args):
             run_command(recipe)
+
+
+def _keep_config(args: Sequence[str]) -> AbstractContextManager[None]:
+    has_output_dir = bool(args) and not args[0].startswith("-")
+
+    return keep_config(Path(args[0])) if has_output_dir else nullcontext()
 
 
 @contextmanager
@@ -185,14 +221,16 @@ def _own_logger(quiet: bool) -> Iterator[None]:
     if quiet:
         logger.setLevel(logging.WARNING)
 
-    logger.addFilter(_is_not_environment)
-    logger.addFilter(shorten_trace)
+    filters = (is_not_environment, shorten_trace, mask_secrets)
+
+    for filter_ in filters:
+        logger.addFilter(filter_)
 
     try:
         yield
     finally:
-        logger.removeFilter(shorten_trace)
-        logger.removeFilter(_is_not_environment)
+        for filter_ in filters:
+            logger.removeFilter(filter_)
 
         for handler in logger.handlers[:]:
             if handler not in handlers:
@@ -200,11 +238,6 @@ def _own_logger(quiet: bool) -> Iterator[None]:
                 handler.close()
 
         logger.setLevel(level)
-
-
-def _is_not_environment(record: logging.LogRecord) -> bool:
-    # fairseq2 logs all environment variables, access tokens included.
-    return not record.getMessage().startswith("Environment Variables - ")
 
 
 def _read(file: Path) -> object:
