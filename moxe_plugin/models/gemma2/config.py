@@ -10,6 +10,8 @@ from fairseq2.runtime.dependency import DependencyContainer
 from fairseq2.utils.validation import Validatable, ValidationResult
 from typing_extensions import override
 
+from moxe_plugin.models.validation import check_counts, check_vocabulary
+
 GEMMA2_FAMILY: Final = "gemma2"
 
 
@@ -56,17 +58,18 @@ class Gemma2Config(Validatable):
     def validate(self) -> ValidationResult:
         result = ValidationResult()
 
-        for name in ("vocab_size", "max_seq_len", "model_dim", "num_layers"):
-            if getattr(self, name) < 1:
-                result.add_error(
-                    f"`{name}` must be greater than or equal to 1, but is "
-                    f"{getattr(self, name)} instead."
-                )
+        check_vocabulary(self, result)
 
-        if self.num_key_value_heads < 1 or self.num_heads % self.num_key_value_heads:
+        check_counts(
+            self, ["max_seq_len", "model_dim", "num_layers", "ffn_inner_dim"], result
+        )
+
+        kv_heads = self.num_key_value_heads
+
+        if kv_heads < 1 or self.num_heads < 1 or self.num_heads % kv_heads:
             result.add_error(
                 f"`num_heads` ({self.num_heads}) must be a multiple of "
-                f"`num_key_value_heads`, but that is {self.num_key_value_heads}."
+                f"`num_key_value_heads`, but that is {kv_heads}."
             )
 
         if self.head_dim < 2 or self.head_dim % 2 != 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fairseq2.utils.validation import StandardObjectValidator
 from transformers import Gemma2Config as HfGemma2Config
 from transformers import Gemma2ForCausalLM
 
@@ -17,8 +18,11 @@ def create_gemma2_model(config: Gemma2Config) -> Gemma2LM:
 
     :returns: The model with the initial weights of transformers.
 
+    :raises ValidationError: The configuration is not valid.
     :raises NotSupportedError: Tensor parallelism is on.
     """
+    StandardObjectValidator().validate(config)
+
     check_no_tensor_parallelism(GEMMA2_FAMILY)
 
     return Gemma2Factory(config).create_model()

@@ -14,6 +14,7 @@ from fairseq2.nn import (
     StandardEmbedding,
     StandardLayerNorm,
 )
+from fairseq2.utils.validation import StandardObjectValidator
 from torch import nn
 
 from moxe_plugin.models.moxe.config import MOXE_FAMILY, MoxEConfig
@@ -47,8 +48,11 @@ def create_moxe_model(config: MoxEConfig) -> MoxELM:
 
     :returns: The model, on the current device and of the current data type.
 
+    :raises ValidationError: The configuration is not valid.
     :raises NotSupportedError: Tensor parallelism is on.
     """
+    StandardObjectValidator().validate(config)
+
     check_no_tensor_parallelism(MOXE_FAMILY)
 
     return MoxEFactory(config).create_model()

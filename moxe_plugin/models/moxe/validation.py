@@ -6,6 +6,13 @@ from typing import TYPE_CHECKING
 
 from fairseq2.utils.validation import ValidationResult
 
+from moxe_plugin.models.validation import (
+    check_choices,
+    check_counts,
+    check_factors,
+    check_scales,
+    check_vocabulary,
+)
 from moxe_plugin.nn.layers import round_up_to_64
 
 if TYPE_CHECKING:
@@ -21,18 +28,17 @@ def validate_moxe_config(config: MoxEConfig) -> ValidationResult:
     """
     result = ValidationResult()
 
-    for name in (
-        "vocab_size",
-        "max_seq_len",
-        "model_dim",
-        "num_layers",
-        "conv_kernel_size",
-    ):
-        if getattr(config, name) < 1:
-            result.add_error(
-                f"`{name}` must be greater than or equal to 1, but is "
-                f"{getattr(config, name)} instead."
-            )
+    check_choices(config, result)
+
+    check_vocabulary(config, result)
+
+    check_counts(
+        config, ["max_seq_len", "model_dim", "num_layers", "conv_kernel_size"], result
+    )
+
+    factors = ["slstm_ffn_proj_factor", "expert_ffn_proj_factor"]
+
+    check_factors(config, factors, config.model_dim, result)
 
     if config.num_heads < 1 or config.model_dim % config.num_heads != 0:
         result.add_error(
@@ -54,36 +60,31 @@ def validate_moxe_config(config: MoxEConfig) -> ValidationResult:
             f"but is {config.top_k} instead."
         )
 
-    if config.difficulty_bias_scale < 0.0:
-        result.add_error(
-            "`difficulty_bias_scale` must be greater than or equal to 0, but is "
-            f"{config.difficulty_bias_scale} instead."
-        )
-
     if not config.mixer_blocks:
         result.add_error("`mixer_blocks` must name at least one block.")
 
     _validate_groups(config, result)
     _validate_selection(config, result)
 
-    for name in (
+    scales = [
+        "difficulty_bias_scale",
         "difficulty_loss_scale",
         "group_loss_scale",
         "router_z_loss_scale",
         "load_balance_loss_scale",
         "dynamic_loss_scale",
         "load_bias_rate",
-    ):
-        if getattr(config, name) < 0.0:
-            result.add_error(
-                f"`{name}` must be greater than or equal to 0, but is "
-                f"{getattr(config, name)} instead."
-            )
+    ]
+
+    check_scales(config, scales, result)
 
     return result
 
 
 def _validate_mlstm(config: MoxEConfig, result: ValidationResult) -> None:
+    if not check_factors(config, ["mlstm_proj_factor"], config.model_dim, result):
+        return
+
     inner_dim = round_up_to_64(config.mlstm_proj_factor * config.model_dim)
 
     for name in ("num_heads", "qkv_block_size"):
@@ -139,8 +140,10 @@ def _validate_selection(config: MoxEConfig, result: ValidationResult) -> None:
             f"{config.dynamic_threshold} instead."
         )
 
-    if not 0.0 <= config.workspace_threshold <= 1.0:
-        result.add_error(
-            "`workspace_threshold` must be between 0 and 1, but is "
-            f"{config.workspace_threshold} instead."
-        )
+    for name in ("workspace_threshold", "difficulty_threshold"):
+        value = getattr(config, name)
+
+        if not 0.0 <= value <= 1.0:
+            result.add_error(
+                f"`{name}` must be between 0 and 1, but is {value} instead."
+            )

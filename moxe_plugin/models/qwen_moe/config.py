@@ -10,6 +10,12 @@ from fairseq2.runtime.dependency import DependencyContainer
 from fairseq2.utils.validation import Validatable, ValidationResult
 from typing_extensions import override
 
+from moxe_plugin.models.validation import (
+    check_counts,
+    check_scales,
+    check_vocabulary,
+)
+
 QWEN_MOE_FAMILY: Final = "qwen_moe"
 
 
@@ -63,12 +69,13 @@ class QwenMoEConfig(Validatable):
     def validate(self) -> ValidationResult:
         result = ValidationResult()
 
-        for name in ("vocab_size", "max_seq_len", "model_dim", "num_layers"):
-            if getattr(self, name) < 1:
-                result.add_error(
-                    f"`{name}` must be greater than or equal to 1, but is "
-                    f"{getattr(self, name)} instead."
-                )
+        check_vocabulary(self, result)
+
+        counts = ["max_seq_len", "model_dim", "num_layers", "num_experts"]
+
+        counts += ["expert_inner_dim", "shared_expert_inner_dim"]
+
+        check_counts(self, counts, result)
 
         if self.num_heads < 1 or self.model_dim % (2 * self.num_heads) != 0:
             result.add_error(
@@ -88,11 +95,7 @@ class QwenMoEConfig(Validatable):
                 f"but is {self.top_k} instead."
             )
 
-        if self.load_balance_loss_scale < 0.0:
-            result.add_error(
-                "`load_balance_loss_scale` must be greater than or equal to 0, but is "
-                f"{self.load_balance_loss_scale} instead."
-            )
+        check_scales(self, ["load_balance_loss_scale"], result)
 
         return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fairseq2.utils.validation import StandardObjectValidator
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
@@ -18,8 +19,11 @@ def create_qwen_moe_model(config: QwenMoEConfig) -> QwenMoELM:
 
     :returns: The model with the initial weights of transformers.
 
+    :raises ValidationError: The configuration is not valid.
     :raises NotSupportedError: Tensor parallelism is on.
     """
+    StandardObjectValidator().validate(config)
+
     check_no_tensor_parallelism(QWEN_MOE_FAMILY)
 
     return QwenMoEFactory(config).create_model()

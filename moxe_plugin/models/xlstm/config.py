@@ -10,6 +10,12 @@ from fairseq2.runtime.dependency import DependencyContainer
 from fairseq2.utils.validation import Validatable, ValidationResult
 from typing_extensions import override
 
+from moxe_plugin.models.validation import (
+    check_choices,
+    check_counts,
+    check_factors,
+    check_vocabulary,
+)
 from moxe_plugin.nn.layers import round_up_to_64
 
 XLSTM_FAMILY: Final = "xlstm"
@@ -64,25 +70,24 @@ class XLSTMConfig(Validatable):
     def validate(self) -> ValidationResult:
         result = ValidationResult()
 
-        for name in (
-            "vocab_size",
-            "max_seq_len",
-            "model_dim",
-            "num_blocks",
-            "slstm_period",
-            "conv_kernel_size",
-        ):
-            if getattr(self, name) < 1:
-                result.add_error(
-                    f"`{name}` must be greater than or equal to 1, but is "
-                    f"{getattr(self, name)} instead."
-                )
+        check_choices(self, result)
+
+        check_vocabulary(self, result)
+
+        counts = ["max_seq_len", "model_dim", "num_blocks", "slstm_period"]
+
+        check_counts(self, [*counts, "conv_kernel_size"], result)
 
         if self.num_heads < 1 or self.model_dim % self.num_heads != 0:
             result.add_error(
                 f"`model_dim` ({self.model_dim}) must be a multiple of `num_heads`, "
                 f"but `num_heads` is {self.num_heads}."
             )
+
+        factors = ["mlstm_proj_factor", "slstm_ffn_proj_factor"]
+
+        if not check_factors(self, factors, self.model_dim, result):
+            return result
 
         inner_dim = round_up_to_64(self.mlstm_proj_factor * self.model_dim)
 

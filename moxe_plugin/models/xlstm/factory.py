@@ -13,6 +13,7 @@ from fairseq2.nn import (
     StandardEmbedding,
     StandardLayerNorm,
 )
+from fairseq2.utils.validation import StandardObjectValidator
 from torch import nn
 
 from moxe_plugin.models.parallel import check_no_tensor_parallelism
@@ -29,8 +30,11 @@ def create_xlstm_model(config: XLSTMConfig) -> XLSTMLM:
 
     :returns: The model, on the current device and of the current data type.
 
+    :raises ValidationError: The configuration is not valid.
     :raises NotSupportedError: Tensor parallelism is on.
     """
+    StandardObjectValidator().validate(config)
+
     check_no_tensor_parallelism(XLSTM_FAMILY)
 
     return XLSTMFactory(config).create_model()
