@@ -187,7 +187,7 @@ def test_output_dir_may_follow_config(
     ("overrides", "message"),
     [
         (["regime.num_data_epochs=1"], "`num_data_epochs` must be null"),
-        (["model.family=foo"], "foo is not a known model family"),
+        (["model.family=foo"], "`model.family` must be a known name, but is 'foo'"),
         (["model.arch=foo"], "foo"),
         (["foo=1"], "foo"),
     ],
@@ -244,4 +244,6 @@ def test_file_as_output_dir_is_refused(
     file = tmp_path / "a.txt"
     file.touch()
 
-    assert "OUTPUT_DIR must be no file" in _fail(capsys, "lm", "pretrain", str(file))
+    assert "`OUTPUT_DIR` must be a directory" in _fail(
+        capsys, "lm", "pretrain", str(file)
+    )

@@ -163,6 +163,10 @@ def load_suite(name_or_file: str) -> Suite:
         text = file.read_text(encoding="utf-8")
     except OSError as ex:
         raise SuiteError(f"'{file}' cannot be read: {ex.strerror}.") from None
+    except UnicodeDecodeError as ex:
+        raise SuiteError(
+            f"'{file}' must be UTF-8, but has a byte at {ex.start} that is not."
+        ) from None
 
     return parse_suite(text, str(file))
 
@@ -197,6 +201,16 @@ def parse_suite(text: str, source: str) -> Suite:
         for task in suite.tasks
     ]
 
+    for name in (suite.name, suite.data, *(system.name for system in systems)):
+        # Directories are called so.
+        if Path(name).name != name or name.startswith("."):
+            raise SuiteError(
+                f"{source}: `name` and `data` must do as part of a file name, but one "
+                f"is '{name}'."
+            )
+
+    _check_seeds(suite.seeds, source)
+
     for name, values in (
         ("systems", [system.name for system in systems]),
         ("seeds", suite.seeds),
@@ -217,6 +231,14 @@ def parse_suite(text: str, source: str) -> Suite:
             Instructions, suite.instructions, f"{source}, instructions"
         ),
     )
+
+
+def _check_seeds(seeds: Sequence[int], source: str) -> None:
+    if negative := [seed for seed in seeds if seed < 0]:
+        raise SuiteError(
+            f"{source}: `seeds` must be greater than or equal to 0, but one is "
+            f"{negative[0]}."
+        )
 
 
 def select(
@@ -244,6 +266,8 @@ def select(
 
         kept = [system for system in suite.systems if system.name in systems]
         suite = replace(suite, systems=kept)
+
+    _check_seeds(seeds or (), "--seeds")
 
     return suite if seeds is None else replace(suite, seeds=list(dict.fromkeys(seeds)))
 

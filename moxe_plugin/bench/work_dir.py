@@ -80,9 +80,15 @@ def lock_work_dir(work_dir: Path) -> Iterator[None]:
 
     :yields: Nothing.
 
-    :raises SuiteError: Another process holds the directory.
+    :raises SuiteError: Another process holds the directory, or it cannot be made.
     """
-    work_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as ex:
+        raise SuiteError(
+            f"`--out` and `--work` must be directories that can be written to, but "
+            f"'{work_dir}' cannot be made: {ex.strerror}."
+        ) from None
 
     with (work_dir / "lock").open("w") as file:
         try:

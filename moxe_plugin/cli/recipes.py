@@ -133,6 +133,7 @@ def run_recipe_command(args: Namespace) -> int:
 
     :returns: The exit code; errors of a recipe exit by themselves.
     """
+    from moxe_plugin.train.output_dir import OutputDirError, check_output_dir
     from moxe_plugin.train.registry import UnknownNameError, find_preset, list_presets
 
     entry: RecipeEntry = args.entry
@@ -149,8 +150,11 @@ def run_recipe_command(args: Namespace) -> int:
     if args.output_dir is None and not args.dump_config:
         args.parser.error("OUTPUT_DIR is required; put it before all options.")
 
-    if args.output_dir is not None and Path(args.output_dir).is_file():
-        args.parser.error(f"OUTPUT_DIR must be no file, but is {args.output_dir}.")
+    try:
+        if args.output_dir is not None and not args.dump_config:
+            check_output_dir(Path(args.output_dir))
+    except OutputDirError as ex:
+        _fail(args, ex)
 
     preset: str | None = args.preset
 
@@ -165,11 +169,18 @@ def run_recipe_command(args: Namespace) -> int:
         except UnknownNameError as ex:
             _fail(args, ex)
 
-    from moxe_plugin.train.launch import ConfigFileError, compose_config, launch
+    from moxe_plugin.train.launch import (
+        ConfigFileError,
+        check_overrides,
+        compose_config,
+        launch,
+    )
 
     recipe = entry.load()
 
     try:
+        check_overrides([item for items in args.config for item in items])
+
         config = compose_config(recipe.config_kls, files)
     except ConfigFileError as ex:
         _fail(args, ex)

@@ -218,6 +218,13 @@ def read_instructions(file: Path) -> Iterator[Instruction]:
 
             try:
                 yield _parse(json.loads(line))
+            except UnicodeDecodeError:
+                raise DatasetError(
+                    f"{file}:{line_nr} is not UTF-8. Convert the file first, for "
+                    "example with `iconv -t UTF-8`."
+                ) from None
+            except json.JSONDecodeError as ex:
+                raise DatasetError(f"{file}:{line_nr} is not JSON: {ex}") from None
             except ValueError as ex:
                 raise DatasetError(f"{file}:{line_nr}: {ex}") from ex
 

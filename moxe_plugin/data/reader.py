@@ -175,19 +175,20 @@ class RowReader(DataReader[SequenceBatch]):
         StateDictError.raise_if_not_empty(state)
 
         if num_rows != len(self._rows):
-            raise StateDictError(
+            raise RecipeError(
                 f"The dataset split had {num_rows} rows when the checkpoint was saved, "
-                f"but has {len(self._rows)} now."
+                f"but has {len(self._rows)} now. Bring back the old data and sequence "
+                "length, or choose another output directory."
             )
 
         if rows_sha256 != self._rows.compute_sha256():
-            raise StateDictError(
+            raise RecipeError(
                 "The dataset split has other content than when the checkpoint was "
                 "saved. Bring back the old data, or choose another output directory."
             )
 
         if seed != self._seed:
-            raise StateDictError(
+            raise RecipeError(
                 f"The order of the data had the seed {seed} when the checkpoint was "
                 f"saved, but has {self._seed} now. Bring back the old seed, or choose "
                 "another output directory."

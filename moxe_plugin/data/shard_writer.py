@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from moxe_plugin.data.manifest import (
     DTYPES,
+    MANIFEST_FILE,
     FileInfo,
     ShardManifest,
     SplitInfo,
@@ -41,6 +42,7 @@ class ShardWriter:
     :param max_shard_tokens: The size at which the next shard of a split begins.
 
     :raises FileExistsError: ``path`` exists and ``overwrite`` is ``False``.
+    :raises ValueError: ``path`` exists and is no directory of token shards.
     """
 
     def __init__(
@@ -57,6 +59,12 @@ class ShardWriter:
     ) -> None:
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} already exists.")
+
+        if path.exists() and not (path / MANIFEST_FILE).is_file():
+            raise ValueError(
+                f"{path} is not replaced: it has no {MANIFEST_FILE}, so it is no "
+                "directory of token shards. Choose another one, or remove it yourself."
+            )
 
         self._path = path
         self._max_shard_tokens = max_shard_tokens

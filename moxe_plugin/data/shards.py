@@ -32,12 +32,16 @@ class TokenStream:
     :param path: The shard directory.
     :param info: The split's part of the manifest.
     :param dtype: The type of a stored token.
+    :param vocab_size: How many tokens there are.
     """
 
-    def __init__(self, path: Path, info: SplitInfo, dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, path: Path, info: SplitInfo, dtype: np.dtype[Any], vocab_size: int
+    ) -> None:
         self.info = info
         self._path = path
         self._dtype = dtype
+        self._vocab_size = vocab_size
         self._shards = [
             np.memmap(path / s.file, dtype=dtype, mode="r") for s in info.shards
         ]
@@ -65,6 +69,7 @@ class TokenStream:
         :returns: Token ids. *Shape:* ``(stop - start)``.
 
         :raises ValueError: The range does not lie within the stream.
+        :raises DatasetError: A token is none of the vocabulary.
         """
         if not 0 <= start <= stop <= len(self):
             raise ValueError(
@@ -84,6 +89,13 @@ class TokenStream:
             ]
             position = end
             idx += 1
+
+        if output.size > 0 and (largest := output.max()) >= self._vocab_size:
+            raise DatasetError(
+                f"{self._path} is damaged: it has the token {largest}, but the "
+                f"tokenizer has {self._vocab_size} tokens only. See what is damaged "
+                "with `moxe data info --verify`, and build the shards again."
+            )
 
         return output
 
@@ -115,9 +127,14 @@ class TokenShards:
 
         :returns: The stream.
         """
-        dtype = DTYPES[self.manifest.dtype]
+        manifest = self.manifest
 
-        return TokenStream(self.path, self.manifest.splits[split], dtype)
+        return TokenStream(
+            self.path,
+            manifest.splits[split],
+            DTYPES[manifest.dtype],
+            manifest.vocab_size,
+        )
 
 
 def open_shards(path: Path, *, verify: bool = False) -> TokenShards:

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from fairseq2.assets import AssetCard, AssetNotFoundError, get_asset_store
+from fairseq2.assets import (
+    AssetCard,
+    AssetCardError,
+    AssetNotFoundError,
+    get_asset_store,
+)
 from fairseq2.data.tokenizers import Tokenizer, load_tokenizer
 from fairseq2.models import ModelFamily, get_model_family_name, load_model
 from fairseq2.models.clm import CausalLM
@@ -99,7 +104,12 @@ def load_checkpoint(
     else:
         tokenizer = source.load_tokenizer()
 
-    model = load_model(source.card, device=torch.device(device), dtype=dtype)
+    try:
+        model = load_model(source.card, device=torch.device(device), dtype=dtype)
+    except AssetCardError as ex:
+        raise ValueError(
+            f"`checkpoint` cannot be loaded: {_describe_causes(ex)}"
+        ) from ex
 
     if not isinstance(model, CausalLM):
         raise ValueError(
@@ -107,9 +117,47 @@ def load_checkpoint(
             f"of type `{type(model)}` instead."
         )
 
+    _check_tokenizer(model, tokenizer, source)
+
     model.eval()
 
     return LoadedModel(model, tokenizer, source.name, source.step, provenance)
+
+
+def _describe_causes(ex: BaseException) -> str:
+    """Tell the error and what caused it; fairseq2 names the file in the former only."""
+    messages = []
+    cause: BaseException | None = ex
+
+    while cause is not None:
+        messages.append(str(cause))
+        cause = cause.__cause__
+
+    return " ".join(messages)
+
+
+def _check_tokenizer(model: CausalLM, tokenizer: Tokenizer, source: _Source) -> None:
+    """Refuse a tokenizer that cannot be that of the training: it would score noise."""
+    frontend: Any = getattr(model, "decoder_frontend", None)
+    if frontend is None:
+        return
+
+    embed, vocab_info = frontend.embed, tokenizer.vocab_info
+
+    if vocab_info.size > embed.num_embeddings:
+        raise ValueError(
+            "`tokenizer` must have at most as many tokens as the model has embeddings "
+            f"({embed.num_embeddings}), but has {vocab_info.size}. Name the one that "
+            f"'{source.name}' was trained with."
+        )
+
+    # Trainings of this package make sure that the two agree.
+    if source.step is not None and embed.pad_idx not in (None, vocab_info.pad_idx):
+        raise ValueError(
+            f"`tokenizer` must be the one that '{source.name}' was trained with, whose "
+            f"padding token is {embed.pad_idx}, but that of this one is "
+            f"{vocab_info.pad_idx}."
+        )
 
 
 class _Source(NamedTuple):

@@ -63,8 +63,11 @@ class GenerationOptions:
         if unknown:
             raise ValueError(
                 f"Generation arguments must be among do_sample, {', '.join(known)}, "
-                f"but have {', '.join(unknown)} too."
+                f"but have `{'`, `'.join(unknown)}` too."
             )
+
+        if not all(isinstance(text, str) for text in until):
+            raise ValueError(f"`until` must be texts, but is {until} instead.")
 
         return GenerationOptions(
             **kwargs, temperature=temperature, until=tuple(s for s in until if s)

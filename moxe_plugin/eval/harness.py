@@ -67,6 +67,9 @@ class MoxeHarnessLM(LoadedModelLM):
                 f"{', '.join(known)}."
             )
 
+        if not (step is None or isinstance(step, int)):
+            raise ValueError(f"`step` must be a training step, but is '{step}'.")
+
         if dtype not in _DTYPES:
             raise ValueError(
                 f"`dtype` must be one of {', '.join(_DTYPES)}, but is '{dtype}' "

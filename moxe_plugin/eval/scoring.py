@@ -103,7 +103,7 @@ def score_continuations(
     for _, continuation in pairs:
         if not 1 <= len(continuation) <= max_length:
             raise ValueError(
-                f"A continuation must have 1 to {max_length} tokens (`max_length`), "
+                f"`continuation` must have 1 to {max_length} tokens (`max_length`), "
                 f"but has {len(continuation)} instead."
             )
 

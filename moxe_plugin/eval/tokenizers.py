@@ -10,6 +10,7 @@ from fairseq2.data.tokenizers import (
     Tokenizer,
     TokenizerFamily,
     TokenizerFamilyNotKnownError,
+    TokenizerModelError,
     TokenizerNotKnownError,
     load_tokenizer,
 )
@@ -117,4 +118,7 @@ def _load_custom_tokenizer(
         merged = StandardConfigMerger().merge(converter.unstructure(config), overrides)
         config = converter.structure(merged, family.config_kls)
 
-    return family.load_custom_tokenizer(path, config, create_fake_gangs(CPU))
+    try:
+        return family.load_custom_tokenizer(path, config, create_fake_gangs(CPU))
+    except (TokenizerModelError, FileNotFoundError) as ex:
+        raise ValueError(f"`tokenizer` cannot be loaded: {ex}") from ex

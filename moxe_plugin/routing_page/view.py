@@ -196,7 +196,7 @@ def create_view(
         )
 
     if not text:
-        raise ValueError("The text must have at least one character, but is empty.")
+        raise ValueError("`text` must have at least one character, but is empty.")
 
     _check_unicode(text)
 

@@ -29,7 +29,10 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         systems = list_systems(args.size)
-    except ValueError as ex:
+
+        # Measuring takes minutes; a place that cannot be written to must not cost them.
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as ex:
         error_console.print(f"error: {ex}", markup=False, highlight=False)
 
         return 2

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 from fairseq2.data.tokenizers import Tokenizer
 from fairseq2.gang import Gangs
+from fairseq2.models import ModelFamily
 from fairseq2.nn import Embedding
 from fairseq2.recipe import RecipeContext
+from fairseq2.recipe.config import ModelSection
 from fairseq2.recipe.error import RecipeError
+from fairseq2.runtime.dependency import DependencyLookup, DependencyResolver
 
 from moxe_plugin.models.clm import AuxLossCausalLM
 from moxe_plugin.models.train_output import list_steps
@@ -29,6 +33,41 @@ def check_gangs(gangs: Gangs) -> None:
             f"moxe_plugin shards its parameters, but is {gangs.tp.size} instead. Use "
             "`trainer.data_parallelism=fsdp` to spread a model over devices."
         )
+
+
+def check_model_section(resolver: DependencyResolver, section: ModelSection) -> None:
+    """Make sure that family and architecture of a new model are known.
+
+    :param resolver: Knows the families.
+    :param section: Says which model to train.
+
+    :raises RecipeError: One is not; the message names those that are.
+    """
+    if section.name is not None or section.family is None:
+        return
+
+    families = DependencyLookup(resolver, ModelFamily)
+
+    family = families.maybe_get(section.family)
+
+    if family is None:
+        known = map(str, families.iter_keys())
+
+        raise _unknown("model.family", section.family, known)
+
+    if section.arch is not None and section.arch not in family.get_archs():
+        raise _unknown("model.arch", section.arch, family.get_archs())
+
+
+def _unknown(name: str, value: str, known: Iterable[str]) -> RecipeError:
+    known = sorted(known)
+
+    near = get_close_matches(value, known) or known
+
+    return RecipeError(
+        f"`{name}` must be a known name, but is '{value}' instead. Did you mean "
+        f"{' or '.join(near)}?"
+    )
 
 
 def check_vocabulary(model: AuxLossCausalLM, tokenizer: Tokenizer) -> None:

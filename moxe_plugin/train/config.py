@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from fairseq2.recipe.config import (
@@ -20,6 +21,24 @@ from fairseq2.recipe.config import (
 )
 from fairseq2.utils.validation import Validatable, ValidationResult
 from typing_extensions import override
+
+
+def _validate_adamw(config: AdamWConfig, result: ValidationResult) -> None:
+    # Whatever is compared with NaN is false.
+    for name in ("lr", "weight_decay", "eps"):
+        value = getattr(config, name)
+
+        if not 0.0 <= value < math.inf:
+            result.add_error(
+                f"`optimizer.config.{name}` must be greater than or equal to 0 and "
+                f"finite, but is {value} instead."
+            )
+
+    if not all(0.0 <= beta < 1.0 for beta in config.betas):
+        result.add_error(
+            "`optimizer.config.betas` must be at least 0 and less than 1, but are "
+            f"{config.betas} instead."
+        )
 
 
 @dataclass(kw_only=True)
@@ -103,13 +122,8 @@ class TrainConfig(Validatable):
     def validate(self) -> ValidationResult:
         result = ValidationResult()
 
-        optimizer_config = self.optimizer.config
-
-        if isinstance(optimizer_config, AdamWConfig) and optimizer_config.lr < 0.0:
-            result.add_error(
-                "`optimizer.config.lr` must be greater than or equal to 0, but is "
-                f"{optimizer_config.lr} instead."
-            )
+        if isinstance(self.optimizer.config, AdamWConfig):
+            _validate_adamw(self.optimizer.config, result)
 
         lr_config, num_steps = self.lr_scheduler.config, self.regime.num_steps
 

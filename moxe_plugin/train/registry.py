@@ -239,7 +239,9 @@ def find_preset(recipe: str, preset: str) -> Path:
 
     command = recipe.replace("/", " ")
 
-    raise UnknownNameError(f"'{preset}' is not a preset of `{command}`. {hint}")
+    raise UnknownNameError(
+        f"`--preset` must be a preset of `{command}`, but is '{preset}' instead. {hint}"
+    )
 
 
 def _recipe_of(preset: str) -> str | None:

@@ -128,7 +128,7 @@ def test_the_default_limit_fits_the_model(loaded: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("gen_kwargs", "message"),
     [
-        ({"num_beams": 4}, "but have num_beams too"),
+        ({"num_beams": 4}, "but have `num_beams` too"),
         ({"max_gen_toks": 0}, "`max_gen_toks` must be positive"),
         (
             {"do_sample": True, "temperature": -1.0},

@@ -65,7 +65,7 @@ def test_the_text_may_come_from_stdin(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--text", ""], "The text must have at least one character"),
+        (["--text", ""], "`text` must have at least one character"),
         (["--text", "a", "--layer", "2"], "`--layer` must be between 0 and 1"),
         (["--text", "a", "--step", "5"], "5"),
         (["--file", "nothing.txt"], "nothing.txt"),

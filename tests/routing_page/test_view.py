@@ -125,7 +125,7 @@ def test_long_texts_are_cut_and_say_so(read: Read) -> None:
 @pytest.mark.parametrize(
     ("text", "max_tokens", "message"),
     [
-        ("", 9, "The text must have at least one character"),
+        ("", 9, "`text` must have at least one character"),
         ("a\udc80", 9, "must be valid Unicode, but has '.udc80' at character 1"),
         ("a", 0, "`max_tokens` must be greater than or equal to 1, but is 0"),
     ],

@@ -181,7 +181,7 @@ def test_file_without_prompts_is_refused(tmp_path: Path) -> None:
 
     file.write_bytes(b"\xff")
 
-    with pytest.raises(RecipeError, match="cannot be read: 'utf-8' codec"):
+    with pytest.raises(RecipeError, match="`prompt_file` must be UTF-8"):
         read_prompts(file)
 
 

@@ -39,7 +39,7 @@ def test_preset_is_found_in_the_resources() -> None:
     [
         ("quikstart/moxe", "Did you mean quickstart/moxe"),
         ("xlstm", "Did you mean .*quickstart/xlstm"),
-        ("instruct/quickstart", "is not a preset of `lm pretrain`"),
+        ("instruct/quickstart", "must be a preset of `lm pretrain`"),
     ],
 )
 def test_unknown_preset_is_refused_with_a_hint(preset: str, hint: str) -> None:

@@ -94,6 +94,9 @@ class LMGenerateConfig(SupportsStructure, Validatable):
                 f"'{self.seq_generator.name}', which may revise what it has shown."
             )
 
+        if not all(self.prompts):
+            result.add_error("`prompts` must not be empty texts, but one is.")
+
         if self.batch_size < 1:
             result.add_error(
                 "`batch_size` must be greater than or equal to 1, but is "

@@ -27,9 +27,15 @@ def read_prompts(file: Path) -> list[str]:
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as ex:
+    except OSError as ex:
         raise RecipeError(
-            f"`prompt_file` must be a text file, but '{file}' cannot be read: {ex}."
+            f"`prompt_file` must be a text file, but '{file}' cannot be read: "
+            f"{ex.strerror}."
+        ) from None
+    except UnicodeDecodeError as ex:
+        raise RecipeError(
+            f"`prompt_file` must be UTF-8, but '{file}' has a byte at {ex.start} that "
+            "is not. Convert it first, for example with `iconv -t UTF-8`."
         ) from None
 
     lines_by_nr = [(n, s) for n, s in enumerate(lines, start=1) if s.strip()]
@@ -89,8 +95,9 @@ class PromptReader(DataReader[SequenceBatch]):
         for prompt, seq in zip(prompts, seqs, strict=True):
             if not 0 < len(seq) < max_seq_len:
                 raise RecipeError(
-                    f"A prompt must have between 1 and {max_seq_len - 1} tokens, but "
-                    f"'{prompt[:40]}...' has {len(seq)}."
+                    f"`prompts` must have between 1 and {max_seq_len - 1} tokens each, "
+                    f"one less than the model's `max_seq_len`, but '{prompt[:40]}...' "
+                    f"has {len(seq)}. Shorten it."
                 )
 
         self._prompts = prompts
