@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from moxe_plugin.data.overlap_command import add_overlap_options
 
 if TYPE_CHECKING:
-    from moxe_plugin.data.build import Document
+    from moxe_plugin.data.documents import SplitFractions
     from moxe_plugin.data.manifest import ShardManifest
+    from moxe_plugin.data.sources import TextSource
 
 _EPILOG = """examples:
   moxe data embedded
@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
 
     :param argv: The arguments; ``None`` means those of the process.
 
-    :returns: The exit code: 0, 1 for data that cannot be read, 2 for a user error.
+    :returns: The exit code: 0, 1 for data that cannot be read, 2 for a user error, 130
+        if it was interrupted.
     """
     args = _create_parser().parse_args(argv)
 
@@ -44,6 +45,12 @@ def main(argv: list[str] | None = None) -> int:
         _write(f"moxe data: {ex}", sys.stderr)
 
         return 1
+    except KeyboardInterrupt:
+        _write(
+            "moxe data: interrupted; the same command continues a build.", sys.stderr
+        )
+
+        return 130
     except ValueError as ex:
         _write(f"moxe data: {ex}", sys.stderr)
 
@@ -87,7 +94,14 @@ def _create_parser() -> ArgumentParser:
         help="share of documents for `test`, unless --test-files (default: 0.01)",
     )
     command.add_argument("--max-tokens", type=int, help="stop after so many")
-    command.add_argument("--overwrite", action="store_true")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace the directory"
+    )
+    command.add_argument(
+        "--restart",
+        action="store_true",
+        help="drop an interrupted build instead of continuing it",
+    )
     command.set_defaults(run=_build)
 
     command = commands.add_parser("tokenizer", help="train a BPE tokenizer")
@@ -119,19 +133,25 @@ def _add_sources(parser: ArgumentParser) -> None:
     source.add_argument(
         "--files", type=Path, nargs="+", metavar="FILE", help=".txt, .jsonl, .parquet"
     )
-    source.add_argument("--hf", metavar="NAME", help="a Hugging Face dataset")
+    source.add_argument(
+        "--hf", metavar="NAME", help="a Hugging Face dataset, or a directory like one"
+    )
 
     parser.add_argument("--text-column", default="text", help="(default: text)")
     parser.add_argument("--hf-config", metavar="NAME")
     parser.add_argument("--hf-split", default="train", help="(default: train)")
+    parser.add_argument(
+        "--hf-revision", metavar="COMMIT", help="commit or tag (default: the newest)"
+    )
     parser.add_argument(
         "--no-streaming", action="store_true", help="download the whole dataset first"
     )
 
 
 def _build(args: Namespace) -> None:
-    from moxe_plugin.data.build import build_shards
+    from moxe_plugin.data.build import ShardEncoding, build_shards_resumably
     from moxe_plugin.data.progress import Stages
+    from moxe_plugin.data.sources import DocumentStream
 
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"{args.output} already exists; give --overwrite to replace.")
@@ -139,22 +159,32 @@ def _build(args: Namespace) -> None:
     if args.max_tokens is not None and args.max_tokens < 1:
         raise ValueError(f"`--max-tokens` must be positive, but is {args.max_tokens}.")
 
+    stream = DocumentStream(_open_parts(args))
+
     with Stages() as stages, stages.start(f"Writing {args.output}") as stage:
-        manifest = build_shards(
-            stage.over(_read_documents(args)),
+        manifest = build_shards_resumably(
+            stream,
             args.output,
-            tokenizer_path=args.tokenizer,
-            eos_token=args.eos_token,
+            ShardEncoding(
+                tokenizer_path=args.tokenizer,
+                eos_token=args.eos_token,
+                max_tokens=args.max_tokens,
+            ),
             source=args.hf or ", ".join(f.name for f in args.files),
-            max_tokens=args.max_tokens,
             overwrite=args.overwrite,
+            restart=args.restart,
+            notify=_notify,
+            progress=stage.advance,
         )
 
     _describe(args.output, manifest)
 
 
-def _read_documents(args: Namespace) -> Iterator[Document]:
-    from moxe_plugin.data.documents import SplitFractions, assign_splits, read_texts
+def _open_parts(
+    args: Namespace,
+) -> list[tuple[TextSource, str | SplitFractions]]:
+    from moxe_plugin.data.documents import SplitFractions
+    from moxe_plugin.data.sources import FileTexts
 
     fractions = SplitFractions(
         valid=0.0 if args.valid_files else args.valid_fraction,
@@ -163,33 +193,44 @@ def _read_documents(args: Namespace) -> Iterator[Document]:
 
     smallest = min(fractions.valid, fractions.test)
 
-    if smallest < 0.0 or fractions.valid + fractions.test >= 1.0:
+    # Not `>=`, which is false for NaN too.
+    if not (smallest >= 0.0 and fractions.valid + fractions.test < 1.0):
         raise ValueError(
             "`--valid-fraction` and `--test-fraction` must not be negative and must "
-            "leave something to train on."
+            "leave something to train on, but are "
+            f"{fractions.valid:g} and {fractions.test:g}."
         )
+
+    parts: list[tuple[TextSource, str | SplitFractions]] = []
 
     # Held-out files first: `--max-tokens` must not cut them off.
     for split, files in (("valid", args.valid_files), ("test", args.test_files)):
         if files:
-            yield from assign_splits(read_texts(files, args.text_column), split)
+            parts.append((FileTexts(files, args.text_column), split))
 
-    yield from assign_splits(_read_texts(args), fractions)
+    return [*parts, (_open_texts(args), fractions)]
 
 
-def _read_texts(args: Namespace) -> Iterator[str]:
-    from moxe_plugin.data.documents import read_hg_dataset, read_texts
+def _open_texts(args: Namespace) -> TextSource:
+    from moxe_plugin.data.hub import HubTexts
+    from moxe_plugin.data.sources import FileTexts
 
     if args.files:
-        return read_texts(args.files, args.text_column)
+        return FileTexts(args.files, args.text_column)
 
-    return read_hg_dataset(
+    return HubTexts(
         args.hf,
         args.hf_config,
         args.hf_split,
         args.text_column,
+        revision=args.hf_revision,
         streaming=not args.no_streaming,
+        notify=_notify,
     )
+
+
+def _notify(message: str) -> None:
+    _write(f"moxe data: {message}", sys.stderr)
 
 
 def _train_tokenizer(args: Namespace) -> None:
@@ -199,7 +240,7 @@ def _train_tokenizer(args: Namespace) -> None:
     from moxe_plugin.data.progress import Stages
 
     with Stages() as stages, stages.start("Training the tokenizer") as stage:
-        texts = islice(_read_texts(args), args.max_documents)
+        texts = islice(_open_texts(args), args.max_documents)
         train_bpe(stage.over(texts), args.vocab_size, args.output)
 
     _write(f"{args.output}: a tokenizer of {args.vocab_size} entries")

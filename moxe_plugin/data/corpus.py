@@ -21,7 +21,7 @@ from fairseq2.logging import log
 from filelock import FileLock
 
 from moxe_plugin.data.bpe import train_bpe
-from moxe_plugin.data.build import Document, build_shards
+from moxe_plugin.data.build import Document, ShardEncoding, build_shards
 from moxe_plugin.data.documentation import STDLIB, TOPICS, get_versions
 from moxe_plugin.data.gathering import gather
 from moxe_plugin.data.manifest import compute_sha256
@@ -257,8 +257,9 @@ def _build(spec: EmbeddedSpec, origin: dict[str, Any], data: EmbeddedData) -> No
             shards = build_shards(
                 step.over(Document(d.split, d.text) for d in corpus.documents),
                 data.tokens_dir,
-                tokenizer_path=data.tokenizer_dir,
-                tokenizer_name="embedded",
+                ShardEncoding(
+                    tokenizer_path=data.tokenizer_dir, tokenizer_name="embedded"
+                ),
                 source="documentation of " + ", ".join(spec.sources),
             )
 

@@ -184,34 +184,6 @@ def _read_parquet(
         ) from None
 
 
-def read_hg_dataset(
-    name: str, config: str | None, split: str, text_column: str, *, streaming: bool
-) -> Iterator[str]:
-    """Read the documents of a dataset of the Hugging Face hub, or a directory.
-
-    :param name: The name, for example ``HuggingFaceFW/fineweb-edu``.
-    :param config: Its configuration, for example ``sample-10BT``.
-    :param split: Its split.
-    :param text_column: The column of the text.
-    :param streaming: Whether to read while downloading, and no more than is used.
-
-    :yields: The documents, in order.
-
-    :raises DatasetError: The dataset cannot be read.
-    """
-    import datasets
-
-    try:
-        rows: Any = datasets.load_dataset(
-            name, config, split=split, streaming=streaming
-        )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as ex:
-        raise DatasetError(f"The dataset {name} cannot be read: {ex}") from ex
-
-    for row in rows:
-        yield get_text(row, text_column, name)
-
-
 def get_text(row: Mapping[str, Any], text_column: str, place: str) -> str:
     """Return the text of a row.
 

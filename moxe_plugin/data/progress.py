@@ -86,6 +86,13 @@ class Stage:
 
             self._progress.advance(self._task_id)
 
+    def advance(self, num_items: int) -> None:
+        """Count items.
+
+        :param num_items: Their number.
+        """
+        self._progress.advance(self._task_id, num_items)
+
     def __enter__(self) -> Self:
         """Return the stage."""
         return self

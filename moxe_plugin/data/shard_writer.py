@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 from types import TracebackType
-from typing import BinaryIO, Final
+from typing import Any, Final
 
-import numpy as np
 from fairseq2.datasets import DatasetError
 from typing_extensions import Self
 
-from moxe_plugin.data.manifest import (
-    DTYPES,
-    MANIFEST_FILE,
-    FileInfo,
-    ShardManifest,
-    SplitInfo,
-    compute_sha256,
-)
+from moxe_plugin.data.manifest import MANIFEST_FILE, ShardManifest
 from moxe_plugin.data.shards import open_shards
+from moxe_plugin.data.split_writer import SplitWriter
 
 MAX_SHARD_TOKENS: Final = 1 << 27
 
@@ -30,7 +23,9 @@ class ShardWriter:
     """Writes token shards next to their destination and moves them there at the end.
 
     A context manager: leaving it normally publishes the directory at once, leaving it
-    by an exception removes what was written.
+    by an exception removes what was written. With a ``work_path``, an exception that
+    does not tell of the documents (a lost connection, a full disk) leaves it there for
+    a later writer that is given the state of the last :meth:`sync`.
 
     :param path: The directory to make.
     :param tokenizer_name: Where the tokenizer came from.
@@ -40,8 +35,12 @@ class ShardWriter:
     :param source: Where the text came from.
     :param overwrite: Whether an existing directory is replaced.
     :param max_shard_tokens: The size at which the next shard of a split begins.
+    :param work_path: The directory to write in until all is written, on the file system
+        of ``path``; ``None`` means one of the writer's own.
+    :param state: The state of the writer to continue, in its ``work_path``.
 
     :raises FileExistsError: ``path`` exists and ``overwrite`` is ``False``.
+    :raises DatasetError: What the earlier writer wrote is damaged.
     :raises ValueError: ``path`` exists and is no directory of token shards.
     """
 
@@ -56,6 +55,8 @@ class ShardWriter:
         source: str,
         overwrite: bool = False,
         max_shard_tokens: int = MAX_SHARD_TOKENS,
+        work_path: Path | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} already exists.")
@@ -68,7 +69,7 @@ class ShardWriter:
 
         self._path = path
         self._max_shard_tokens = max_shard_tokens
-        self._splits: dict[str, _SplitWriter] = {}
+        self._splits: dict[str, SplitWriter] = {}
         self._manifest = ShardManifest(
             tokenizer_name=tokenizer_name,
             tokenizer_sha256=tokenizer_sha256,
@@ -78,8 +79,43 @@ class ShardWriter:
             source=source,
         )
 
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._tmp_path = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        self._can_continue = work_path is not None
+
+        if work_path is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            work_path = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+
+        self._work_path = work_path
+        self._shards_path = work_path / "shards"
+        self._shards_path.mkdir(exist_ok=True)
+
+        if state is not None:
+            self._restore(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        for name, split_state in state.items():
+            self._splits[name] = self._create_split(name, split_state)
+
+        # What was begun after the last `sync`.
+        known = {f for s in self._splits.values() for f in s.files}
+
+        for file in [*self._shards_path.iterdir(), *self._work_path.glob("*.offsets")]:
+            if file not in known:
+                file.unlink()
+
+    def _create_split(
+        self, name: str, state: Mapping[str, Any] | None = None
+    ) -> SplitWriter:
+        offsets_file = self._work_path / f"{name}.offsets"
+
+        return SplitWriter(
+            self._shards_path,
+            name,
+            self._manifest,
+            self._max_shard_tokens,
+            offsets_file,
+            state,
+        )
 
     def add_document(self, split: str, tokens: Sequence[int], num_bytes: int) -> None:
         """Append a document to a split.
@@ -93,12 +129,22 @@ class ShardWriter:
         writer = self._splits.get(split)
 
         if writer is None:
-            writer = _SplitWriter(
-                self._tmp_path, split, self._manifest, self._max_shard_tokens
-            )
+            writer = self._create_split(split)
             self._splits[split] = writer
 
         writer.add_document(tokens, num_bytes)
+
+    def sync(self) -> dict[str, Any]:
+        """Bring every document added so far to the disk.
+
+        :returns: The state that another writer can continue from, as JSON can hold it.
+        """
+        return {name: writer.sync() for name, writer in self._splits.items()}
+
+    @property
+    def num_document_tokens(self) -> int:
+        """The number of tokens of all documents, each with its separator."""
+        return sum(w.num_tokens - 1 for w in self._splits.values())
 
     def close(self) -> ShardManifest:
         """Write the manifest, check the result and move it to its destination.
@@ -115,16 +161,20 @@ class ShardWriter:
         for name, writer in self._splits.items():
             self._manifest.splits[name] = writer.close()
 
-        self._manifest.write(self._tmp_path)
-        open_shards(self._tmp_path, verify=True)
+        self._manifest.write(self._shards_path)
+        open_shards(self._shards_path, verify=True)
 
         # mkdtemp makes private directories.
-        self._tmp_path.chmod(0o755)
+        self._shards_path.chmod(0o755)
 
         if self._path.exists():
-            shutil.rmtree(self._path)
+            replaced = self._work_path / "replaced"
+            shutil.rmtree(replaced, ignore_errors=True)
+            self._path.rename(replaced)
 
-        self._tmp_path.rename(self._path)
+        self._shards_path.rename(self._path)
+
+        shutil.rmtree(self._work_path)
 
         return self._manifest
 
@@ -135,10 +185,14 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Remove what was written."""
-        for writer in self._splits.values():
-            writer.abort()
+        self.abandon()
 
-        shutil.rmtree(self._tmp_path)
+        shutil.rmtree(self._work_path)
+
+    def abandon(self) -> None:
+        """Stop writing, but leave what was written."""
+        for writer in self._splits.values():
+            writer.abandon()
 
     def __enter__(self) -> Self:
         """Return the writer."""
@@ -150,84 +204,10 @@ class ShardWriter:
         ex: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        """Publish the directory, or discard it if there was an exception."""
+        """Publish the directory, or discard or leave it if there was an exception."""
         if kls is None:
             self.close()
+        elif self._can_continue and not issubclass(kls, (DatasetError, ValueError)):
+            self.abandon()
         else:
             self.discard()
-
-
-class _SplitWriter:
-    def __init__(
-        self, path: Path, name: str, manifest: ShardManifest, max_shard_tokens: int
-    ) -> None:
-        self._path = path
-        self._name = name
-        self._dtype = DTYPES[manifest.dtype]
-        self._vocab_size = manifest.vocab_size
-        self._eos_idx = manifest.eos_idx
-        self._max_shard_tokens = max_shard_tokens
-
-        self._shard_sizes: list[int] = []
-        self._fp: BinaryIO | None = None
-        self._num_bytes = 0
-        self._offsets: list[int] = []
-        self.num_tokens = 0
-
-        self._append([self._eos_idx])
-        self._offsets.append(self.num_tokens)
-
-    def add_document(self, tokens: Sequence[int], num_bytes: int) -> None:
-        self._append([*tokens, self._eos_idx])
-        self._offsets.append(self.num_tokens)
-        self._num_bytes += num_bytes
-
-    def _append(self, tokens: Sequence[int]) -> None:
-        array = np.asarray(tokens, dtype=np.int64)
-
-        if array.min() < 0 or array.max() >= self._vocab_size:
-            raise ValueError(
-                f"`tokens` must be less than the vocabulary size ({self._vocab_size}), "
-                f"but range from {array.min()} to {array.max()} instead."
-            )
-
-        if self._fp is None or self._shard_sizes[-1] >= self._max_shard_tokens:
-            self.abort()
-            self._fp = self._shard_file(len(self._shard_sizes)).open("wb")
-            self._shard_sizes.append(0)
-
-        self._fp.write(array.astype(self._dtype).tobytes())
-        self._shard_sizes[-1] += len(array)
-        self.num_tokens += len(array)
-
-    def _shard_file(self, idx: int) -> Path:
-        return self._path / f"{self._name}_{idx:05}.bin"
-
-    def abort(self) -> None:
-        if self._fp is not None:
-            self._fp.close()
-
-    def close(self) -> SplitInfo:
-        self.abort()
-
-        shards = []
-
-        for idx, size in enumerate(self._shard_sizes):
-            file = self._shard_file(idx)
-            digest = compute_sha256(file)
-            shards.append(FileInfo(file=file.name, num_items=size, sha256=digest))
-
-        file = self._path / f"{self._name}_offsets.npy"
-        np.save(file, np.asarray(self._offsets, dtype=np.int64))
-
-        return SplitInfo(
-            num_tokens=self.num_tokens,
-            num_documents=len(self._offsets) - 1,
-            num_bytes=self._num_bytes,
-            shards=shards,
-            offsets=FileInfo(
-                file=file.name,
-                num_items=len(self._offsets),
-                sha256=compute_sha256(file),
-            ),
-        )

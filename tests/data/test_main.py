@@ -10,6 +10,7 @@ import pytest
 from fairseq2.data.tokenizers import get_tokenizer_family_name
 from fairseq2.datasets import DatasetError, get_dataset_family_name
 from pyarrow import parquet
+from tokenizers import Tokenizer
 
 from moxe_plugin.data.__main__ import main
 from moxe_plugin.data.bpe import train_bpe
@@ -118,11 +119,14 @@ def test_build_stops_at_the_limit(tmp_path: Path, tokenizer_dir: Path) -> None:
 
     assert main([*args, str(file), "--max-tokens", "100"]) == 0
 
-    num_tokens = sum(s.num_tokens for s in open_shards(output).manifest.splits.values())
-    longest = max(len(text.encode()) for text in TEXTS) + 1
+    splits = open_shards(output).manifest.splits.values()
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    sizes = [len(e.ids) + 1 for e in tokenizer.encode_batch(TEXTS)]
+    num_documents = sum(s.num_documents for s in splits)
 
-    # The document that reaches the limit is the last one, and is kept whole.
-    assert 100 <= num_tokens < 100 + longest
+    # Each split begins with a separator that belongs to no document.
+    assert sum(s.num_tokens - 1 for s in splits) == sum(sizes[:num_documents])
+    assert sum(sizes[: num_documents - 1]) < 100 <= sum(sizes[:num_documents])
 
 
 @pytest.mark.parametrize(
