@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from fairseq2.datasets import DatasetError
+from fairseq2.logging import log
 from fairseq2.utils.config import ReplaceEnvDirective, StandardConfigProcessor
 from fairseq2.utils.env import StandardEnvironment
 
 from moxe_plugin.bench.stage_state import hash_config
 from moxe_plugin.bench.suite import Corpus, Instructions, Suite, SuiteError
 from moxe_plugin.data.bpe import train_bpe
-from moxe_plugin.data.build import Document, build_shards
-from moxe_plugin.data.documents import (
-    SplitFractions,
-    assign_splits,
-    read_hg_dataset,
-    read_texts,
-)
+from moxe_plugin.data.build import Document, ShardEncoding, build_shards
+from moxe_plugin.data.documents import SplitFractions, assign_splits, read_texts
+from moxe_plugin.data.hub import HubTexts
 from moxe_plugin.data.instruction_encoding import read_instructions
 from moxe_plugin.data.manifest import compute_sha256
+from moxe_plugin.data.retrying import StreamError
 
 _VARIABLE: Final = re.compile(r"\$\{env:(\w+)")
 
@@ -62,7 +61,7 @@ def build_data(suite: Suite, work_dir: Path) -> dict[str, Any]:
             directory = _build_instructions(suite.instructions, work_dir / "data")
 
             options["finetune_config"] = {"dataset.path": str(directory)}
-    except DatasetError as ex:
+    except (DatasetError, StreamError) as ex:
         raise SuiteError(f"The data of `{suite.name}` cannot be built: {ex}") from ex
 
     return options
@@ -150,10 +149,12 @@ def _build_corpus(corpus: Corpus, name: str, data_dir: Path) -> Path:
         build_shards(
             _read_documents(corpus, train_files, valid_files),
             output_dir,
-            tokenizer_path=directory / "tokenizer",
-            tokenizer_name=directory.name,
+            ShardEncoding(
+                tokenizer_path=directory / "tokenizer",
+                tokenizer_name=directory.name,
+                max_tokens=corpus.max_tokens,
+            ),
             source=corpus.hub or ", ".join(file.name for file in train_files),
-            max_tokens=corpus.max_tokens,
         )
 
     _make(directory / "tokenizer", make_tokenizer)
@@ -168,15 +169,16 @@ def _read_documents(
     # Held-out files first: `max_tokens` must not cut them off.
     yield from assign_splits(read_texts(valid_files, corpus.text_column), "valid")
 
+    texts: Iterable[str]
     if corpus.hub is None:
         texts = read_texts(train_files, corpus.text_column)
     else:
-        texts = read_hg_dataset(
+        texts = HubTexts(
             expand(corpus.hub),
             corpus.hub_config,
             "train",
             corpus.text_column,
-            streaming=True,
+            notify=partial(log.warning, "{}"),
         )
 
     valid = 0.0 if valid_files else corpus.valid_fraction

@@ -7,12 +7,17 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from moxe_plugin.data.build_command import (
+    add_build_options,
+    add_source_options,
+    notify,
+    open_texts,
+    run_build,
+)
 from moxe_plugin.data.overlap_command import add_overlap_options
 
 if TYPE_CHECKING:
-    from moxe_plugin.data.documents import SplitFractions
     from moxe_plugin.data.manifest import ShardManifest
-    from moxe_plugin.data.sources import TextSource
 
 _EPILOG = """examples:
   moxe data embedded
@@ -70,45 +75,14 @@ def _create_parser() -> ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("build", help="write token shards")
-    command.add_argument("output", type=Path, help="the directory to make")
-    command.add_argument(
-        "--tokenizer",
-        type=Path,
-        required=True,
-        help="a Hugging Face tokenizer: a directory or a tokenizer.json",
-    )
-    command.add_argument("--eos-token", help="what separates documents")
-    _add_sources(command)
-    command.add_argument("--valid-files", type=Path, nargs="+", metavar="FILE")
-    command.add_argument("--test-files", type=Path, nargs="+", metavar="FILE")
-    command.add_argument(
-        "--valid-fraction",
-        type=float,
-        default=0.01,
-        help="share of documents for `valid`, unless --valid-files (default: 0.01)",
-    )
-    command.add_argument(
-        "--test-fraction",
-        type=float,
-        default=0.01,
-        help="share of documents for `test`, unless --test-files (default: 0.01)",
-    )
-    command.add_argument("--max-tokens", type=int, help="stop after so many")
-    command.add_argument(
-        "--overwrite", action="store_true", help="replace the directory"
-    )
-    command.add_argument(
-        "--restart",
-        action="store_true",
-        help="drop an interrupted build instead of continuing it",
-    )
+    add_build_options(command)
     command.set_defaults(run=_build)
 
     command = commands.add_parser("tokenizer", help="train a BPE tokenizer")
     command.add_argument("--output", type=Path, required=True)
     command.add_argument("--vocab-size", type=int, default=16_384)
     command.add_argument("--max-documents", type=int, help="stop after so many")
-    _add_sources(command)
+    add_source_options(command)
     command.set_defaults(run=_train_tokenizer)
 
     command = commands.add_parser("embedded", help="prepare the embedded corpus")
@@ -128,109 +102,8 @@ def _create_parser() -> ArgumentParser:
     return parser
 
 
-def _add_sources(parser: ArgumentParser) -> None:
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--files", type=Path, nargs="+", metavar="FILE", help=".txt, .jsonl, .parquet"
-    )
-    source.add_argument(
-        "--hf", metavar="NAME", help="a Hugging Face dataset, or a directory like one"
-    )
-
-    parser.add_argument("--text-column", default="text", help="(default: text)")
-    parser.add_argument("--hf-config", metavar="NAME")
-    parser.add_argument("--hf-split", default="train", help="(default: train)")
-    parser.add_argument(
-        "--hf-revision", metavar="COMMIT", help="commit or tag (default: the newest)"
-    )
-    parser.add_argument(
-        "--no-streaming", action="store_true", help="download the whole dataset first"
-    )
-
-
 def _build(args: Namespace) -> None:
-    from moxe_plugin.data.build import ShardEncoding, build_shards_resumably
-    from moxe_plugin.data.progress import Stages
-    from moxe_plugin.data.sources import DocumentStream
-
-    if args.output.exists() and not args.overwrite:
-        raise ValueError(f"{args.output} already exists; give --overwrite to replace.")
-
-    if args.max_tokens is not None and args.max_tokens < 1:
-        raise ValueError(f"`--max-tokens` must be positive, but is {args.max_tokens}.")
-
-    stream = DocumentStream(_open_parts(args))
-
-    with Stages() as stages, stages.start(f"Writing {args.output}") as stage:
-        manifest = build_shards_resumably(
-            stream,
-            args.output,
-            ShardEncoding(
-                tokenizer_path=args.tokenizer,
-                eos_token=args.eos_token,
-                max_tokens=args.max_tokens,
-            ),
-            source=args.hf or ", ".join(f.name for f in args.files),
-            overwrite=args.overwrite,
-            restart=args.restart,
-            notify=_notify,
-            progress=stage.advance,
-        )
-
-    _describe(args.output, manifest)
-
-
-def _open_parts(
-    args: Namespace,
-) -> list[tuple[TextSource, str | SplitFractions]]:
-    from moxe_plugin.data.documents import SplitFractions
-    from moxe_plugin.data.sources import FileTexts
-
-    fractions = SplitFractions(
-        valid=0.0 if args.valid_files else args.valid_fraction,
-        test=0.0 if args.test_files else args.test_fraction,
-    )
-
-    smallest = min(fractions.valid, fractions.test)
-
-    # Not `>=`, which is false for NaN too.
-    if not (smallest >= 0.0 and fractions.valid + fractions.test < 1.0):
-        raise ValueError(
-            "`--valid-fraction` and `--test-fraction` must not be negative and must "
-            "leave something to train on, but are "
-            f"{fractions.valid:g} and {fractions.test:g}."
-        )
-
-    parts: list[tuple[TextSource, str | SplitFractions]] = []
-
-    # Held-out files first: `--max-tokens` must not cut them off.
-    for split, files in (("valid", args.valid_files), ("test", args.test_files)):
-        if files:
-            parts.append((FileTexts(files, args.text_column), split))
-
-    return [*parts, (_open_texts(args), fractions)]
-
-
-def _open_texts(args: Namespace) -> TextSource:
-    from moxe_plugin.data.hub import HubTexts
-    from moxe_plugin.data.sources import FileTexts
-
-    if args.files:
-        return FileTexts(args.files, args.text_column)
-
-    return HubTexts(
-        args.hf,
-        args.hf_config,
-        args.hf_split,
-        args.text_column,
-        revision=args.hf_revision,
-        streaming=not args.no_streaming,
-        notify=_notify,
-    )
-
-
-def _notify(message: str) -> None:
-    _write(f"moxe data: {message}", sys.stderr)
+    _describe(args.output, run_build(args))
 
 
 def _train_tokenizer(args: Namespace) -> None:
@@ -239,11 +112,22 @@ def _train_tokenizer(args: Namespace) -> None:
     from moxe_plugin.data.bpe import train_bpe
     from moxe_plugin.data.progress import Stages
 
-    with Stages() as stages, stages.start("Training the tokenizer") as stage:
-        texts = islice(_open_texts(args), args.max_documents)
-        train_bpe(stage.over(texts), args.vocab_size, args.output)
+    if args.max_documents is not None and args.max_documents < 1:
+        raise ValueError(
+            f"`--max-documents` must be positive, but is {args.max_documents}."
+        )
 
-    _write(f"{args.output}: a tokenizer of {args.vocab_size} entries")
+    with Stages() as stages, stages.start("Training the tokenizer") as stage:
+        texts = islice(open_texts(args), args.max_documents)
+        size = train_bpe(stage.over(texts), args.vocab_size, args.output)
+
+    _write(f"{args.output}: a tokenizer of {size} entries")
+
+    if size < args.vocab_size:
+        notify(
+            f"`--vocab-size` is {args.vocab_size}, but the text has nothing more to "
+            "merge."
+        )
 
 
 def _prepare_embedded(args: Namespace) -> None:

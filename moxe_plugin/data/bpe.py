@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from fairseq2.datasets import DatasetError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -19,16 +20,20 @@ MIN_VOCAB_SIZE: Final = 2 + 256
 _WORDS: Final = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, output_dir: Path) -> None:
+def train_bpe(texts: Iterable[str], vocab_size: int, output_dir: Path) -> int:
     """Train a tokenizer and save it as a Hugging Face tokenizer.
 
     ``<|endoftext|>`` (id 0) is BOS and EOS, ``<|pad|>`` (id 1) is PAD. Every text can
     be encoded, since all bytes are in the vocabulary.
 
     :param texts: The training text.
-    :param vocab_size: The number of entries, special tokens included.
+    :param vocab_size: The number of entries, special tokens included; fewer if the
+        text has nothing more to merge.
     :param output_dir: The directory to write to.
 
+    :returns: The number of entries.
+
+    :raises DatasetError: There is no text.
     :raises ValueError: ``vocab_size`` does not hold the special tokens and all bytes.
     """
     if vocab_size < MIN_VOCAB_SIZE:
@@ -54,7 +59,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output_dir: Path) -> None:
         show_progress=False,
     )
 
-    tokenizer.train_from_iterator(texts, trainer)
+    num_texts = 0
+
+    def count_texts() -> Iterator[str]:
+        nonlocal num_texts
+
+        for text in texts:
+            num_texts += bool(text.strip())
+            yield text
+
+    tokenizer.train_from_iterator(count_texts(), trainer)
+
+    if num_texts == 0:
+        raise DatasetError("There is no text to train a tokenizer on.")
 
     # transformers does not annotate it.
     create: Any = PreTrainedTokenizerFast
@@ -66,3 +83,5 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output_dir: Path) -> None:
         pad_token=PAD_TOKEN,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(output_dir)
+
+    return len(tokenizer.get_vocab())

@@ -92,8 +92,7 @@ def read_rows(
 
     :raises DatasetError: The file cannot be read.
     """
-    if not file.is_file():
-        raise DatasetError(f"{file} does not exist.")
+    check_file(file)
 
     match file.suffix:
         case ".txt":
@@ -107,6 +106,20 @@ def read_rows(
             raise DatasetError(
                 f"{file} must be of a known kind: {', '.join(SUFFIXES)}."
             )
+
+
+def check_file(file: Path) -> None:
+    """Make sure that a file exists.
+
+    :param file: The file.
+
+    :raises DatasetError: It does not, or is a directory.
+    """
+    if not file.exists():
+        raise DatasetError(f"{file} does not exist.")
+
+    if not file.is_file():
+        raise DatasetError(f"{file} is not a file. Name the files in it.")
 
 
 def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -201,9 +214,9 @@ def get_text(row: Mapping[str, Any], text_column: str, place: str) -> str:
     text = row[text_column]
 
     if not isinstance(text, str):
-        raise DatasetError(
-            f"{place}: `{text_column}` must be a text, but is a {type(text).__name__}."
-        )
+        kind = "null" if text is None else f"a {type(text).__name__}"
+
+        raise DatasetError(f"{place}: `{text_column}` must be a text, but is {kind}.")
 
     if not text.isascii():
         try:

@@ -117,6 +117,10 @@ def read_manifest(path: Path) -> ShardManifest:
 
     try:
         text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as ex:
+        raise DatasetError(
+            f"{file} is damaged: it is not UTF-8 ({ex.reason})."
+        ) from None
     except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(
             f"{path} is not a directory of token shards: it has no {MANIFEST_FILE}. "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from fairseq2.datasets import DatasetError
@@ -25,6 +25,10 @@ from moxe_plugin.data.manifest import (
     read_manifest,
 )
 
+REBUILD: Final = (
+    "Copy the directory again, or build it again with `moxe data build --overwrite`."
+)
+
 
 class TokenStream:
     """The tokens of one split, memory-mapped.
@@ -32,7 +36,7 @@ class TokenStream:
     :param path: The shard directory.
     :param info: The split's part of the manifest.
     :param dtype: The type of a stored token.
-    :param vocab_size: How many tokens there are.
+    :param vocab_size: The number that every token must be less than.
     """
 
     def __init__(
@@ -68,8 +72,8 @@ class TokenStream:
 
         :returns: Token ids. *Shape:* ``(stop - start)``.
 
+        :raises DatasetError: A token is not in the vocabulary.
         :raises ValueError: The range does not lie within the stream.
-        :raises DatasetError: A token is none of the vocabulary.
         """
         if not 0 <= start <= stop <= len(self):
             raise ValueError(
@@ -84,18 +88,18 @@ class TokenStream:
         while position < stop:
             shard_start, shard_stop = self._starts[idx], self._starts[idx + 1]
             end = min(stop, int(shard_stop))
-            output[position - start : end - start] = self._shards[idx][
-                position - shard_start : end - shard_start
-            ]
+            tokens = self._shards[idx][position - shard_start : end - shard_start]
+
+            if tokens.max() >= self._vocab_size:
+                file = self._path / self.info.shards[idx].file
+                raise DatasetError(
+                    f"{file} is damaged: it has the token {tokens.max()}, but the "
+                    f"vocabulary has {self._vocab_size} entries. {REBUILD}"
+                )
+
+            output[position - start : end - start] = tokens
             position = end
             idx += 1
-
-        if output.size > 0 and (largest := output.max()) >= self._vocab_size:
-            raise DatasetError(
-                f"{self._path} is damaged: it has the token {largest}, but the "
-                f"tokenizer has {self._vocab_size} tokens only. See what is damaged "
-                "with `moxe data info --verify`, and build the shards again."
-            )
 
         return output
 
@@ -127,13 +131,10 @@ class TokenShards:
 
         :returns: The stream.
         """
-        manifest = self.manifest
+        dtype = DTYPES[self.manifest.dtype]
 
         return TokenStream(
-            self.path,
-            manifest.splits[split],
-            DTYPES[manifest.dtype],
-            manifest.vocab_size,
+            self.path, self.manifest.splits[split], dtype, self.manifest.vocab_size
         )
 
 
@@ -155,7 +156,8 @@ def open_shards(path: Path, *, verify: bool = False) -> TokenShards:
         if total != split.num_tokens:
             raise DatasetError(
                 f"{path / MANIFEST_FILE} is damaged: the shards of the {name} split "
-                f"have {total} tokens, but `num_tokens` is {split.num_tokens}."
+                f"have {total} tokens, but `num_tokens` is {split.num_tokens}. "
+                f"{REBUILD}"
             )
 
         for shard in split.shards:
@@ -172,12 +174,17 @@ def _check_file(path: Path, info: FileInfo, size: int | None, verify: bool) -> N
     try:
         actual_size = file.stat().st_size
     except FileNotFoundError:
-        raise DatasetError(f"{file} is named in the manifest, but missing.") from None
+        raise DatasetError(
+            f"{file} is named in the manifest, but missing. {REBUILD}"
+        ) from None
 
     if size is not None and actual_size != size:
         raise DatasetError(
-            f"{file} is damaged: it must have {size} bytes, but has {actual_size}."
+            f"{file} is damaged: it must have {size} bytes, but has {actual_size}. "
+            f"{REBUILD}"
         )
 
     if verify and compute_sha256(file) != info.sha256:
-        raise DatasetError(f"{file} is damaged: its sha256 differs from the manifest.")
+        raise DatasetError(
+            f"{file} is damaged: its sha256 differs from the manifest. {REBUILD}"
+        )

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moxe_plugin.data.build import Document
-from moxe_plugin.data.documents import SplitFractions, assign_splits, read_texts
+from moxe_plugin.data.documents import (
+    SplitFractions,
+    assign_splits,
+    check_file,
+    read_texts,
+)
 
 
 class TextSource(Protocol):
@@ -75,8 +80,11 @@ class FileTexts:
 
         :returns: The description.
 
-        :raises FileNotFoundError: A file does not exist.
+        :raises DatasetError: A file does not exist.
         """
+        for file in self._files:
+            check_file(file)
+
         stats = [(file, file.stat()) for file in self._files]
 
         return {

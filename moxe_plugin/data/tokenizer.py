@@ -218,7 +218,12 @@ def find_tokenizer_file(path: Path) -> Path:
     file = path / TOKENIZER_FILE if path.is_dir() else path
 
     if not file.is_file():
-        raise FileNotFoundError(f"{path} has no {TOKENIZER_FILE}.")
+        raise FileNotFoundError(
+            f"{path} has no {TOKENIZER_FILE}. Name a Hugging Face tokenizer; `moxe "
+            "data tokenizer` trains one."
+            if path.is_dir()
+            else f"The tokenizer {path} does not exist."
+        )
 
     return file
 

@@ -44,7 +44,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     # Many batches, each noted, and several shards of a split.
-    monkeypatch.setattr(build, "ENCODE_BATCH_SIZE", 16)
+    monkeypatch.setattr(build, "ENCODE_BATCH_SIZE", 48)
     monkeypatch.setattr(build, "SYNC_INTERVAL_S", 0.0)
 
     create = ShardWriter.__init__
