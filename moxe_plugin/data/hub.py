@@ -66,7 +66,7 @@ class HubTexts:
         :yields: The documents.
 
         :raises DatasetError: The dataset cannot be read.
-        :raises StreamError: The stream broke off too often.
+        :raises StreamError: The stream broke off too often, or for good.
         """
         while (row := self._retry(self._read_row)) is not None:
             self._num_read += 1
@@ -128,8 +128,15 @@ class HubTexts:
                 reason = _explain(ex)
 
                 if not is_transient(ex):
-                    raise DatasetError(
-                        f"The dataset {self._name} cannot be read: {reason}"
+                    message = f"The dataset {self._name} cannot be read: {reason}"
+
+                    if self._num_read == 0:
+                        raise DatasetError(message) from ex
+
+                    # What was built so far is worth keeping.
+                    raise StreamError(
+                        f"{message} (after {self._num_read:,} documents). When it can "
+                        "be read again, the same command continues a build."
                     ) from ex
 
                 num_failures += 1

@@ -219,6 +219,22 @@ def test_lasting_trouble_ends_in_a_clear_error(
     assert waits == [1.0, 2.0, 3.0]
 
 
+def test_file_that_is_gone_ends_a_build_that_can_be_continued(
+    repository: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(repository, path)
+    iterator = iter(_open(path, notify=_fail))
+
+    next(iterator)
+    next(path.glob("data/train-00001.*")).unlink()
+
+    message = r"cannot be read: .*after 100 documents.*same command continues"
+
+    with pytest.raises(StreamError, match=message):
+        list(iterator)
+
+
 def test_progress_starts_the_count_of_attempts_again(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
