@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moxe_plugin.data.build import Document, build_shards
+from moxe_plugin.data.build import Document, ShardEncoding, build_shards
 from moxe_plugin.data.shards import open_shards
 from moxe_plugin.data.tokenizer import (
     HgTextTokenizer,
@@ -85,7 +85,7 @@ def test_shards_hold_the_documents(
     build_shards(
         [Document("train", text) for text in texts],
         path,
-        tokenizer_path=tokenizer_dir,
+        ShardEncoding(tokenizer_path=tokenizer_dir),
         source="texts",
     )
 

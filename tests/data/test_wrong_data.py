@@ -250,7 +250,7 @@ _DAMAGE: list[Any] = [
         "format version 9",
         id="version",
     ),
-    pytest.param(_escape, "but is ../../etc/passwd", id="path_escape"),
+    pytest.param(_escape, "but is '../../etc/passwd' instead", id="path_escape"),
 ]
 
 
