@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from moxe_plugin.console import Stages, add_json_option, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,11 +37,11 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         if args.runs:
-            _measure(args, console)
+            _measure(args)
         elif args.time:
             raise ValueError("`--time` must come with the training outputs to time.")
 
-        _judge(args.out, console)
+        _judge(args, console)
     except (ValueError, OSError) as ex:
         error_console.print(f"error: {ex}", markup=False, highlight=False)
 
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _measure(args: Namespace, console: Console) -> None:
+def _measure(args: Namespace) -> None:
     if args.text is None:
         raise ValueError("`--text` must name the held-out text to measure runs on.")
 
@@ -70,9 +72,6 @@ def _measure(args: Namespace, console: Console) -> None:
 
     found = find_runs(args.runs)
 
-    for line in found.unfinished:
-        console.print(f"left out, not finished: {line}", highlight=False)
-
     options = MeasureOptions(
         text=args.text,
         lambada=args.lambada,
@@ -82,19 +81,27 @@ def _measure(args: Namespace, console: Console) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs_dir = _runs_dir(args.out)
 
-    for number, output in enumerate(found.finished, start=1):
-        system, seed = identify(output)
-        prefix = f"[{number}/{len(found.finished)}] {system}, seed {seed}"
+    total = len(found.finished)
 
-        if _is_measured(runs_dir, system, seed, compute_key(output, options)):
-            console.print(f"{prefix}: measured before", highlight=False, markup=False)
-            continue
+    with Stages() as stages, stages.start("Measuring runs", total) as stage:
+        for line in found.unfinished:
+            stages.show(f"left out, not finished: {line}")
 
-        console.print(f"{prefix}: measuring", highlight=False, markup=False)
-        try:
-            write_measurement(runs_dir, measure_run(output, options, device))
-        except (DatasetError, RecipeError) as ex:
-            raise ValueError(f"{output.dir}: {ex}") from ex
+        for number, output in enumerate(stage.over(found.finished), start=1):
+            system, seed = identify(output)
+            prefix = f"[{number}/{total}] {system}, seed {seed}"
+
+            if _is_measured(runs_dir, system, seed, compute_key(output, options)):
+                stages.show(f"{prefix}: measured before")
+                continue
+
+            stages.show(f"{prefix}: measuring")
+            try:
+                measurement = measure_run(output, options, device, stages)
+            except (DatasetError, RecipeError) as ex:
+                raise ValueError(f"{output.dir}: {ex}") from ex
+
+            write_measurement(runs_dir, measurement)
 
     if args.time:
         _time(args, found.finished, device.type)
@@ -126,23 +133,28 @@ def _time(args: Namespace, outputs: Sequence[TrainOutput], device_name: str) -> 
         system: by_system[system] for system in TIMED_SYSTEMS if system in by_system
     }
 
-    times = time_runs(
-        runs,
-        args.text,
-        lengths=TIME_LENGTHS,
-        num_rounds=_NUM_ROUNDS,
-        device_name=device_name,
-    )
+    # A thread that draws would take time from what is timed.
+    with Stages(is_timing=True) as stages:
+        times = time_runs(
+            runs,
+            args.text,
+            lengths=TIME_LENGTHS,
+            num_rounds=_NUM_ROUNDS,
+            device_name=device_name,
+            stages=stages,
+        )
     write_times(args.out / "claims", times)
 
 
-def _judge(out: Path, console: Console) -> None:
+def _judge(args: Namespace, console: Console) -> None:
     from moxe_plugin.claims.catalogue import list_claims
     from moxe_plugin.claims.evidence import Evidence
     from moxe_plugin.claims.judging import judge
     from moxe_plugin.claims.measurements import read_measurements
     from moxe_plugin.claims.output import write_claims
     from moxe_plugin.claims.timing import read_times, time_exponents
+
+    out: Path = args.out
 
     evidence = Evidence(read_measurements(_runs_dir(out)))
     times = read_times(out / "claims")
@@ -155,8 +167,38 @@ def _judge(out: Path, console: Console) -> None:
 
     files = write_claims(out, evidence, judgements, times)
 
+    if args.json:
+        claims = [_to_document(judgement) for judgement in judgements]
+
+        print_json({"claims": claims, "out": out, "files": files})
+
+        return
+
     _print_verdicts(judgements, console)
     console.print(f"Written: {', '.join(files)} in {out}", highlight=False)
+
+
+def _to_document(judgement: Judgement) -> dict[str, Any]:
+    answers = [
+        {
+            "question": answer.question.text,
+            "unit": answer.question.unit,
+            "direction": answer.question.direction,
+            "bound": answer.question.bound,
+            "estimate": None if answer.estimate is None else answer.estimate._asdict(),
+            "missing": answer.missing,
+            "p_value": answer.p_value,
+            "verdict": answer.verdict,
+        }
+        for answer in judgement.answers
+    ]
+
+    return {
+        "claim": judgement.claim.key,
+        "title": judgement.claim.title,
+        "verdict": judgement.verdict,
+        "answers": answers,
+    }
 
 
 def _print_verdicts(judgements: Sequence[Judgement], console: Console) -> None:
@@ -235,6 +277,7 @@ def _create_parser() -> ArgumentParser:
         action="store_true",
         help="also time forward passes by length; nothing else may run meanwhile",
     )
+    add_json_option(parser)
 
     return parser
 

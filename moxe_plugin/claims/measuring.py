@@ -33,6 +33,7 @@ from moxe_plugin.claims.routing_measures import (
 from moxe_plugin.claims.run_description import describe_model, read_training
 from moxe_plugin.claims.run_search import identify
 from moxe_plugin.claims.tracing import bias_scale, trace_windows
+from moxe_plugin.console import Stages
 from moxe_plugin.data.manifest import compute_sha256
 from moxe_plugin.eval.batching import Batching
 from moxe_plugin.eval.checkpoints import load_checkpoint
@@ -93,7 +94,10 @@ def compute_key(output: TrainOutput, options: MeasureOptions) -> str:
 
 
 def measure_run(
-    output: TrainOutput, options: MeasureOptions, device: torch.device
+    output: TrainOutput,
+    options: MeasureOptions,
+    device: torch.device,
+    stages: Stages,
 ) -> RunMeasurement:
     """Measure one run.
 
@@ -104,6 +108,7 @@ def measure_run(
     :param output: The run, finished.
     :param options: What to measure it on.
     :param device: Where to compute.
+    :param stages: Shows progress.
 
     :returns: The measurement.
     """
@@ -115,12 +120,12 @@ def measure_run(
 
     text = _read_text(section, codec, options)
     documents, layers = _measure_documents(
-        loaded.model, text, codec.prefix_token_id, window_len
+        loaded.model, text, codec.prefix_token_id, window_len, stages
     )
 
     passages = None
     if text.passages is not None:
-        passages = _measure_passages(loaded.model, text, codec, window_len)
+        passages = _measure_passages(loaded.model, text, codec, window_len, stages)
 
     system, seed = identify(output)
 
@@ -156,49 +161,62 @@ def _read_text(
 
 
 def _measure_documents(
-    model: CausalLM, text: _Text, prefix_id: int, window_len: int
+    model: CausalLM, text: _Text, prefix_id: int, window_len: int, stages: Stages
 ) -> tuple[dict[str, list[float]], list[dict[str, list[Any]]]]:
     documents: dict[str, list[float]] = {"num_tokens": [], "nll": [], "unigram_nll": []}
     layers: list[dict[str, list[Any]]] = []
 
-    for ids in text.documents.token_ids:
-        nll, routings = trace_windows(model, ids, prefix_id, window_len)
-        rarity = text.unigram_nll[ids]
+    total = len(text.documents.token_ids)
 
-        documents["num_tokens"].append(len(ids))
-        documents["nll"].append(float(nll.sum()))
-        documents["unigram_nll"].append(float(rarity.sum()))
+    with stages.start("Reading documents", total) as stage:
+        for ids in stage.over(text.documents.token_ids):
+            nll, routings = trace_windows(model, ids, prefix_id, window_len)
+            rarity = text.unigram_nll[ids]
 
-        # The last token is never read, the first reading is of the prefix.
-        facts = TokenFacts(
-            rarity[:-1], text.rarity_bin[ids[:-1]], own_nll=nll[:-1], next_nll=nll[1:]
-        )
+            documents["num_tokens"].append(len(ids))
+            documents["nll"].append(float(nll.sum()))
+            documents["unigram_nll"].append(float(rarity.sum()))
 
-        if not layers:
-            layers = [{} for _ in routings]
+            # The last token is never read, the first reading is of the prefix.
+            facts = TokenFacts(
+                rarity[:-1],
+                text.rarity_bin[ids[:-1]],
+                own_nll=nll[:-1],
+                next_nll=nll[1:],
+            )
 
-        for layer, routing in zip(layers, routings, strict=True):
-            measures = measure_layer(facts, routing, bias_scale(model))
-            for name, value in measures.items():
-                layer.setdefault(name, []).append(value)
+            if not layers:
+                layers = [{} for _ in routings]
+
+            for layer, routing in zip(layers, routings, strict=True):
+                measures = measure_layer(facts, routing, bias_scale(model))
+                for name, value in measures.items():
+                    layer.setdefault(name, []).append(value)
 
     return documents, layers
 
 
 def _measure_passages(
-    model: CausalLM, text: _Text, codec: TextCodec, window_len: int
+    model: CausalLM, text: _Text, codec: TextCodec, window_len: int, stages: Stages
 ) -> dict[str, list[float]]:
     assert text.passages is not None
     pairs = text.passages.pairs
 
     scores: dict[int, Score] = {}
-    score_continuations(
-        model,
-        pairs,
-        max_length=window_len,
-        batching=Batching(batch_size="auto", vocab_size=codec.vocab_size),
-        on_scored=scores.__setitem__,
-    )
+
+    with stages.start("Predicting last words", len(pairs)) as stage:
+
+        def keep(idx: int, score: Score) -> None:
+            scores[idx] = score
+            stage.advance()
+
+        score_continuations(
+            model,
+            pairs,
+            max_length=window_len,
+            batching=Batching(batch_size="auto", vocab_size=codec.vocab_size),
+            on_scored=keep,
+        )
 
     return {
         "num_tokens": [len(word) for _, word in pairs],

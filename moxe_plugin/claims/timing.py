@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from moxe_plugin.console import Stage, Stages
 from moxe_plugin.report.files import read_json, write_json
 
 TIME_LENGTHS: Final = (256, 512, 1024, 2048, 4096)
@@ -28,7 +29,11 @@ _TIME_FILE: Final = "time.json"
 
 
 def time_calls(
-    calls: Mapping[str, Callable[[int], None]], lengths: Sequence[int], num_rounds: int
+    calls: Mapping[str, Callable[[int], None]],
+    lengths: Sequence[int],
+    num_rounds: int,
+    *,
+    stage: Stage,
 ) -> dict[str, list[list[float]]]:
     """Time calls of several systems in turns.
 
@@ -39,12 +44,13 @@ def time_calls(
     :param calls: Runs a system on a text of a length, to the end.
     :param lengths: The lengths.
     :param num_rounds: How often to repeat.
+    :param stage: Advances after each round.
 
     :returns: Seconds by system, round and length.
     """
     seconds: dict[str, list[list[float]]] = {name: [] for name in calls}
 
-    for _ in range(1 + num_rounds):
+    for _ in stage.over(range(1 + num_rounds)):
         for times in seconds.values():
             times.append([])
 
@@ -80,6 +86,7 @@ def time_runs(
     lengths: Sequence[int],
     num_rounds: int,
     device_name: str,
+    stages: Stages,
 ) -> dict[str, Any]:
     """Time trained systems on one text, one sequence at a time.
 
@@ -88,6 +95,7 @@ def time_runs(
     :param lengths: The lengths in tokens.
     :param num_rounds: How often to repeat.
     :param device_name: Where to compute.
+    :param stages: Shows progress; must not draw while a system is timed.
 
     :returns: Plain values: ``lengths``, ``seconds`` by system, round and length,
         ``hardware`` and ``versions``.
@@ -128,9 +136,12 @@ def time_runs(
     gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     hardware = describe_hardware(device.type, gpu_name, torch.get_num_threads(), 1)
 
+    with stages.start("Timing, in rounds", 1 + num_rounds) as stage:
+        seconds = time_calls(calls, lengths, num_rounds, stage=stage)
+
     return {
         "lengths": list(lengths),
-        "seconds": time_calls(calls, lengths, num_rounds),
+        "seconds": seconds,
         "hardware": asdict(hardware),
         "versions": list_versions(),
     }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from moxe_plugin.console import add_json_option, print_json
 from moxe_plugin.data.build_command import (
     add_build_options,
     add_source_options,
@@ -97,6 +99,7 @@ def _create_parser() -> ArgumentParser:
     command = commands.add_parser("info", help="describe a directory of token shards")
     command.add_argument("path", type=Path)
     command.add_argument("--verify", action="store_true", help="check every digest")
+    add_json_option(command)
     command.set_defaults(run=_show_info)
 
     return parser
@@ -109,15 +112,20 @@ def _build(args: Namespace) -> None:
 def _train_tokenizer(args: Namespace) -> None:
     from itertools import islice
 
+    from moxe_plugin.console import Stages
     from moxe_plugin.data.bpe import train_bpe
-    from moxe_plugin.data.progress import Stages
+    from moxe_plugin.data.documents import count_rows
 
     if args.max_documents is not None and args.max_documents < 1:
         raise ValueError(
             f"`--max-documents` must be positive, but is {args.max_documents}."
         )
 
-    with Stages() as stages, stages.start("Training the tokenizer") as stage:
+    total = args.max_documents
+    if args.files and (num_rows := count_rows(args.files)) is not None:
+        total = min(num_rows, total or num_rows)
+
+    with Stages() as stages, stages.start("Training the tokenizer", total) as stage:
         texts = islice(open_texts(args), args.max_documents)
         size = train_bpe(stage.over(texts), args.vocab_size, args.output)
 
@@ -147,7 +155,14 @@ def _prepare_embedded(args: Namespace) -> None:
 def _show_info(args: Namespace) -> None:
     from moxe_plugin.data.shards import open_shards
 
-    _describe(args.path, open_shards(args.path, verify=args.verify).manifest)
+    manifest = open_shards(args.path, verify=args.verify).manifest
+
+    if args.json:
+        print_json({"path": args.path, "is_verified": args.verify, **asdict(manifest)})
+
+        return
+
+    _describe(args.path, manifest)
 
     if args.verify:
         _write("all digests match")

@@ -85,8 +85,8 @@ def run_build(args: Namespace) -> ShardManifest:
 
     :raises ValueError: An option has a wrong value.
     """
+    from moxe_plugin.console import Stages
     from moxe_plugin.data.build import ShardEncoding, build_shards_resumably
-    from moxe_plugin.data.progress import Stages
     from moxe_plugin.data.sources import DocumentStream
 
     if args.output.exists() and not args.overwrite:
@@ -103,7 +103,10 @@ def run_build(args: Namespace) -> ShardManifest:
 
     stream = DocumentStream(_open_parts(args))
 
-    with Stages() as stages, stages.start(f"Writing {args.output}") as stage:
+    with (
+        Stages() as stages,
+        stages.start(f"Writing {args.output}", _count_documents(args)) as stage,
+    ):
         return build_shards_resumably(
             stream,
             args.output,
@@ -118,6 +121,18 @@ def run_build(args: Namespace) -> ShardManifest:
             notify=notify,
             progress=stage.advance,
         )
+
+
+def _count_documents(args: Namespace) -> int | None:
+    from moxe_plugin.data.documents import count_rows
+
+    # A limit in tokens tells nothing of the number of documents.
+    if not args.files or args.max_tokens is not None:
+        return None
+
+    held_out = [*(args.valid_files or ()), *(args.test_files or ())]
+
+    return count_rows([*args.files, *held_out])
 
 
 def _is_replaceable(path: Path) -> bool:

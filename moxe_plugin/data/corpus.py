@@ -20,12 +20,12 @@ from typing import Any, Final, Literal, TypeAlias
 from fairseq2.logging import log
 from filelock import FileLock
 
+from moxe_plugin.console import Stages
 from moxe_plugin.data.bpe import train_bpe
 from moxe_plugin.data.build import Document, ShardEncoding, build_shards
 from moxe_plugin.data.documentation import STDLIB, TOPICS, get_versions
 from moxe_plugin.data.gathering import gather
 from moxe_plugin.data.manifest import compute_sha256
-from moxe_plugin.data.progress import Stages
 
 EmbeddedSize: TypeAlias = Literal["quickstart", "full"]
 

@@ -75,6 +75,39 @@ def read_texts(files: Sequence[Path], text_column: str) -> Iterator[str]:
             yield get_text(row, text_column, place)
 
 
+def count_rows(files: Sequence[Path]) -> int | None:
+    """Count the rows of local files, to tell how long it will take to read them.
+
+    :param files: The files, as :func:`read_rows` reads them.
+
+    :returns: The number; ``None`` if a file cannot be read, which :func:`read_rows`
+        explains.
+    """
+    from pyarrow import ArrowException, parquet
+
+    num_rows = 0
+
+    for file in files:
+        try:
+            if file.suffix == ".parquet":
+                num_rows += parquet.read_metadata(file).num_rows
+                continue
+
+            with file.open("rb") as fp:
+                has_text = [bool(line.strip()) for line in fp]
+        except (ArrowException, OSError):
+            return None
+
+        if file.suffix == ".txt":
+            # A block begins where a line with text follows one without.
+            before = [False, *has_text[:-1]]
+            num_rows += sum(h and not b for h, b in zip(has_text, before, strict=True))
+        else:
+            num_rows += sum(has_text)
+
+    return num_rows
+
+
 def read_rows(
     file: Path, text_column: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from moxe_plugin.console import Stages
 from moxe_plugin.data.cleaning import Cleaner, hash_fraction
 from moxe_plugin.data.documentation import (
     TOPICS,
@@ -16,7 +17,6 @@ from moxe_plugin.data.documentation import (
     read_docstrings,
     read_topics,
 )
-from moxe_plugin.data.progress import Stages
 from moxe_plugin.data.questions import QuestionCollector
 
 HELD_OUT_FRACTION: Final = 0.04

@@ -7,6 +7,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Final
 
+from moxe_plugin.console import Stages, add_json_option, print_json
+
 _DEFAULT_LICENSE: Final = "apache-2.0"
 
 
@@ -31,23 +33,30 @@ def main(argv: list[str] | None = None) -> int:
 
         return 2
 
-    console.print(f"Written: {args.out}", markup=False, highlight=False)
+    if args.json:
+        files = sorted(file.name for file in args.out.iterdir())
+
+        print_json({"checkpoint": args.checkpoint, "out": args.out, "files": files})
+    else:
+        console.print(f"Written: {args.out}", markup=False, highlight=False)
 
     return 0
 
 
 def _export(args: Namespace) -> None:
     # torch and fairseq2 take seconds to import; `--help` must not.
-    from moxe_plugin.export.exporting import export_checkpoint
+    from moxe_plugin.export.exporting import NUM_PARTS, export_checkpoint
 
-    export_checkpoint(
-        args.checkpoint,
-        args.out,
-        step=args.step,
-        tokenizer=args.tokenizer,
-        run_dir=args.record,
-        license_id=args.license,
-    )
+    with Stages() as stages, stages.start("Exporting", NUM_PARTS) as stage:
+        export_checkpoint(
+            args.checkpoint,
+            args.out,
+            step=args.step,
+            tokenizer=args.tokenizer,
+            run_dir=args.record,
+            license_id=args.license,
+            on_part=stage.advance,
+        )
 
 
 def _create_parser() -> ArgumentParser:
@@ -86,6 +95,7 @@ def _create_parser() -> ArgumentParser:
         default=_DEFAULT_LICENSE,
         help="licence of the weights, as Hugging Face calls it (default: %(default)s)",
     )
+    add_json_option(parser)
 
     return parser
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Final
 
 import torch
 from fairseq2.models.hg import (
@@ -25,6 +25,9 @@ from moxe_plugin.hf.families import HF_FAMILIES, structure_family_config
 from moxe_plugin.hf.folder import CONFIG_FILE, is_exported, open_exported
 from moxe_plugin.models.train_output import open_train_output
 
+NUM_PARTS: Final = 3
+"""Reading, writing, checking."""
+
 
 def export_checkpoint(
     path_or_asset: str | Path,
@@ -34,6 +37,7 @@ def export_checkpoint(
     tokenizer: str | Path | None = None,
     run_dir: Path | None = None,
     license_id: str = "apache-2.0",
+    on_part: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a trained model for transformers.
 
@@ -48,6 +52,7 @@ def export_checkpoint(
         directory with a Hugging Face tokenizer.
     :param run_dir: The record of the run, for the model card.
     :param license_id: The licence of the weights.
+    :param on_part: Called after each of :data:`NUM_PARTS` parts of the work.
 
     :raises ValueError: There is no such checkpoint or tokenizer, ``out_dir`` holds
         something, or ``run_dir`` is the record of another model.
@@ -73,6 +78,7 @@ def export_checkpoint(
         )
 
     facts = collect_facts(loaded, run_dir)
+    on_part()
 
     out_dir.parent.mkdir(parents=True, exist_ok=True)
 
@@ -84,6 +90,7 @@ def export_checkpoint(
         special = write_tokenizer(loaded.tokenizer, folder, loaded.model.max_seq_len)
 
         _write_model(loaded, family, special, folder)
+        on_part()
 
         card = render_model_card(facts, license_id=license_id)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -92,6 +99,7 @@ def export_checkpoint(
             _write_yaml(facts.recipe_config, folder / "recipe.yaml")
 
         open_exported(folder)
+        on_part()
 
         if out_dir.exists():
             out_dir.rmdir()

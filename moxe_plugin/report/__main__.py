@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moxe_plugin.console import add_json_option, print_json
+
+if TYPE_CHECKING:
+    from moxe_plugin.report.comparison import SuiteResults
 
 DEFAULT_RESULTS_DIR = Path("results")
 
@@ -50,9 +57,26 @@ def main(argv: list[str] | None = None) -> int:
 
     results = write_tables(records, damaged, tables_dir)
 
-    print_results(results, tables_dir, console)
+    if args.json:
+        print_json(_to_document(results, tables_dir))
+    else:
+        print_results(results, tables_dir, console)
 
     return 0
+
+
+def _to_document(results: Sequence[SuiteResults], tables_dir: Path) -> dict[str, Any]:
+    from moxe_plugin.report.files import read_json
+
+    suites = []
+
+    for suite in results:
+        excluded = [{"run": run.name, "reason": run.reason} for run in suite.excluded]
+        content = read_json(tables_dir / f"{suite.suite}.json")
+
+        suites.append({"suite": suite.suite, **content, "excluded": excluded})
+
+    return {"tables_dir": tables_dir, "suites": suites}
 
 
 def _create_parser() -> ArgumentParser:
@@ -77,6 +101,8 @@ def _create_parser() -> ArgumentParser:
         default=DEFAULT_RESULTS_DIR,
         help="directory of runs; tables go to DIR/tables (default: %(default)s)",
     )
+
+    add_json_option(parser)
 
     return parser
 

@@ -7,6 +7,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Final
 
+from moxe_plugin.console import Stages
+
 DEFAULT_OUT_DIR: Final = Path("outputs/routing")
 _DEFAULT_MAX_TOKENS: Final = 1024
 
@@ -45,13 +47,19 @@ def _inspect(args: Namespace) -> None:
     from moxe_plugin.routing_page.terminal import print_view
     from moxe_plugin.routing_page.view import create_view
 
-    view = create_view(
-        load_checkpoint(args.checkpoint, step=args.step),
-        text,
-        max_tokens=args.max_tokens,
-        title=args.title,
-        source=args.source,
-    )
+    # Loading, tracing; drawing takes no time.
+    with Stages() as stages, stages.start("Reading the text", 2) as stage:
+        loaded = load_checkpoint(args.checkpoint, step=args.step)
+        stage.advance()
+
+        view = create_view(
+            loaded,
+            text,
+            max_tokens=args.max_tokens,
+            title=args.title,
+            source=args.source,
+        )
+        stage.advance()
 
     num_layers = len(view.trace.layers)
     if not 0 <= args.layer < num_layers:

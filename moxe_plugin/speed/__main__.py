@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from moxe_plugin.console import Stages, add_json_option, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from moxe_plugin.speed.options import MeasureOptions
+    from moxe_plugin.speed.records import SpeedRow
 
 _DEFAULT_OUT = Path("results") / "speed"
 
@@ -73,30 +77,46 @@ def _measure(args: Namespace, console: Console) -> None:
     # Not `with_suffix`: a name may have a dot.
     json_file, page = (args.out / f"{name}.{suffix}" for suffix in ("json", "md"))
 
-    rows = []
+    rows: list[SpeedRow] = []
 
-    for number, case in enumerate(cases, start=1):
-        row = measure_case(case, machine, options)
-        rows.append(row)
+    # A thread that draws would take time from what is timed.
+    with (
+        Stages(is_timing=True) as stages,
+        stages.start("Measuring", total=len(cases)) as stage,
+    ):
+        for case in stage.over(cases):
+            row = measure_case(case, machine, options)
+            rows.append(row)
 
-        # A later case may need more memory than there is.
-        write_speed_json(json_file, machine, rows)
-        write_speed_table(page, machine, rows)
+            # A later case may need more memory than there is.
+            write_speed_json(json_file, machine, rows)
+            write_speed_table(page, machine, rows)
 
-        speed = "out of memory"
-        if row.tokens_per_s is not None:
-            speed = f"{row.tokens_per_s:,.1f} tokens/s"
+            stages.show(f"[{len(rows)}/{len(cases)}] {_describe_row(row)}")
 
-        changes = "".join(f" {key}={value}" for key, value in row.overrides.items())
-        console.print(
-            f"[{number}/{len(cases)}] {row.suite}: {row.family} {row.arch}{changes} "
-            f"{row.phase}{' + AdamW' if row.optimizer else ''}, "
-            f"{row.batch} x {row.length}: {speed}",
-            highlight=False,
-            markup=False,
+    if args.json:
+        print_json(
+            {
+                "machine": machine,
+                "rows": [asdict(row) for row in rows],
+                "files": [json_file, page],
+            }
         )
+    else:
+        console.print(f"Written: {name}.json, {name}.md in {args.out}", highlight=False)
 
-    console.print(f"Written: {name}.json, {name}.md in {args.out}", highlight=False)
+
+def _describe_row(row: SpeedRow) -> str:
+    speed = "out of memory"
+    if row.tokens_per_s is not None:
+        speed = f"{row.tokens_per_s:,.1f} tokens/s"
+
+    changes = "".join(f" {key}={value}" for key, value in row.overrides.items())
+
+    return (
+        f"{row.suite}: {row.family} {row.arch}{changes} {row.phase}"
+        f"{' + AdamW' if row.optimizer else ''}, {row.batch} x {row.length}: {speed}"
+    )
 
 
 def _read_measure_options(args: Namespace) -> MeasureOptions:
@@ -233,6 +253,8 @@ def _create_parser() -> ArgumentParser:
         default=_DEFAULT_OUT,
         help="where NAME.json and NAME.md go (default: %(default)s)",
     )
+
+    add_json_option(parser)
 
     return parser
 

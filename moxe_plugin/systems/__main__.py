@@ -6,6 +6,8 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
+from moxe_plugin.console import Stages, add_json_option, print_json
+
 _DEFAULT_OUT = Path("results") / "tables"
 
 
@@ -23,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from moxe_plugin.systems.catalogue import list_systems
     from moxe_plugin.systems.measuring import measure_system
-    from moxe_plugin.systems.table import write_systems_table
+    from moxe_plugin.systems.table import systems_frame, write_systems_table
 
     console, error_console = Console(soft_wrap=True), Console(stderr=True)
 
@@ -39,21 +41,36 @@ def main(argv: list[str] | None = None) -> int:
 
     costs = []
 
-    for system in systems:
-        cost = measure_system(system, args.context_len)
-        costs.append(cost)
+    with Stages() as stages, stages.start("Measuring", total=len(systems)) as stage:
+        for system in stage.over(systems):
+            cost = measure_system(system, args.context_len)
+            costs.append(cost)
 
-        console.print(
-            f"{system.family} {system.arch}: {cost.num_parameters:,} parameters, "
-            f"{cost.num_active_parameters:,} active, "
-            f"{cost.num_effective_parameters:,} effective, "
-            f"{cost.flops_per_token / 1e6:,.1f} MFLOP per token",
-            highlight=False,
-        )
+            stages.show(
+                f"{system.family} {system.arch}: {cost.num_parameters:,} parameters, "
+                f"{cost.num_active_parameters:,} active, "
+                f"{cost.num_effective_parameters:,} effective, "
+                f"{cost.flops_per_token / 1e6:,.1f} MFLOP per token"
+            )
 
     files = write_systems_table(
         costs, size=args.size, context_len=args.context_len, tables_dir=args.out
     )
+
+    if args.json:
+        rows = systems_frame(costs, args.context_len)
+
+        print_json(
+            {
+                "size": args.size,
+                "systems": rows.astype(object)
+                .where(rows.notna(), None)
+                .to_dict("records"),
+                "files": files,
+            }
+        )
+
+        return 0
 
     names = ", ".join(file.name for file in files)
     console.print(f"Written: {names} in {args.out}", highlight=False)
@@ -92,6 +109,8 @@ def _create_parser() -> ArgumentParser:
         default=_DEFAULT_OUT,
         help="where systems_SIZE.md and .csv go (default: %(default)s)",
     )
+
+    add_json_option(parser)
 
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -102,14 +103,22 @@ def test_word_losses_are_those_of_the_harness_adapter(
 
 
 def test_pages_are_written_again_without_runs_byte_for_byte(
-    out: Path, tmp_path: Path
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(out / "claims" / "runs", copy / "claims" / "runs")
 
-    assert main(["--out", str(copy)]) == 0
+    assert main(["--out", str(copy), "--json"]) == 0
 
     assert _read_files(copy) == _read_files(out)
+
+    document = json.loads(capsys.readouterr().out)
+    page = (out / "claims.md").read_text(encoding="utf-8")
+
+    assert len(document["claims"]) > 3
+    assert all(claim["title"] in page for claim in document["claims"])
+    assert all(claim["answers"] for claim in document["claims"])
+    assert "claims.md" in document["files"]
 
 
 def test_a_run_is_measured_once(
@@ -119,7 +128,7 @@ def test_a_run_is_measured_once(
 
     assert _measure(tiny_runs, out) == 0
 
-    assert capsys.readouterr().out.count("measured before") == 3
+    assert capsys.readouterr().err.count("measured before") == 3
     assert _read_files(out) == before
 
 
@@ -133,7 +142,7 @@ def test_other_options_measure_again(
 
     assert _measure(tiny_runs, tmp_path / "out", "--max-passages", "3") == 0
 
-    assert "measured before" not in capsys.readouterr().out
+    assert "measured before" not in capsys.readouterr().err
     (run, *_) = read_measurements(tmp_path / "out" / "claims" / "runs")
     assert run.passages is not None
     assert len(run.passages["nll"]) == 3

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from moxe_plugin.claims.timing import time_calls, time_exponents
+from moxe_plugin.console import Stages
 
 
 def test_systems_take_turns_within_a_length() -> None:
@@ -16,6 +17,7 @@ def test_systems_take_turns_within_a_length() -> None:
         {name: partial(_note, calls, name) for name in ("a", "b")},
         [4, 8],
         2,
+        stage=Stages().start("rounds"),
     )
 
     one_round = [("a", 4), ("b", 4), ("a", 8), ("b", 8)]

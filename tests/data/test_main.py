@@ -14,7 +14,12 @@ from tokenizers import Tokenizer
 
 from moxe_plugin.data.__main__ import main
 from moxe_plugin.data.bpe import train_bpe
-from moxe_plugin.data.documents import SplitFractions, assign_splits, read_texts
+from moxe_plugin.data.documents import (
+    SplitFractions,
+    assign_splits,
+    count_rows,
+    read_texts,
+)
 from moxe_plugin.data.shards import open_shards
 from moxe_plugin.data.tokenizer import HgTextTokenizerConfig, load_hg_text_tokenizer
 
@@ -169,6 +174,13 @@ def test_tokenizer_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["info", output, "--verify"]) == 0
     assert "280 entries" in capsys.readouterr().out
 
+    assert main(["info", output, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["path"] == output
+    assert document["vocab_size"] == 280
+    assert document["splits"]["train"]["num_documents"] > 0
+    assert document["is_verified"] is False
+
     Path(output, "train_00000.bin").write_bytes(b"")
     assert main(["info", output]) == 1
     assert "damaged" in capsys.readouterr().err
@@ -179,3 +191,18 @@ def test_asset_cards_name_registered_families() -> None:
         assert get_dataset_family_name(name) == "moxe_tokens"
         assert get_dataset_family_name(f"{name}_instructions") == "moxe_instructions"
         assert get_tokenizer_family_name(f"{name}_tokenizer") == "moxe_hg"
+
+
+def test_rows_are_counted_before_they_are_read(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("\n\none\nstill one\n \ntwo\n\n\nthree")
+    jsonl = _write_jsonl(tmp_path / "b.jsonl", TEXTS)
+    table = tmp_path / "c.parquet"
+    parquet.write_table(pa.table({"text": ["x", "y"]}), table)
+
+    for files in ([text], [jsonl], [table], [text, jsonl, table]):
+        assert count_rows(files) == len(list(read_texts(files, "text")))
+
+    assert count_rows([tmp_path / "nothing.txt"]) is None
+    text.rename(tmp_path / "d.parquet")
+    assert count_rows([tmp_path / "d.parquet"]) is None

@@ -203,7 +203,7 @@ def test_damaged_folders_are_refused(
 
 
 def test_the_card_says_how_the_model_was_trained(
-    export: Export, tmp_path: Path
+    export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(export("moxe").run_dir, run_dir)
@@ -231,7 +231,13 @@ def test_the_card_says_how_the_model_was_trained(
     record = _write_record(tmp_path, export, seed=5)
 
     out = tmp_path / "out"
-    assert moxe_main(["export", str(run_dir), str(out), "--record", str(record)]) == 0
+    argv = ["export", str(run_dir), str(out), "--record", str(record), "--json"]
+    assert moxe_main(argv) == 0
+
+    document = json.loads(capsys.readouterr().out)
+    assert document["out"] == str(out)
+    assert document["checkpoint"] == str(run_dir)
+    assert set(document["files"]) == {file.name for file in out.iterdir()}
 
     card = out.joinpath("README.md").read_text()
     num_parameters = sum(p.numel() for p in export("moxe").loaded.model.parameters())

@@ -478,6 +478,24 @@ def test_command_writes_tables_and_paper(
     assert "Moxe" in capsys.readouterr().out
 
 
+def test_command_prints_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, make_trained())
+
+    assert main(["--results", str(tmp_path), "--json"]) == 0
+
+    document = json.loads(capsys.readouterr().out)
+    (suite,) = document["suites"]
+
+    assert document["tables_dir"] == str(tmp_path / "tables")
+    assert suite["suite"] == "quickstart"
+    assert suite["excluded"] == []
+
+    written = json.loads((tmp_path / "tables" / "quickstart.json").read_text())
+    assert written.items() <= suite.items()
+
+
 def test_command_without_a_readable_run_names_the_damaged_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

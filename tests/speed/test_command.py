@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,22 @@ def test_command_writes_rows_of_all_suites(
 
     assert page.count("\n| `") == len(rows)
     assert "Written: a.b.json, a.b.md" in capsys.readouterr().out
+
+
+def test_command_prints_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = "speed --suite decode --size tiny --length 8 --batch 1 --repeats 1 --json"
+    options = f"--matmul-size 16 --decode-tokens 2 --name a --out {tmp_path}"
+
+    assert moxe_main([*argv.split(), *options.split()]) == 0
+
+    output = capsys.readouterr()
+    document = json.loads(output.out)
+
+    assert document["rows"] == read_json(tmp_path / "a.json")["rows"]
+    assert document["files"] == [str(tmp_path / "a.json"), str(tmp_path / "a.md")]
+    assert "[2/2] decode: " in output.err
 
 
 @pytest.mark.parametrize(

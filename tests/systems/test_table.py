@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -120,8 +121,16 @@ def test_command_writes_every_system_listed(
 
     # The same seeds give the same page.
     page = (out / "systems_tiny.md").read_bytes()
-    assert main(argv) == 0
+    assert main([*argv, "--json"]) == 0
     assert (out / "systems_tiny.md").read_bytes() == page
+
+    document = json.loads(capsys.readouterr().out)
+
+    assert [s["label"] for s in document["systems"]] == list(frame["label"])
+    assert [s["num_parameters"] for s in document["systems"]] == list(
+        frame["num_parameters"]
+    )
+    assert document["files"] == [str(out / f"systems_tiny.{s}") for s in ("md", "csv")]
 
 
 def test_unknown_size_is_a_mistake_of_the_user(

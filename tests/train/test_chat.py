@@ -404,6 +404,38 @@ def test_terminal_survives_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sink.getvalue().endswith("\n")
 
 
+def test_answers_do_not_command_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Escaping:
+        num_read_tokens = 0
+
+        def answer(self, _: str, on_piece: Callable[[str], None]) -> Answer:
+            on_piece("a\x1b[2J\tb\n")
+
+            return Answer(text="", num_tokens=1, ended_by="eos")
+
+        def interrupt(self) -> None:
+            raise AssertionError
+
+    lines = iter(["Hi", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+
+    conversation: Any = Escaping()
+    sink = _Terminal()
+
+    ChatTask(
+        conversation,
+        _Terminal(),
+        sink,
+        io.StringIO(),
+        greeting="",
+        trained_len=9,
+        writes_json=False,
+        seed=1,
+    ).run()
+
+    assert sink.getvalue() == "\na\N{SYMBOL FOR ESCAPE}[2J\tb\n\n"
+
+
 def _run_chat(
     source: Path, output_dir: Path, overrides: dict[str, object] | None = None
 ) -> None:

@@ -23,6 +23,13 @@ EXIT: Final = "/exit"
 
 _PROMPT: Final = "> "
 
+_VISIBLE: Final = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"},
+    127: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
+"""Pictures of control characters."""
+
 
 @final
 class ChatTask(Task):
@@ -111,6 +118,10 @@ class ChatTask(Task):
 
     def _take_turn(self, text: str) -> None:
         def write(piece: str) -> None:
+            if self._is_interactive:
+                # What a model says must not command the terminal.
+                piece = piece.translate(_VISIBLE)
+
             if piece and not self._writes_json:
                 self._sink.write(piece)
                 self._sink.flush()
