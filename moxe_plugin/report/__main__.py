@@ -68,13 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 def _to_document(results: Sequence[SuiteResults], tables_dir: Path) -> dict[str, Any]:
     from moxe_plugin.report.files import read_json
 
-    suites = []
-
-    for suite in results:
-        excluded = [{"run": run.name, "reason": run.reason} for run in suite.excluded]
-        content = read_json(tables_dir / f"{suite.suite}.json")
-
-        suites.append({"suite": suite.suite, **content, "excluded": excluded})
+    suites = [read_json(tables_dir / f"{suite.suite}.json") for suite in results]
 
     return {"tables_dir": tables_dir, "suites": suites}
 
