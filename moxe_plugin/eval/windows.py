@@ -49,14 +49,14 @@ def check_length(name: str, value: int | None, *, default: int) -> int:
 
     :returns: The length.
 
-    :raises ValueError: It is not a positive number.
+    :raises ValueError: It is not a positive whole number.
     """
     if value is None:
         return default
 
-    # From a command line it can be a text.
-    if not isinstance(value, int):
-        raise ValueError(f"`{name}` must be a number, but is '{value}' instead.")
+    # From a command line it can be a text, or -3.0.
+    if not isinstance(value, (int, float)) or value != int(value):
+        raise ValueError(f"`{name}` must be a whole number, but is '{value}' instead.")
 
     if value < 1:
         raise ValueError(f"`{name}` must be positive, but is {value} instead.")

@@ -64,3 +64,16 @@ def test_json_has_null_for_what_does_not_exist(tmp_path: Path) -> None:
         "a": [0.3, None],
         "b": {"n": 339811690, "t": True},
     }
+
+
+def test_names_are_no_markup_of_markdown() -> None:
+    cells = pd.DataFrame(
+        {"system": ["<script>alert(1)</script>", "a | b\nc"], "p": ["< 0.05", "1"]}
+    )
+
+    lines = markdown_table(cells).splitlines()
+
+    assert len(lines) == 4
+    assert "&lt;script>alert(1)&lt;/script>" in lines[2]
+    assert "< 0.05" in lines[2]
+    assert r"a \| b c" in lines[3]

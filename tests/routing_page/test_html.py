@@ -6,13 +6,17 @@ import hashlib
 import json
 import re
 from base64 import b64encode
+from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 from typing_extensions import override
 
+from moxe_plugin.eval.checkpoints import LoadedModel
 from moxe_plugin.routing_page.html import render_page
+from moxe_plugin.routing_page.view import create_view
 from tests.routing_page.conftest import HOSTILE_TEXT, Read
 
 
@@ -149,3 +153,19 @@ def test_a_split_character_leaves_a_sign(read: Read) -> None:
 
 def test_the_same_view_gives_the_same_page(read: Read) -> None:
     assert render_page(read("some text")) == render_page(read("some text"))
+
+
+def test_names_are_no_code(load_byte_model: Callable[[str], LoadedModel]) -> None:
+    view = create_view(
+        load_byte_model("tiny"),
+        "a text",
+        max_tokens=9,
+        title=HOSTILE_TEXT,
+        source=HOSTILE_TEXT,
+    )
+
+    plain = _Page(render_page(replace(view, title="a", source="b")))
+    page = _Page(render_page(view))
+
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)

@@ -37,6 +37,12 @@ BENCH_CASES: Final = [
         ("broken.yaml: not valid YAML",),
     ),
     Case(
+        "suite_no_utf8",
+        "moxe bench $bad/latin1.yaml --out $out",
+        2,
+        ("latin1.yaml", "UTF-8"),
+    ),
+    Case(
         "suite_with_code",
         "moxe bench $bad/code.yaml --out $out",
         2,
@@ -55,6 +61,12 @@ BENCH_CASES: Final = [
         ("no_keys.yaml", "`seeds`"),
     ),
     Case(
+        "suite_system_outside",
+        "moxe bench $bad/outside.yaml --dry-run --out $out",
+        2,
+        ("`name`", "../outside"),
+    ),
+    Case(
         "unknown_system",
         "moxe bench quickstart --dry-run --only mox --out $out",
         2,
@@ -67,10 +79,22 @@ BENCH_CASES: Final = [
         ("--seeds", "'one'"),
     ),
     Case(
+        "seed_negative",
+        "moxe bench quickstart --dry-run --seeds -1 --out $out",
+        2,
+        ("--seeds: `seeds` must be greater than or equal to 0", "-1"),
+    ),
+    Case(
         "jobs_0",
         "moxe bench quickstart --dry-run --jobs 0 --out $out",
         2,
         ("--jobs", "greater than or equal to 1, but is 0"),
+    ),
+    Case(
+        "bench_out_is_a_file",
+        "moxe bench quickstart --dry-run --out $bad/blank.txt",
+        2,
+        ("`--out` and `--work` must be directories", "blank.txt"),
     ),
 ]
 
@@ -112,7 +136,7 @@ DATA_CASES: Final = [
         "data_file_no_utf8",
         "moxe data build $out --tokenizer $tokenizer --files $bad/latin1.txt",
         1,
-        ("latin1.txt is not UTF-8", "iconv"),
+        ("latin1.txt:1 is not UTF-8", "iconv"),
     ),
     Case(
         "data_line_no_json",
@@ -311,7 +335,7 @@ SYSTEMS_CASES: Final = [
         "unknown_size",
         "moxe systems --size huge --out $out",
         2,
-        ("`size` must be one of 340m, quickstart, tiny, but is 'huge'",),
+        ("`size` must be one of 340m,", "tiny, but is 'huge'"),
     ),
     Case(
         "context_0",
@@ -409,7 +433,7 @@ CLAIMS_CASES: Final = [
         "claims_text_no_utf8",
         "moxe claims $run --text $bad/latin1.txt --out $out",
         2,
-        ("latin1.txt is not UTF-8",),
+        ("latin1.txt:1 is not UTF-8",),
     ),
 ]
 
