@@ -75,6 +75,8 @@ def write_tokenizer(
         chat_template=hg.chat_template,
         model_max_length=max_seq_len,
         padding_side="left",
+        # Otherwise it returns `token_type_ids`, which `generate` refuses.
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=hg.clean_up_tokenization_spaces,
     ).save_pretrained(out_dir)
 

@@ -31,6 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def load(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(tokenizer("some text").input_ids) == "some text"
+    # What `generate` takes as it is
+    assert set(tokenizer("some text")) == {"input_ids", "attention_mask"}
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids, logits = torch.load(folder + ".pt")
