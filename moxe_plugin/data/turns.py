@@ -18,7 +18,7 @@ from moxe_plugin.data.tokenizer import HgTextTokenizer
 TurnFormat: TypeAlias = Literal["instruction", "question", "messages"]
 """``instruction`` writes the text as it is; ``question`` as GSM8K's questions are
 finetuned on; ``messages`` by the chat template of the tokenizer or as
-``User: ...``, a newline, and ``Assistant: ``."""
+``User: ...``, a newline, and ``Assistant:`` with a space."""
 
 TURN_FORMATS: Final[tuple[TurnFormat, ...]] = get_args(TurnFormat)
 
