@@ -24,6 +24,7 @@ from moxe_plugin.train.safe_resume import (
     check_named_checkpoints,
     check_resumed_checkpoint,
 )
+from moxe_plugin.train.topology import check_topology
 from moxe_plugin.train.units import CausalLMEvalUnit, CausalLMTrainUnit
 
 
@@ -54,6 +55,7 @@ def prepare_model(context: RecipeContext, seq_len: int) -> PreparedModel:
     check_model_section(context.resolver, config.model)
     check_named_checkpoints(config.common)
     check_resumed_checkpoint(context)
+    check_topology(context)
 
     with refuse_other_model(context):
         dp_model = context.get_data_parallel_model()

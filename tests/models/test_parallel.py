@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from fairseq2.error import NotSupportedError
 from fairseq2.gang import (
     FakeGang,
     Gangs,
-    ProcessGroupGang,
     create_fake_gangs,
     create_fsdp_gangs,
-    create_parallel_gangs,
 )
 from fairseq2.nn import BatchLayout
 from fairseq2.nn.ddp import to_ddp
 from fairseq2.nn.fsdp import FSDPWrapper, to_fsdp2
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn import Module
 
 from moxe_plugin.models.clm import AuxLossCausalLM, LossTerms
@@ -38,6 +32,7 @@ from tests.models.families import (
     get_family,
     random_ids,
 )
+from tests.processes import make_gangs, run_processes
 
 pytestmark = pytest.mark.usefixtures("fairseq2_setup")
 
@@ -107,17 +102,11 @@ MODES: dict[str, _Wrap] = {
 }
 
 
-def _train_in_every_mode(rank: int, store: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(NUM_PROCESSES)}
-
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_PROCESSES
-    )
-    group = dist.group.WORLD
-    assert group is not None
-
-    ddp_gangs = create_parallel_gangs(ProcessGroupGang(group, CPU))
+def _train_in_every_mode() -> None:
+    ddp_gangs = make_gangs()
     fsdp_gangs = create_fsdp_gangs(ddp_gangs)
+
+    rank = ddp_gangs.root.rank
 
     for family in FAMILIES:
         expected = _compute_gradients(family)
@@ -147,11 +136,9 @@ def _train_in_every_mode(rank: int, store: str) -> None:
                     msg=lambda msg, where=(family, mode, name): f"{where}: {msg}",  # type: ignore[misc]  # bound
                 )
 
-    dist.destroy_process_group()
 
-
-def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    spawn(_train_in_every_mode, (str(tmp_path / "store"),), nprocs=NUM_PROCESSES)
+def test_gradients_of_two_processes_are_those_of_one() -> None:
+    run_processes(NUM_PROCESSES, _train_in_every_mode)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from fairseq2.datasets import SequenceBatch
-from fairseq2.gang import (
-    FakeGang,
-    Gangs,
-    ProcessGroupGang,
-    create_fsdp_gangs,
-    create_parallel_gangs,
-)
+from fairseq2.gang import FakeGang, Gangs, create_fsdp_gangs
 from fairseq2.metrics import MetricBag
 from fairseq2.nn.ddp import to_ddp
 from fairseq2.nn.fsdp import FSDPWrapper, to_fsdp2
 from fairseq2.nn.fsdp.fsdp2 import fsdp2_local_state_dict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn import Module
 
 from moxe_plugin.models.moxe import MoxELM
@@ -32,6 +24,7 @@ from moxe_plugin.models.parallel import apply_ac_to_decoder, apply_fsdp_to_decod
 from moxe_plugin.nn.loss_free import LossFreeSelection
 from moxe_plugin.train.units import CausalLMEvalUnit, CausalLMTrainUnit
 from tests.models.families import create_model
+from tests.processes import make_gangs, run_processes
 from tests.train.tiny_data import TinyData, pretrain
 
 CPU = torch.device("cpu")
@@ -165,16 +158,10 @@ def _to_checkpointed_fsdp(model: Module, gangs: Gangs) -> Module:
     return to_fsdp2(model, gangs, apply)
 
 
-def _train_in_two_processes(rank: int, store: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(NUM_PROCESSES)}
+def _train_in_two_processes() -> None:
+    ddp_gangs = make_gangs()
 
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_PROCESSES
-    )
-    group = dist.group.WORLD
-    assert group is not None
-
-    ddp_gangs = create_parallel_gangs(ProcessGroupGang(group, CPU))
+    rank = ddp_gangs.root.rank
 
     model = _create()
     loads = _count_loads(model, [0, 1, 2, 3])
@@ -209,8 +196,6 @@ def _train_in_two_processes(rank: int, store: str) -> None:
         if mode == "fsdp":
             _check_shards(dp_model, biases[0])
 
-    dist.destroy_process_group()
-
 
 def _check_shards(dp_model: Any, bias: Tensor) -> None:
     # fairseq2 writes the shard of each process, and reads their concatenation.
@@ -229,8 +214,8 @@ def _check_shards(dp_model: Any, bias: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("fairseq2_setup")
-def test_two_processes_follow_the_load_of_both(tmp_path: Path) -> None:
-    spawn(_train_in_two_processes, (str(tmp_path / "store"),), nprocs=NUM_PROCESSES)
+def test_two_processes_follow_the_load_of_both() -> None:
+    run_processes(NUM_PROCESSES, _train_in_two_processes)
 
 
 def _load_state(output_dir: Path, step: int) -> dict[str, Tensor]:

@@ -1,0 +1,66 @@
+"""Refuses to continue a run with processes that cannot read its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fairseq2.gang import Gangs
+from fairseq2.recipe import RecipeContext
+from fairseq2.recipe.error import RecipeError
+
+
+def check_topology(context: RecipeContext) -> None:
+    """Make sure that the processes of the run can continue its last checkpoint.
+
+    fairseq2 writes a file for each process, and one of model and optimizer for each
+    shard. It can read them in fewer processes, but not in more, and not with another
+    number of shards.
+
+    :param context: The context of the recipe, before its model is created.
+
+    :raises RecipeError: fairseq2 would find files missing, or call them erroneous.
+    """
+    step = context.get_checkpoint_manager().maybe_get_last_step_number(
+        exclude_model_only=True
+    )
+
+    if step is not None:
+        checkpoint_dir = context.output_dir / "checkpoints"
+
+        _check_checkpoint(checkpoint_dir / f"step_{step}", context.gangs)
+
+
+def _check_checkpoint(step_dir: Path, gangs: Gangs) -> None:
+    num_ranks = _count(step_dir, "trainer/rank_*.pt")
+    num_shards = _count(step_dir, "model/pp_00/tp_00/sdp_*.pt")
+
+    if gangs.sdp.size == num_shards and gangs.root.size <= num_ranks:
+        return
+
+    allowed = f"{num_ranks} processes" if num_ranks > 1 else "one process"
+    if num_shards == 1 < num_ranks:
+        allowed = f"at most {allowed}"
+
+    raise RecipeError(
+        f"The checkpoint '{step_dir}' is of {_describe(num_ranks, num_shards)}, but "
+        f"this run is of {_describe(gangs.root.size, gangs.sdp.size)}. fairseq2 "
+        "continues a run only with as many shards (`trainer.data_parallelism`), and in "
+        "no more processes. Launch it as it was, in "
+        f"{allowed} (`torchrun --nproc-per-node {num_ranks}`), or start a new run from "
+        "its parameters, in another output directory, with `--config "
+        f"model.name=checkpoint_{step_dir.name} "
+        f"common.assets.prev_checkpoint_dir={step_dir.parent}`."
+    )
+
+
+def _count(step_dir: Path, pattern: str) -> int:
+    return len(list(step_dir.glob(pattern)))
+
+
+def _describe(num_ranks: int, num_shards: int) -> str:
+    processes = "1 process" if num_ranks == 1 else f"{num_ranks} processes"
+
+    if num_shards == 1:
+        return f"{processes}, each with the whole model"
+
+    return f"{processes} with {num_shards} shards of the model"

@@ -1,0 +1,371 @@
+"""Runs recipes in several processes: they train what a single process trains."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import pytest
+import torch
+from fairseq2.datasets import SequenceBatch
+from fairseq2.metrics import MetricBag
+from fairseq2.nn import BatchLayout
+from fairseq2.recipe.error import RecipeError
+from torch import Tensor
+
+from moxe_plugin.cli import main
+from moxe_plugin.data.reader import RowReader
+from moxe_plugin.eval.checkpoints import load_checkpoint
+from moxe_plugin.nn.selection import TopKSelection
+from moxe_plugin.train.units import CausalLMTrainUnit
+from tests.common import assert_close
+from tests.processes import run_processes
+from tests.train.tiny_data import TinyData, pretrain, read_metrics
+
+NUM_ACCUMULATE: Final = 3
+
+OVERRIDES: Final[Mapping[str, object]] = {
+    "dataset.batch_size": 2,
+    "trainer.grad_accumulation.num_batches": NUM_ACCUMULATE,
+    "regime.num_steps": 20,
+    "regime.validate_every_n_steps": 10,
+    "regime.checkpoint_every_n_steps": 10,
+    "regime.keep_last_n_checkpoints": 2,
+}
+"""An epoch ends within step 13, whose last batch is missing."""
+
+LAUNCH_METRICS: Final = ("Time", "Second", "Batch Size", "per Batch", "Gradient Norm")
+"""Parts of the names of metrics that tell of time, or of batches per process."""
+
+
+def _starve_experts(
+    monkeypatch: pytest.MonkeyPatch, is_starving: Callable[[], bool]
+) -> None:
+    # All tokens of a starving batch go to experts 0 and 1.
+    select = TopKSelection.forward
+
+    def forward(self: TopKSelection, probs: Tensor) -> tuple[Tensor, Tensor]:
+        if self.training and is_starving():
+            has_no_token = torch.arange(probs.size(1)) >= 2
+            probs = probs.masked_fill(has_no_token, 0.0)
+
+        return select(self, probs)
+
+    monkeypatch.setattr(TopKSelection, "forward", forward)
+
+
+def _pretrain_rank(
+    data: TinyData, output_dir: Path, overrides: Mapping[str, object]
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _starve_experts(monkeypatch, lambda: os.environ["RANK"] == "1")
+
+        pretrain(data, output_dir, {**OVERRIDES, **overrides})
+
+
+def _read_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A single process reads what two would read, one after the other.
+    init = RowReader.__init__
+
+    def create(self: RowReader, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+
+        self._num_batches -= self._num_batches % 2
+
+    def read_batch(self: RowReader, batch_nr: int) -> SequenceBatch:
+        size = self._global_batch_size
+
+        both = self._make_order()[batch_nr // 2 * 2 * size :][: 2 * size]
+
+        return self._rows.collate(both[batch_nr % 2 :: 2])
+
+    monkeypatch.setattr(RowReader, "__init__", create)
+    monkeypatch.setattr(RowReader, "_read_batch", read_batch)
+
+
+def _pretrain_as_two(data: TinyData, output_dir: Path) -> None:
+    num_batches = 0
+
+    process_batch = CausalLMTrainUnit.process_batch
+
+    def process(
+        self: CausalLMTrainUnit, batch: SequenceBatch, bag: MetricBag
+    ) -> tuple[Tensor, int]:
+        nonlocal num_batches
+
+        num_batches += 1
+
+        return process_batch(self, batch, bag)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(CausalLMTrainUnit, "process_batch", process)
+
+        _starve_experts(monkeypatch, lambda: num_batches % 2 == 0)
+        _read_as_two(monkeypatch)
+
+        overrides = {
+            "trainer.grad_accumulation.num_batches": 2 * NUM_ACCUMULATE,
+            # Of all processes, where the others' is of each
+            "dataset.max_num_valid_batches": 4,
+        }
+
+        pretrain(data, output_dir, {**OVERRIDES, **overrides})
+
+
+def _select(metrics: dict[str, Any], excluded: tuple[str, ...]) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in metrics.items()
+        if isinstance(value, float) and not any(part in name for part in excluded)
+    }
+
+
+class Run(NamedTuple):
+    """A run of two processes."""
+
+    output_dir: Path
+    overrides: Mapping[str, object]
+
+
+@pytest.fixture(scope="module")
+def single_dir(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train in a single process on the batches of two.
+
+    :param tiny_data: The data.
+    :param tmp_path_factory: Makes the directory.
+
+    :returns: The output directory.
+    """
+    output_dir = tmp_path_factory.mktemp("distributed") / "single"
+
+    _pretrain_as_two(tiny_data, output_dir)
+
+    return output_dir
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def run(
+    request: pytest.FixtureRequest,
+    tiny_data: TinyData,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
+    """Train in two processes; experts 2 and 3 get no token in the second one.
+
+    :param request: Has the kind of data parallelism.
+    :param tiny_data: The data.
+    :param tmp_path_factory: Makes the directory.
+
+    :returns: The run.
+    """
+    output_dir = tmp_path_factory.mktemp("distributed") / request.param
+
+    overrides = {"trainer.data_parallelism": request.param}
+
+    run_processes(2, _pretrain_rank, tiny_data, output_dir, overrides)
+
+    return Run(output_dir, overrides)
+
+
+def test_two_processes_have_the_losses_of_one(run: Run, single_dir: Path) -> None:
+    for category, steps in {"train": list(range(1, 21)), "valid": [10, 20]}.items():
+        expected, actual = (
+            read_metrics(d, category) for d in (single_dir, run.output_dir)
+        )
+
+        assert [m["Step"] for m in actual] == steps
+
+        for actual_metrics, expected_metrics in zip(actual, expected, strict=True):
+            selected = _select(actual_metrics, LAUNCH_METRICS)
+
+            assert {"NLL Loss", "Load Balance Loss", "layer_1/idle_experts"} < set(
+                selected
+            )
+            assert selected == pytest.approx(
+                _select(expected_metrics, LAUNCH_METRICS), rel=1e-5, abs=1e-7
+            )
+
+    # Two experts without a token in every batch of one process of two
+    assert all(
+        m["layer_1/idle_experts"] >= 1.0 for m in read_metrics(single_dir, "train")
+    )
+
+
+def test_continued_run_is_bitwise_the_same(
+    run: Run, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    shutil.copytree(run.output_dir, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_20")
+
+    run_processes(2, _pretrain_rank, tiny_data, tmp_path, run.overrides)
+
+    metrics = [_select(m, ("Time", "Second")) for m in read_metrics(tmp_path, "train")]
+
+    assert len(metrics) == 30
+    assert metrics[20:] == metrics[10:20]
+
+
+def _refuse(data: TinyData, output_dir: Path, overrides: Mapping[str, object]) -> str:
+    with pytest.raises(RecipeError) as exc_info:
+        pretrain(data, output_dir, {**OVERRIDES, **overrides})
+
+    return str(exc_info.value)
+
+
+def test_fewer_processes_continue_or_are_refused(
+    run: Run, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    shutil.copytree(run.output_dir, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_20")
+
+    if "fsdp" in run.overrides.values():
+        message = _refuse(tiny_data, tmp_path, run.overrides)
+
+        assert (
+            f"The checkpoint '{tmp_path}/checkpoints/step_10' is of 2 processes with 2 "
+            "shards of the model, but this run is of 1 process, each with the whole "
+        ) in message
+        assert "`torchrun --nproc-per-node 2`" in message
+
+        return
+
+    pretrain(tiny_data, tmp_path, {**OVERRIDES, **run.overrides})
+
+    metrics = read_metrics(tmp_path, "train")
+
+    assert [m["Step"] for m in metrics[20:]] == list(range(11, 21))
+    assert metrics[-1]["NLL Loss"] < metrics[9]["NLL Loss"]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_more_processes_or_shards_are_refused(
+    run: Run, tiny_data: TinyData, tmp_path: Path, mode: str
+) -> None:
+    other = {"trainer.data_parallelism": mode}
+
+    num_processes = 3 if other == run.overrides else 2
+
+    messages = run_processes(num_processes, _refuse, tiny_data, run.output_dir, other)
+
+    assert len(set(messages)) == 1
+    assert f"but this run is of {num_processes} processes" in messages[0]
+
+
+def test_message_tells_how_to_go_on_with_the_parameters(
+    run: Run, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    other = {"trainer.data_parallelism": "fsdp"}
+
+    (message, _, _) = run_processes(3, _refuse, tiny_data, run.output_dir, other)
+
+    *_, name, directory = message.split("`")[-2].split()
+
+    overrides = {
+        **dict(part.split("=") for part in (name, directory)),
+        "trainer.grad_accumulation.num_batches": 6,
+        "lr_scheduler.config.num_warmup_steps": 1,
+        "regime.num_steps": 2,
+        "dataset.valid_split": None,
+    }
+
+    pretrain(tiny_data, tmp_path, {**OVERRIDES, **overrides})
+
+    (first, _), before = (read_metrics(d, "train") for d in (tmp_path, run.output_dir))
+
+    assert first["NLL Loss"] < before[9]["NLL Loss"]
+
+
+def test_checkpoint_of_two_processes_loads_as_a_model(
+    run: Run, single_dir: Path
+) -> None:
+    seqs = torch.arange(3, 300).view(9, 33)
+
+    losses = []
+
+    for output_dir in (run.output_dir, single_dir):
+        model = load_checkpoint(output_dir, device=torch.device("cpu")).model
+
+        loss = model(seqs, BatchLayout.of(seqs), seqs, reduction="mean")
+
+        losses.append(loss.detach())
+
+    assert_close(losses[0], losses[1], rtol=1e-5, atol=0.0)
+
+
+def test_hybrid_shards_train_the_same_and_continue(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    overrides = {
+        "dataset.batch_size": 2,
+        "lr_scheduler.config.num_warmup_steps": 1,
+        "regime.num_steps": 4,
+        "regime.validate_every_n_steps": 4,
+        "regime.checkpoint_every_n_steps": 2,
+        "regime.keep_last_n_checkpoints": 2,
+    }
+    hybrid = {
+        **overrides,
+        "trainer.data_parallelism": "fsdp",
+        "trainer.fsdp.hybrid": True,
+    }
+
+    ddp_dir, hybrid_dir = tmp_path / "ddp", tmp_path / "hybrid"
+
+    run_processes(4, pretrain, tiny_data, ddp_dir, overrides)
+
+    for _ in range(2):
+        # Two hosts of two processes
+        run_processes(4, pretrain, tiny_data, hybrid_dir, hybrid, num_local_processes=2)
+
+        step_dir = hybrid_dir / "checkpoints" / "step_4"
+
+        shards = sorted(f.name for f in step_dir.glob("model/*/*/*"))
+        assert shards == ["sdp_00.pt", "sdp_01.pt"]
+
+        shutil.rmtree(step_dir)
+
+    expected, actual = (
+        [_select(m, LAUNCH_METRICS) for m in read_metrics(d, "train")]
+        for d in (ddp_dir, hybrid_dir)
+    )
+
+    assert actual[4:] == actual[2:4]
+
+    for actual_metrics, expected_metrics in zip(actual[:4], expected, strict=True):
+        assert actual_metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-7)
+
+
+def _run_command(args: list[str]) -> int:
+    with pytest.raises(SystemExit) as exc_info:
+        main(args)
+
+    assert isinstance(exc_info.value.code, int)
+
+    return exc_info.value.code
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pretrain OUT --preset smoke",
+        "instruction_finetune OUT --from RUN",
+        "generate OUT --from RUN --prompt The",
+    ],
+    ids=["pretrain", "instruction_finetune", "generate"],
+)
+def test_tensor_parallelism_is_refused_by_every_command(
+    pretrained_dir: Path, tmp_path: Path, command: str
+) -> None:
+    places = {"OUT": str(tmp_path), "RUN": str(pretrained_dir)}
+
+    args = [places.get(word, word) for word in command.split()]
+    args += ["--config", "gang.tensor_parallel_size=2", "--quiet"]
+
+    assert run_processes(2, _run_command, ["lm", *args]) == [2, 2]
+
+    log = tmp_path.joinpath("logs", "rank_0.log").read_text()
+
+    assert "`gang.tensor_parallel_size` must be 1, since no model family" in log
+    assert "Traceback" not in log
