@@ -1,4 +1,4 @@
-"""Runs functions in several processes, as `torchrun` would, without new interpreters."""
+"""Runs functions in several processes, as `torchrun` does, by forks of this one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
-from fairseq2.gang import Gangs, ProcessGroupGang, create_parallel_gangs
 from torch.distributed import TCPStore, destroy_process_group, is_initialized
+
+if TYPE_CHECKING:
+    from fairseq2.gang import Gangs
 
 T = TypeVar("T")
 
@@ -75,6 +77,9 @@ def make_gangs() -> Gangs:
 
     :returns: The gangs of data parallelism without shards.
     """
+    # Slow, and not for all tests
+    from fairseq2.gang import ProcessGroupGang, create_parallel_gangs
+
     gang = ProcessGroupGang.create_default_process_group(torch.device("cpu"))
 
     return create_parallel_gangs(gang)

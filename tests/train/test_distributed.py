@@ -241,7 +241,7 @@ def test_fewer_processes_continue_or_are_refused(
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_more_processes_or_shards_are_refused(
-    run: Run, tiny_data: TinyData, tmp_path: Path, mode: str
+    run: Run, tiny_data: TinyData, mode: str
 ) -> None:
     other = {"trainer.data_parallelism": mode}
 
