@@ -11,6 +11,7 @@ from fairseq2.models.clm import CausalLM
 from fairseq2.nn import BatchLayout, IncrementalStateBag, Projection
 from fairseq2.nn.functional import cross_entropy
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from typing_extensions import override
 
 from moxe_plugin.nn.projected_loss import projected_cross_entropy
@@ -81,6 +82,14 @@ class AuxLossCausalLM(CausalLM):
     """Whether a state bag holds nothing but
     :class:`~moxe_plugin.models.recurrent_state.RecurrentState`: of constant size, and
     of rows of different lengths if the batch was padded."""
+
+    has_balance_losses: ClassVar[bool] = False
+    """Whether :attr:`balance_group` matters."""
+
+    balance_group: ProcessGroup | None = None
+    """The processes over whose tokens the losses that balance the load of experts take
+    their means in training; ``None`` means this process. All of them must then call the
+    model equally often."""
 
     def __init__(
         self,

@@ -1,6 +1,11 @@
 """Auxiliary losses: MoxE eqs. (10)-(20), and one more for a dynamic number of experts.
 
 Each is the mean over tokens, in float32.
+
+Those that balance the load compare means over a batch, and so depend on what the batch
+is: the sum of two batches' losses is not the loss of both. As is usual, the batch is
+that of this process, in a single forward pass. With a ``group`` it is that of all its
+processes; each then gets the same loss, and must weigh it by its share of the targets.
 """
 
 from __future__ import annotations
@@ -11,6 +16,8 @@ from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, float32, promote_types
+from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 
 from moxe_plugin.nn.routing import normalized_entropy
 
@@ -56,6 +63,7 @@ def group_loss(
     token_mask: Tensor | None = None,
     *,
     form: GroupLossForm = "kl",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Pull the probabilities of the two groups of experts towards one half each.
 
@@ -74,6 +82,7 @@ def group_loss(
     :param num_mlstm_experts: How many of the first experts are mLSTM experts.
     :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
     :param form: Which of the forms to compute.
+    :param group: The processes whose tokens are the batch; this one's if ``None``.
 
     :returns: One value for the batch, in nats for ``kl`` and ``js``. *Shape:* ``()``.
 
@@ -83,8 +92,8 @@ def group_loss(
 
     probs = _at_least_float32(router_probs)
 
-    mlstm_prob = _mean(probs[:, :num_mlstm_experts].sum(dim=-1), token_mask)
-    slstm_prob = _mean(probs[:, num_mlstm_experts:].sum(dim=-1), token_mask)
+    mlstm_prob = _mean(probs[:, :num_mlstm_experts].sum(dim=-1), token_mask, group)
+    slstm_prob = _mean(probs[:, num_mlstm_experts:].sum(dim=-1), token_mask, group)
 
     return _GROUP_LOSS_FORMS[form](torch.stack([mlstm_prob, slstm_prob]))
 
@@ -110,6 +119,7 @@ def load_balancing_loss(
     token_mask: Tensor | None = None,
     *,
     form: LoadBalancingForm = "switch",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Keep the load of experts even.
 
@@ -128,6 +138,7 @@ def load_balancing_loss(
         ``(T,K)``.
     :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
     :param form: Which of the forms to compute.
+    :param group: The processes whose tokens are the batch; this one's if ``None``.
 
     :returns: One value for the batch, no unit. *Shape:* ``()``.
 
@@ -143,9 +154,9 @@ def load_balancing_loss(
     chosen = (expert_indices.unsqueeze(-1) == expert_ids).any(dim=1).to(probs.dtype)
 
     # Of no token at all the load is 0.
-    num_per_token = _mean(chosen.sum(dim=-1), token_mask).clamp(min=1)
+    num_per_token = _mean(chosen.sum(dim=-1), token_mask, group).clamp(min=1)
 
-    return _LOAD_BALANCING_FORMS[form](probs, chosen / num_per_token, token_mask)
+    return _LOAD_BALANCING_FORMS[form](probs, chosen / num_per_token, token_mask, group)
 
 
 def dynamic_loss(router_probs: Tensor, token_mask: Tensor | None = None) -> Tensor:
@@ -176,14 +187,40 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(promote_types(tensor.dtype, float32))
 
 
-def _mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
+def _mean(
+    values: Tensor, token_mask: Tensor | None, group: ProcessGroup | None = None
+) -> Tensor:
     # (T,...) -> (...)
+    if group is not None:
+        return _mean_over(group, values, token_mask)
+
     if token_mask is None:
         return values.mean(dim=0)
 
+    return _sum(values, token_mask) / token_mask.sum().clamp(min=1)
+
+
+def _mean_over(
+    group: ProcessGroup, values: Tensor, token_mask: Tensor | None
+) -> Tensor:
+    if token_mask is None:
+        token_mask = torch.ones(len(values), dtype=torch.bool, device=values.device)
+
+    num_tokens = token_mask.sum()
+
+    all_reduce(num_tokens, group=group)
+
+    # Backward, it sums what the processes' losses say of the common mean.
+    total = differentiable_all_reduce(_sum(values, token_mask), group=group)
+    assert isinstance(total, Tensor)
+
+    return total / num_tokens.clamp(min=1)
+
+
+def _sum(values: Tensor, token_mask: Tensor) -> Tensor:
     mask = token_mask.view(-1, *[1] * (values.ndim - 1))
 
-    return values.where(mask, 0.0).sum(dim=0) / token_mask.sum().clamp(min=1)
+    return values.where(mask, 0.0).sum(dim=0)
 
 
 def _kl_divergence(group_probs: Tensor) -> Tensor:
@@ -207,14 +244,24 @@ def _js_divergence(group_probs: Tensor) -> Tensor:
     return (forward + backward).sum() / 2
 
 
-def _switch(probs: Tensor, assigned: Tensor, token_mask: Tensor | None) -> Tensor:
-    shares = _mean(assigned, token_mask)
+def _switch(
+    probs: Tensor,
+    assigned: Tensor,
+    token_mask: Tensor | None,
+    group: ProcessGroup | None,
+) -> Tensor:
+    shares = _mean(assigned, token_mask, group)
 
-    return probs.size(1) * (shares * _mean(probs, token_mask)).sum()
+    return probs.size(1) * (shares * _mean(probs, token_mask, group)).sum()
 
 
-def _squared(probs: Tensor, assigned: Tensor, token_mask: Tensor | None) -> Tensor:
-    usage = _mean(assigned * probs, token_mask)
+def _squared(
+    probs: Tensor,
+    assigned: Tensor,
+    token_mask: Tensor | None,
+    group: ProcessGroup | None,
+) -> Tensor:
+    usage = _mean(assigned * probs, token_mask, group)
 
     return (usage - 1 / probs.size(1)).square().sum()
 
@@ -227,5 +274,5 @@ _GROUP_LOSS_FORMS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
 }
 
 _LOAD_BALANCING_FORMS: Final[
-    Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]]
+    Mapping[str, Callable[[Tensor, Tensor, Tensor | None, ProcessGroup | None], Tensor]]
 ] = {"switch": _switch, "squared": _squared}

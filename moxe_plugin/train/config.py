@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fairseq2.recipe.config import (
     COSINE_ANNEALING_LR,
@@ -86,6 +87,12 @@ class TrainConfig(Validatable):
         )
     )
     """Runs in ``model.dtype`` by default; fairseq2's own default would be bf16."""
+
+    balance_over: Literal["local", "global"] = "local"
+    """Over which tokens the group-wise and load-balancing losses take their means:
+    those of a process's batch, as is usual, or of the batches of all processes, at a
+    few more collectives per layer. With gradient accumulation, either way, each forward
+    pass has losses of its own."""
 
     optimizer: OptimizerSection = field(
         default_factory=lambda: OptimizerSection(

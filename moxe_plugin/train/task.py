@@ -24,7 +24,7 @@ from moxe_plugin.train.safe_resume import (
     check_named_checkpoints,
     check_resumed_checkpoint,
 )
-from moxe_plugin.train.topology import check_topology
+from moxe_plugin.train.topology import balance_over_processes, check_topology
 from moxe_plugin.train.units import CausalLMEvalUnit, CausalLMTrainUnit
 
 
@@ -66,6 +66,9 @@ def prepare_model(context: RecipeContext, seq_len: int) -> PreparedModel:
 
     check_vocabulary(model, tokenizer)
     check_seq_len(model, seq_len)
+
+    if config.balance_over == "global":
+        balance_over_processes(model, context.gangs)
 
     return PreparedModel(dp_model, model, tokenizer)
 

@@ -1,4 +1,4 @@
-"""Refuses to continue a run with processes that cannot read its checkpoint."""
+"""What the number of processes means for a run: its checkpoints, its losses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from fairseq2.gang import Gangs
 from fairseq2.recipe import RecipeContext
 from fairseq2.recipe.error import RecipeError
+
+from moxe_plugin.models.clm import AuxLossCausalLM
 
 
 def check_topology(context: RecipeContext) -> None:
@@ -28,6 +30,24 @@ def check_topology(context: RecipeContext) -> None:
         checkpoint_dir = context.output_dir / "checkpoints"
 
         _check_checkpoint(checkpoint_dir / f"step_{step}", context.gangs)
+
+
+def balance_over_processes(model: AuxLossCausalLM, gangs: Gangs) -> None:
+    """Let the losses that balance experts take their means over all processes.
+
+    :param model: The model itself, not its data-parallel wrapper.
+    :param gangs: Their ``dp`` gang has the processes.
+
+    :raises RecipeError: The model's losses are of a process's own batch.
+    """
+    if not model.has_balance_losses:
+        raise RecipeError(
+            "`balance_over` must be 'local' for this model family, which has no "
+            "balance losses over several processes, but is 'global' instead."
+        )
+
+    if gangs.dp.size > 1:
+        model.balance_group = gangs.dp.as_process_group()
 
 
 def _check_checkpoint(step_dir: Path, gangs: Gangs) -> None:

@@ -337,6 +337,49 @@ def test_hybrid_shards_train_the_same_and_continue(
         assert actual_metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_global_balance_losses_are_those_of_one_large_batch(
+    tiny_data: TinyData, tmp_path: Path, mode: str
+) -> None:
+    overrides: dict[str, object] = {
+        "balance_over": "global",
+        "dataset.batch_size": 4,
+        "dataset.valid_split": None,
+        "trainer.grad_accumulation.num_batches": 2,
+        # Large enough to tell
+        "model.config_overrides": {"pad_idx": 1, "load_balance_loss_scale": 1.0},
+    }
+
+    single_dir, output_dir = tmp_path / "single", tmp_path / "two"
+
+    pretrain(tiny_data, single_dir, overrides)
+
+    overrides |= {"dataset.batch_size": 2, "trainer.data_parallelism": mode}
+
+    run_processes(2, pretrain, tiny_data, output_dir, overrides)
+
+    # Means over batches of what is no mean over tokens
+    excluded = (*LAUNCH_METRICS, "idle_experts", "busiest")
+
+    expected, actual = (
+        [_select(m, excluded) for m in read_metrics(d, "train")]
+        for d in (single_dir, output_dir)
+    )
+
+    for actual_metrics, expected_metrics in zip(actual, expected, strict=True):
+        assert "Group Loss" in actual_metrics
+        assert actual_metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-7)
+
+
+def test_global_balance_of_a_model_without_experts_is_refused(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match="`balance_over` must be 'local' for this"):
+        pretrain(
+            tiny_data, tmp_path, {"model.family": "xlstm", "balance_over": "global"}
+        )
+
+
 def _run_command(args: list[str]) -> int:
     with pytest.raises(SystemExit) as exc_info:
         main(args)

@@ -35,8 +35,11 @@ class MoxELM(AuxLossCausalLM):
     """A Mixture of xLSTM Experts with entropy-aware routing (arXiv 2505.01459).
 
     Every auxiliary loss is the mean over the tokens of the local batch, then over
-    layers; padding counts in none. The model has no position code and no fixed limit
-    of length: ``max_seq_len`` only tells generators where to stop.
+    layers; padding counts in none. In training, the means within the group-wise and the
+    load-balancing loss are over the batches of all processes of ``balance_group``.
+
+    The model has no position code and no fixed limit of length: ``max_seq_len`` only
+    tells generators where to stop.
 
     :param config: The configuration.
     :param decoder_frontend: Embeds tokens.
@@ -45,6 +48,7 @@ class MoxELM(AuxLossCausalLM):
     """
 
     has_recurrent_state = True
+    has_balance_losses = True
 
     def __init__(
         self,
@@ -167,6 +171,9 @@ class MoxELM(AuxLossCausalLM):
     ) -> dict[str, Tensor]:
         config = self.config
 
+        # Validation may end in one process before another.
+        group = self.balance_group if self.training else None
+
         terms: dict[str, list[Tensor]] = {name: [] for name in self.aux_loss_scales}
 
         for routing in routings:
@@ -182,6 +189,7 @@ class MoxELM(AuxLossCausalLM):
                     routing.expert_indices,
                     token_mask,
                     form=config.load_balance_loss,
+                    group=group,
                 )
             )
 
@@ -204,6 +212,7 @@ class MoxELM(AuxLossCausalLM):
                         config.mlstm_group_size,
                         token_mask,
                         form=config.group_loss,
+                        group=group,
                     )
                 )
 

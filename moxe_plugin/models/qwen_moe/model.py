@@ -34,6 +34,8 @@ class QwenMoELM(HfCausalLM):
     :param load_balance_loss_scale: The weight of the balance loss.
     """
 
+    has_balance_losses = True
+
     def __init__(
         self,
         hf: Qwen2MoeForCausalLM,
@@ -72,6 +74,8 @@ class QwenMoELM(HfCausalLM):
             router_probs.flatten(end_dim=1),
             expert_indices.flatten(end_dim=1),
             token_mask.repeat(len(router_probs)),
+            # Validation may end in one process before another.
+            group=self.balance_group if self.training else None,
         )
 
         stats: dict[str, Tensor] = {}
