@@ -23,7 +23,7 @@ from moxe_plugin.nn.selection import TopKSelection
 from moxe_plugin.train.units import CausalLMTrainUnit
 from tests.common import assert_close
 from tests.processes import run_processes
-from tests.train.tiny_data import TinyData, pretrain, read_metrics
+from tests.train.tiny_data import TWO_STEPS, TinyData, pretrain, read_metrics
 
 NUM_ACCUMULATE: Final = 3
 
@@ -337,6 +337,36 @@ def test_hybrid_shards_train_the_same_and_continue(
         assert actual_metrics == pytest.approx(expected_metrics, rel=1e-5, abs=1e-7)
 
 
+def _pretrain_under_slurm(data: TinyData, output_dir: Path) -> None:
+    # What `srun --ntasks-per-node 2` sets, where `torchrun` sets others
+    for name, slurm_name in {
+        "RANK": "SLURM_PROCID",
+        "LOCAL_RANK": "SLURM_LOCALID",
+        "WORLD_SIZE": "SLURM_NTASKS",
+        "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
+    }.items():
+        os.environ[slurm_name] = os.environ.pop(name)
+
+    os.environ["SLURM_JOB_ID"] = "7"
+
+    pretrain(data, output_dir, TWO_STEPS)
+
+
+def test_processes_of_a_slurm_job_find_each_other(
+    tiny_data: TinyData, tmp_path: Path
+) -> None:
+    run_processes(2, _pretrain_under_slurm, tiny_data, tmp_path)
+
+    # Each process logs into a file of its own.
+    logs = sorted(file.name for file in tmp_path.glob("logs/rank_*.log"))
+
+    assert logs == ["rank_0.log", "rank_1.log"]
+
+    (first, _) = read_metrics(tmp_path, "train")
+
+    assert first["Total Number of Examples"] == 8
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_global_balance_losses_are_those_of_one_large_batch(
     tiny_data: TinyData, tmp_path: Path, mode: str
@@ -395,8 +425,9 @@ def _run_command(args: list[str]) -> int:
         "pretrain OUT --preset smoke",
         "instruction_finetune OUT --from RUN",
         "generate OUT --from RUN --prompt The",
+        "chat OUT --from RUN",
     ],
-    ids=["pretrain", "instruction_finetune", "generate"],
+    ids=["pretrain", "instruction_finetune", "generate", "chat"],
 )
 def test_tensor_parallelism_is_refused_by_every_command(
     pretrained_dir: Path, tmp_path: Path, command: str
