@@ -54,20 +54,20 @@ def _check_checkpoint(step_dir: Path, gangs: Gangs) -> None:
     num_ranks = _count(step_dir, "trainer/rank_*.pt")
     num_shards = _count(step_dir, "model/pp_00/tp_00/sdp_*.pt")
 
+    if num_ranks == 0 or num_shards == 0:
+        # Elsewhere, or damaged: fairseq2 tells.
+        return
+
     if gangs.sdp.size == num_shards and gangs.root.size <= num_ranks:
         return
 
-    allowed = f"{num_ranks} processes" if num_ranks > 1 else "one process"
-    if num_shards == 1 < num_ranks:
-        allowed = f"at most {allowed}"
-
     raise RecipeError(
         f"The checkpoint '{step_dir}' is of {_describe(num_ranks, num_shards)}, but "
-        f"this run is of {_describe(gangs.root.size, gangs.sdp.size)}. fairseq2 "
-        "continues a run only with as many shards (`trainer.data_parallelism`), and in "
-        "no more processes. Launch it as it was, in "
-        f"{allowed} (`torchrun --nproc-per-node {num_ranks}`), or start a new run from "
-        "its parameters, in another output directory, with `--config "
+        f"this run has {_describe(gangs.root.size, gangs.sdp.size)}. fairseq2 "
+        "continues a run only with as many shards, and in no more processes. Launch it "
+        f"as before, by `torchrun --nproc-per-node {num_ranks}` with the same "
+        "`trainer.data_parallelism`; or start a new run from its parameters, in "
+        f"another output directory, with `--config "
         f"model.name=checkpoint_{step_dir.name} "
         f"common.assets.prev_checkpoint_dir={step_dir.parent}`."
     )
@@ -79,8 +79,6 @@ def _count(step_dir: Path, pattern: str) -> int:
 
 def _describe(num_ranks: int, num_shards: int) -> str:
     processes = "1 process" if num_ranks == 1 else f"{num_ranks} processes"
+    shards = "1 shard" if num_shards == 1 else f"{num_shards} shards"
 
-    if num_shards == 1:
-        return f"{processes}, each with the whole model"
-
-    return f"{processes} with {num_shards} shards of the model"
+    return f"{processes} and {shards} of the model"

@@ -224,10 +224,10 @@ def test_fewer_processes_continue_or_are_refused(
         message = _refuse(tiny_data, tmp_path, run.overrides)
 
         assert (
-            f"The checkpoint '{tmp_path}/checkpoints/step_10' is of 2 processes with 2 "
-            "shards of the model, but this run is of 1 process, each with the whole "
+            f"The checkpoint '{tmp_path}/checkpoints/step_10' is of 2 processes and 2 "
+            "shards of the model, but this run has 1 process and 1 shard of the model."
         ) in message
-        assert "`torchrun --nproc-per-node 2`" in message
+        assert "by `torchrun --nproc-per-node 2` with the same" in message
 
         return
 
@@ -250,7 +250,7 @@ def test_more_processes_or_shards_are_refused(
     messages = run_processes(num_processes, _refuse, tiny_data, run.output_dir, other)
 
     assert len(set(messages)) == 1
-    assert f"but this run is of {num_processes} processes" in messages[0]
+    assert f"but this run has {num_processes} processes" in messages[0]
 
 
 def test_message_tells_how_to_go_on_with_the_parameters(
