@@ -170,7 +170,7 @@ def _plan_trip(
     grid_lens = list(torch.cat(blocks, dim=1).split(list(bank_sizes)))
 
     # An expert without a token keeps a slot, so that it gets a (zero) gradient.
-    grid_shapes = [(*n.shape, max(int(n.max()), 1)) for n in grid_lens]
+    grid_shapes = [(n.size(0), n.size(1), max(int(n.max()), 1)) for n in grid_lens]
 
     return _Trip(
         _order_sent(own_lens, is_filled, num_processes),

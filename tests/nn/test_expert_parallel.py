@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, float64
 
 from moxe_plugin.nn.expert_parallel import ExpertParallelExperts
-from moxe_plugin.nn.experts import SparseExperts
+from moxe_plugin.nn.experts import ExpertsState, SparseExperts
 from tests.nn.expert_cases import (
     MODEL_DIM,
     Case,
@@ -105,16 +105,17 @@ def _compare(split: Split, has_padding: bool, targets: list[int] | None) -> int:
     for source, output in enumerate(expected):
         torch.autograd.backward(_compute_loss(output, source))
 
-    own = Case(*[t if t is None else t.detach().clone() for t in cases[rank]])
-    own.seqs.requires_grad_()
-    own.weights.requires_grad_()
+    own = cases[rank]._replace(
+        seqs=cases[rank].seqs.detach().requires_grad_(),
+        weights=cases[rank].weights.detach().requires_grad_(),
+    )
 
     share = _make_share(experts, split, rank)
 
     output, _ = apply(share, own)
     torch.autograd.backward(_compute_loss(output, rank))
 
-    pairs = {
+    pairs: dict[str, tuple[Tensor | None, Tensor | None]] = {
         "output": (output, expected[rank]),
         "seqs": (own.seqs.grad, cases[rank].seqs.grad),
         "weights": (own.weights.grad, cases[rank].weights.grad),
@@ -136,7 +137,9 @@ def _compare(split: Split, has_padding: bool, targets: list[int] | None) -> int:
             msg=lambda m, n=name: f"{n}: {m}",  # type: ignore[misc]  # bound
         )
 
-    return int(sum(p.grad.count_nonzero() for p in share.parameters()))  # type: ignore[union-attr, misc]  # all have one
+    grads = [p.grad for p in share.parameters()]
+
+    return sum(int(g.count_nonzero()) for g in grads if g is not None)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -173,7 +176,8 @@ def _continue() -> None:
     with torch.no_grad():
         expected, _ = apply(experts, case)
 
-        state, outputs = None, []
+        state: ExpertsState | None = None
+        outputs: list[Tensor] = []
 
         for begin, end in ((0, 4), (4, 5), (5, SEQ_LEN)):
             chunk = case.cut(slice(None), slice(begin, end))
