@@ -10,7 +10,8 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
-from torch.distributed import TCPStore, destroy_process_group, is_initialized
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import destroy_process_group, is_initialized
 
 if TYPE_CHECKING:
     from fairseq2.gang import Gangs
