@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from moxe_plugin.data.manifest import compute_sha256
 from tests.train.tiny_data import make_tiny_data, pretrain
 
 _OUTSIDE_SUITE: Final = b"""
@@ -72,7 +73,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
         file.write_bytes(content)
 
     _train_other_tokenizer(bad / "tokenizer")
-    _put_token_beyond_vocabulary(data.tokens_dir, bad / "beyond")
+    _put_token_beyond_vocabulary(data.tokens_dir, bad / "flipped")
+    _put_token_beyond_vocabulary(data.tokens_dir, bad / "beyond", hide=True)
     _make_damaged_runs(run, bad)
 
     return {
@@ -97,16 +99,24 @@ def _train_other_tokenizer(path: Path) -> None:
     ).save_pretrained(str(path))
 
 
-def _put_token_beyond_vocabulary(tokens_dir: Path, path: Path) -> None:
+def _put_token_beyond_vocabulary(
+    tokens_dir: Path, path: Path, *, hide: bool = False
+) -> None:
     shutil.copytree(tokens_dir, path)
 
     manifest = json.loads((path / "manifest.json").read_text())
 
-    file = path / manifest["splits"]["train"]["shards"][0]["file"]
+    shard = manifest["splits"]["train"]["shards"][0]
+    file = path / shard["file"]
 
     tokens = np.fromfile(file, dtype=manifest["dtype"])
     tokens[3] = 400
     tokens.tofile(file)
+
+    if hide:
+        # As if the shards had been made with another tokenizer than they say.
+        shard["sha256"] = compute_sha256(file)
+        (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def _make_damaged_runs(run: Path, bad: Path) -> None:

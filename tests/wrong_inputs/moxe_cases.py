@@ -180,13 +180,13 @@ DATA_CASES: Final = [
         "moxe data build $bad/foreign --tokenizer $tokenizer --files $bad/long.txt "
         "--overwrite",
         2,
-        ("foreign is not replaced", "Choose another one"),
+        ("foreign is not a directory of token shards", "Choose another one"),
     ),
     Case(
         "data_tokenizer_missing",
         "moxe data build $out --tokenizer $bad/nothing --files $bad/long.txt",
         1,
-        ("nothing has no tokenizer.json",),
+        ("nothing does not exist",),
     ),
     Case(
         "data_tokenizer_damaged",
@@ -222,7 +222,7 @@ DATA_CASES: Final = [
     ),
     Case(
         "info_of_damaged_shards",
-        "moxe data info $bad/beyond --verify",
+        "moxe data info $bad/flipped --verify",
         1,
         ("is damaged: its sha256 differs",),
     ),
