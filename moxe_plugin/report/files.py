@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,10 +65,32 @@ def write_text(file: Path, text: str) -> None:
     :param file: The file.
     :param text: Its content.
     """
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    with replacing(file) as part:
+        part.write_text(text, encoding="utf-8")
 
-    os.replace(part, file)
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Replace a file by one that is whole and on the disk, or not at all.
+
+    :param file: The file.
+
+    :yields: Where to write the new one.
+    """
+    part = file.with_name(file.name + ".part")
+
+    try:
+        yield part
+
+        with part.open("rb+") as written:
+            os.fsync(written.fileno())
+
+        os.replace(part, file)
+    except BaseException:
+        # A full disk, for example, of which this would take some more
+        part.unlink(missing_ok=True)
+
+        raise
 
 
 def read_text(file: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from moxe_plugin.report.files import write_json
+from moxe_plugin.report.files import replacing, write_json
 
 DASH: Final = "—"
 """What stands for a number that does not exist."""
@@ -74,7 +74,10 @@ def write_csv(frame: pd.DataFrame, file: Path) -> None:
     :param frame: The numbers.
     :param file: The file.
     """
-    frame.to_csv(file, index=False, lineterminator="\n", float_format=f"%.{_DIGITS}g")
+    with replacing(file) as part:
+        frame.to_csv(
+            part, index=False, lineterminator="\n", float_format=f"%.{_DIGITS}g"
+        )
 
 
 def write_rounded_json(content: Mapping[str, Any], file: Path) -> None:

@@ -132,9 +132,15 @@ def write_run(results_dir: Path, record: RunRecord, config_yaml: str | None) -> 
     _write_files(part_dir, record, config_yaml)
 
     run_dir = results_dir / record.name
+    old_dir = results_dir / f".{record.name}.old"
+    shutil.rmtree(old_dir, ignore_errors=True)
+
+    # A directory that is removed where it stands would lack some files for a while, and
+    # a kill would make that last.
     if run_dir.exists():
-        shutil.rmtree(run_dir)
+        run_dir.rename(old_dir)
     part_dir.rename(run_dir)
+    shutil.rmtree(old_dir, ignore_errors=True)
 
     return run_dir
 

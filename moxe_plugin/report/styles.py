@@ -17,6 +17,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
+from moxe_plugin.report.files import replacing, write_text
+
 GUESS_COLOUR: Final = "#777777"
 
 _POINTS_PER_INCH: Final = 72.0
@@ -179,8 +181,9 @@ def save_figure(drawn: DrawnFigure, directory: Path) -> list[Path]:
     png, svg = (directory / f"{drawn.name}.{suffix}" for suffix in ("png", "svg"))
 
     # Nothing that changes from call to call, or from version to version, goes in.
-    drawn.figure.savefig(png, metadata={"Software": None})
-    svg.write_text(svg_text(drawn), encoding="utf-8")
+    with replacing(png) as part:
+        drawn.figure.savefig(part, format="png", metadata={"Software": None})
+    write_text(svg, svg_text(drawn))
 
     return [png, svg]
 

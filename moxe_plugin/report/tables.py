@@ -15,7 +15,7 @@ from moxe_plugin.report.content import (
     SuiteReport,
     build_report,
 )
-from moxe_plugin.report.files import DamagedRecordError
+from moxe_plugin.report.files import DamagedRecordError, write_text
 from moxe_plugin.report.formats import (
     latex_table,
     markdown_table,
@@ -57,7 +57,7 @@ def write_tables(
         write_table(table, tables_dir)
 
     if report.paper is not None:
-        _write(tables_dir / "paper.md", paper_markdown(report.paper))
+        write_text(tables_dir / "paper.md", paper_markdown(report.paper))
 
     return [suite.results for suite in report.suites]
 
@@ -122,8 +122,10 @@ def write_table(table: Table, tables_dir: Path) -> None:
 
     file = tables_dir / table.name
 
-    _write(file.with_suffix(".md"), "\n\n".join(part for part in parts if part) + "\n")
-    _write(file.with_suffix(".tex"), _LATEX_HEAD + latex)
+    write_text(
+        file.with_suffix(".md"), "\n\n".join(part for part in parts if part) + "\n"
+    )
+    write_text(file.with_suffix(".tex"), _LATEX_HEAD + latex)
     write_csv(table.numbers, file.with_suffix(".csv"))
     write_rounded_json(content, file.with_suffix(".json"))
 
@@ -132,14 +134,14 @@ def _write_suite(suite: SuiteReport, tables_dir: Path) -> None:
     results = suite.results
 
     file = tables_dir / results.suite
-    _write(file.with_suffix(".md"), suite_markdown(results) + _list_figures(suite))
-    _write(file.with_suffix(".tex"), suite_latex(results))
+    write_text(file.with_suffix(".md"), suite_markdown(results) + _list_figures(suite))
+    write_text(file.with_suffix(".tex"), suite_latex(results))
     write_csv(suite_frame(results), file.with_suffix(".csv"))
     write_rounded_json(suite_content(results), file.with_suffix(".json"))
 
     file = tables_dir / f"{results.suite}_pairs"
-    _write(file.with_suffix(".md"), pairs_markdown(results))
-    _write(file.with_suffix(".tex"), pairs_latex(results))
+    write_text(file.with_suffix(".md"), pairs_markdown(results))
+    write_text(file.with_suffix(".tex"), pairs_latex(results))
     write_csv(pairs_frame(results), file.with_suffix(".csv"))
     write_rounded_json(pairs_content(results), file.with_suffix(".json"))
 
@@ -167,7 +169,3 @@ def _figure_parts(report: ComparisonReport) -> list[str]:
     figures = [f"![{f.title}]({f.name}.png)" for f in report.figures]
 
     return (["\n".join(links)] if links else []) + figures
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
