@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from moxe_plugin.models.checkpoint_files import DamagedCheckpointError
 from moxe_plugin.resources import resource_dir
 
 
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     :param argv: The arguments; those of the process by default.
 
-    :returns: The exit code: 2 for a user error.
+    :returns: The exit code: 2 for a user error, 1 for a damaged checkpoint.
     """
     parser = argparse.ArgumentParser(
         prog="moxe_plugin.eval",
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as ex:
         logging.getLogger(__name__).debug("The harness failed.", exc_info=True)
         print(f"moxe_plugin.eval: error: {ex}", file=sys.stderr)  # noqa: T201  # as argparse
-        return 2
+        return 1 if isinstance(ex, DamagedCheckpointError) else 2
 
     return 0
 

@@ -14,6 +14,7 @@ from fairseq2.assets import (
     get_asset_store,
 )
 from fairseq2.data.tokenizers import Tokenizer, load_tokenizer
+from fairseq2.model_checkpoint import CorruptModelCheckpointError
 from fairseq2.models import ModelFamily, get_model_family_name, load_model
 from fairseq2.models.clm import CausalLM
 from fairseq2.runtime.dependency import get_dependency_resolver
@@ -25,7 +26,8 @@ from moxe_plugin.eval.tokenizers import (
     load_recorded_tokenizer,
 )
 from moxe_plugin.hf.folder import is_exported, open_exported
-from moxe_plugin.models.train_output import open_train_output
+from moxe_plugin.models.checkpoint_files import DamagedCheckpointError
+from moxe_plugin.models.train_output import check_model, open_train_output
 
 
 class LoadedModel(NamedTuple):
@@ -90,6 +92,7 @@ def load_checkpoint(
 
     :raises ValueError: There is no such checkpoint, step, asset or tokenizer, or the
         model is not a causal language model.
+    :raises DamagedCheckpointError: A file of the checkpoint is not as it was written.
     """
     source = _find_source(path_or_asset, step)
 
@@ -110,6 +113,8 @@ def load_checkpoint(
         raise ValueError(
             f"`checkpoint` cannot be loaded: {_describe_causes(ex)}"
         ) from ex
+    except CorruptModelCheckpointError as ex:
+        raise DamagedCheckpointError(f"{ex} Restore it from a copy.") from ex
 
     if not isinstance(model, CausalLM):
         raise ValueError(
@@ -184,6 +189,8 @@ def _find_source(path_or_asset: str | Path, step: int | None) -> _Source:
 
 def _find_train_output(path: Path, step: int | None) -> _Source:
     output = open_train_output(path, step)
+
+    check_model(output)
 
     checkpoint = {"checkpoint": str(output.model_dir)}
     section = output.recipe_config.get("tokenizer")

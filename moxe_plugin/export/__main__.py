@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from moxe_plugin.console import Stages, add_json_option, print_json
+from moxe_plugin.models.checkpoint_files import DamagedCheckpointError
 
 _DEFAULT_LICENSE: Final = "apache-2.0"
 
@@ -17,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
 
     :param argv: The arguments; those of the process by default.
 
-    :returns: 0, or 2 for a mistake of the user.
+    :returns: 0; 2 for a mistake of the user; 1 for a damaged checkpoint, a full disk or
+        whatever else cannot be read or written.
     """
     args = _create_parser().parse_args(argv)
 
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as ex:
         error_console.print(f"error: {ex}", markup=False, highlight=False)
 
-        return 2
+        return 1 if isinstance(ex, (DamagedCheckpointError, OSError)) else 2
 
     if args.json:
         files = sorted(file.name for file in args.out.iterdir())

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from moxe_plugin.models.checkpoint_files import (
+    MODEL_CARD_COPY,
+    MODEL_STATE,
+    DamagedCheckpointError,
+    find_damage,
+    find_whole_step,
+)
 from moxe_plugin.models.model_card import check_model_card
 
 
@@ -106,6 +113,46 @@ def read_model_card(file: Path) -> Mapping[str, Any]:
     return card
 
 
+def check_model(output: TrainOutput) -> None:
+    """Make sure that the model of a checkpoint is as it was written.
+
+    Reads its files once.
+
+    :param output: The checkpoint.
+
+    :raises DamagedCheckpointError: A file is not; the message says which, and what
+        other checkpoint is whole.
+    """
+    card_file = output.checkpoint_dir / "model.yaml"
+    card_copy = output.checkpoint_dir / f"step_{output.step}" / MODEL_CARD_COPY
+
+    if card_copy.is_file() and card_copy.read_bytes() != card_file.read_bytes():
+        raise DamagedCheckpointError(
+            f"'{card_file}' is damaged: it is not what step {output.step} was saved "
+            f"with. Copy '{card_copy}' over it."
+        )
+
+    step_dir = output.checkpoint_dir / f"step_{output.step}"
+
+    damage = find_damage(step_dir, MODEL_STATE)
+    if damage is None:
+        return
+
+    steps = list_steps(output.dir)
+    later = [s for s in reversed(steps) if s > output.step]
+    earlier = [s for s in steps if s < output.step]
+
+    whole = find_whole_step(output.checkpoint_dir, [*later, *earlier], MODEL_STATE)
+
+    if whole is None:
+        way_out = "No other checkpoint of this training is whole: restore the file from"
+        way_out += " a copy, or train again."
+    else:
+        way_out = f"The checkpoint of step {whole} is whole: set `step` to {whole}."
+
+    raise DamagedCheckpointError(f"'{damage.path}' {damage.reason}. {way_out}")
+
+
 def list_steps(output_dir: Path) -> list[int]:
     """List the training steps that have a complete checkpoint, in order.
 
@@ -150,9 +197,14 @@ def _read_yaml(file: Path) -> Mapping[str, Any]:
         # As fairseq2 writes it: YAML 1.2, in which 1e-05 is a number.
         content = YAML(typ="safe", pure=True).load(file)
     except YAMLError as ex:
-        raise ValueError(f"'{file}' is not valid YAML: {ex}") from ex
+        raise DamagedCheckpointError(
+            f"'{file}' is not valid YAML: {ex}. {_REWRITE}"
+        ) from ex
 
     if not isinstance(content, dict):
-        raise ValueError(f"'{file}' must hold a YAML mapping.")
+        raise DamagedCheckpointError(f"'{file}' must hold a YAML mapping. {_REWRITE}")
 
     return content
+
+
+_REWRITE: Final = "The command of the training writes it anew when it is run again."
