@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,13 +10,11 @@ from fairseq2.data.tokenizers import Tokenizer
 from fairseq2.gang import Gangs
 from fairseq2.models import ModelFamily
 from fairseq2.nn import Embedding
-from fairseq2.recipe import RecipeContext
 from fairseq2.recipe.config import ModelSection
 from fairseq2.recipe.error import RecipeError
 from fairseq2.runtime.dependency import DependencyLookup, DependencyResolver
 
 from moxe_plugin.models.clm import AuxLossCausalLM
-from moxe_plugin.models.train_output import list_steps
 
 
 def check_gangs(gangs: Gangs) -> None:
@@ -117,45 +114,6 @@ def check_seq_len(model: AuxLossCausalLM, seq_len: int) -> None:
             "`dataset.seq_len` must be at most the model's `max_seq_len` "
             f"({model.max_seq_len}), but is {seq_len} instead."
         )
-
-
-@contextmanager
-def refuse_other_model(context: RecipeContext) -> Iterator[None]:
-    """Refuse to continue a run whose checkpoints are of another model.
-
-    Within the context fairseq2 creates the model and writes ``model.yaml``.
-
-    :param context: The context of the recipe.
-
-    :yields: Nothing.
-
-    :raises RecipeError: The output directory has checkpoints of a model with another
-        configuration; ``model.yaml`` is then as it was.
-    """
-    checkpoint_dir = context.output_dir / "checkpoints"
-
-    file = checkpoint_dir / "model.yaml"
-
-    old = (
-        file.read_bytes() if list_steps(context.output_dir) and file.exists() else None
-    )
-
-    context.gangs.root.barrier()
-
-    yield
-
-    if old is None or old == file.read_bytes():
-        return
-
-    context.gangs.root.barrier()
-
-    if context.gangs.root.rank == 0:
-        file.write_bytes(old)
-
-    raise RecipeError(
-        f"'{context.output_dir}' holds a training run of another model (see "
-        "checkpoints/model.yaml). Choose another output directory, or remove this one."
-    )
 
 
 def _yaml(value: int | None) -> str:

@@ -13,6 +13,7 @@ from fairseq2.recipe.error import RecipeConfigParseError
 from fairseq2.utils.structured import StructureError
 
 from moxe_plugin.models.interop import AuthorsCheckpointError
+from moxe_plugin.train.failures import describe_failure
 
 _FIELD: Final = re.compile(r"`(\w+)` field cannot be structured\.")
 
@@ -30,6 +31,8 @@ def shorten_trace(record: logging.LogRecord) -> bool:
         record.msg, record.args = f"{ex} {describe_config_error(ex)}", ()
     elif isinstance(ex, (DatasetError, TokenizerModelError, AuthorsCheckpointError)):
         record.msg, record.args = str(ex), ()
+    elif ex is not None and (failure := describe_failure(ex)) is not None:
+        record.msg, record.args = failure, ()
     else:
         return True
 

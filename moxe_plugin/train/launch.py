@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -226,6 +226,9 @@ def _own_logger(quiet: bool) -> Iterator[None]:
     for filter_ in filters:
         logger.addFilter(filter_)
 
+    # A log file on a full disk must not bury the error that tells of it.
+    raises, logging.raiseExceptions = logging.raiseExceptions, False
+
     try:
         yield
     finally:
@@ -235,7 +238,11 @@ def _own_logger(quiet: bool) -> Iterator[None]:
         for handler in logger.handlers[:]:
             if handler not in handlers:
                 logger.removeHandler(handler)
-                handler.close()
+
+                with suppress(OSError):
+                    handler.close()
+
+        logging.raiseExceptions = raises
 
         logger.setLevel(level)
 

@@ -15,7 +15,12 @@ from fairseq2.recipe.error import RecipeError
 
 from moxe_plugin.data.tokenizer import MOXE_HG_TOKENIZER_FAMILY
 from moxe_plugin.hf.folder import is_exported, open_exported
-from moxe_plugin.models.train_output import TrainOutput, open_train_output
+from moxe_plugin.models.checkpoint_files import DamagedCheckpointError
+from moxe_plugin.models.train_output import (
+    TrainOutput,
+    check_model,
+    open_train_output,
+)
 
 
 @dataclass(kw_only=True)
@@ -45,6 +50,8 @@ def apply_pretrained(
     :param common: Gets the directory with the checkpoints, if it is a training run.
 
     :raises RecipeError: There is no such checkpoint.
+    :raises DamagedCheckpointError: ``model.yaml`` or ``config.yaml`` is not as it was
+        written.
     """
     source = section.source
     if source is None:
@@ -91,6 +98,24 @@ def apply_pretrained(
     common.assets.prev_checkpoint_dir = output.checkpoint_dir
 
 
+def check_pretrained(section: PretrainedSection) -> None:
+    """Make sure that the trained model is as it was written.
+
+    Reads its files once; the configuration, which is structured many times in a run,
+    is no place for that.
+
+    :param section: The trained model.
+
+    :raises DamagedCheckpointError: A file of its checkpoint is not.
+    """
+    source = section.source
+
+    if source is None or _is_asset_name(source) or is_exported(Path(source)):
+        return
+
+    check_model(_open(Path(source), section.step))
+
+
 def _apply_exported(
     source: Path,
     step: int | None,
@@ -130,6 +155,8 @@ def _open(source: Path, step: int | None) -> TrainOutput:
 
     try:
         return open_train_output(source, step)
+    except DamagedCheckpointError:
+        raise
     except ValueError as ex:
         # With a cause, fairseq2 logs a stack trace.
         raise RecipeError(str(ex)) from None

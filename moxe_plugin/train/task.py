@@ -16,9 +16,15 @@ from moxe_plugin.train.checks import (
     check_model_section,
     check_seq_len,
     check_vocabulary,
-    refuse_other_model,
 )
 from moxe_plugin.train.config import TrainConfig
+from moxe_plugin.train.continuing import (
+    CommitGate,
+    keep_model_card,
+    prepare_continuation,
+    refuse_other_model,
+)
+from moxe_plugin.train.finite import FiniteWatch
 from moxe_plugin.train.routing_recorder import LoadHistory
 from moxe_plugin.train.safe_resume import (
     check_named_checkpoints,
@@ -54,6 +60,7 @@ def prepare_model(context: RecipeContext, seq_len: int) -> PreparedModel:
     check_gangs(context.gangs)
     check_model_section(context.resolver, config.model)
     check_named_checkpoints(config.common)
+    prepare_continuation(context.output_dir, context.gangs.root)
     check_resumed_checkpoint(context)
     check_topology(context)
 
@@ -94,16 +101,36 @@ def create_lm_trainer(
     """
     dp_model, model, _ = prepared
 
-    unit = CausalLMTrainUnit(dp_model, model, context.resolver.resolve(LoadHistory))
+    gangs, output_dir = context.gangs, context.output_dir
 
-    # Not called for a step that fp16 gives up
-    context.get_optimizer().register_step_post_hook(
-        lambda *_: unit.finish_step(context.gangs.dp)
+    watch = FiniteWatch(gangs.root, output_dir)
+
+    gate = CommitGate(context.get_checkpoint_manager())
+
+    unit = CausalLMTrainUnit(
+        dp_model,
+        model,
+        context.resolver.resolve(LoadHistory),
+        finite_watch=watch,
+        commit_gate=gate,
     )
 
+    optimizer = context.get_optimizer()
+
+    # Neither is called for a step that fp16 gives up.
+    optimizer.register_step_pre_hook(watch.check_step)
+    optimizer.register_step_post_hook(lambda *_: unit.finish_step(gangs.dp))
+
     if valid_reader is None:
-        return context.create_trainer(unit, reader)
+        trainer = context.create_trainer(unit, reader)
+    else:
+        valid_unit = CausalLMEvalUnit(dp_model, model, num_bytes_per_token, gate)
 
-    valid_unit = CausalLMEvalUnit(dp_model, model, num_bytes_per_token)
+        trainer = context.create_trainer(unit, reader, [valid_unit], [valid_reader])
 
-    return context.create_trainer(unit, reader, [valid_unit], [valid_reader])
+    if gangs.root.rank == 0:
+        trainer.register_checkpoint_save_hook(
+            lambda args: keep_model_card(output_dir, args.step_nr)
+        )
+
+    return trainer

@@ -15,6 +15,8 @@ from torch.nn import Module
 from typing_extensions import override
 
 from moxe_plugin.models.clm import AuxLossCausalLM, LossTerms
+from moxe_plugin.train.continuing import CommitGate
+from moxe_plugin.train.finite import FiniteWatch
 from moxe_plugin.train.metrics import (
     add_aggregate_loss_metric,
     add_bits_per_byte,
@@ -38,6 +40,8 @@ class CausalLMTrainUnit(TrainUnit[SequenceBatch]):
     :param dp_model: The model in its data-parallel wrapper.
     :param model: The model itself, which names its losses and statistics.
     :param load_history: Gets the load of the experts, if it is to be recorded.
+    :param finite_watch: Is shown the terms of each batch.
+    :param commit_gate: Is opened when a step begins.
     """
 
     def __init__(
@@ -45,10 +49,15 @@ class CausalLMTrainUnit(TrainUnit[SequenceBatch]):
         dp_model: Module,
         model: AuxLossCausalLM,
         load_history: LoadHistory | None = None,
+        *,
+        finite_watch: FiniteWatch | None = None,
+        commit_gate: CommitGate | None = None,
     ) -> None:
         self._dp_model = dp_model
         self._model = model
         self._load_history = load_history
+        self._finite_watch = finite_watch
+        self._commit_gate = commit_gate
 
         self._step_nr = 0
         self._expert_loads: Tensor | None = None
@@ -59,6 +68,12 @@ class CausalLMTrainUnit(TrainUnit[SequenceBatch]):
 
         # Those of a step that fp16 gave up, if any
         self._expert_loads = None
+
+        if self._finite_watch is not None:
+            self._finite_watch.begin_step(step_nr)
+
+        if self._commit_gate is not None:
+            self._commit_gate.open()
 
     @override
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
@@ -73,6 +88,9 @@ class CausalLMTrainUnit(TrainUnit[SequenceBatch]):
         terms, num_targets = _compute_loss(self._dp_model, batch, metric_bag)
 
         update_aggregate_loss_metric(metric_bag, terms.aggregate, num_targets)
+
+        if self._finite_watch is not None:
+            self._finite_watch.observe(terms)
 
         if (loads := terms.expert_loads) is not None:
             if self._expert_loads is not None:
@@ -116,6 +134,7 @@ class CausalLMEvalUnit(EvalUnit[SequenceBatch]):
     :param model: The model itself, which names its losses and statistics.
     :param num_bytes_per_token: How many bytes of text a target stands for on average,
         if known; adds bits per byte to the metrics.
+    :param commit_gate: Is closed when a validation begins.
     """
 
     def __init__(
@@ -123,10 +142,17 @@ class CausalLMEvalUnit(EvalUnit[SequenceBatch]):
         dp_model: Module,
         model: AuxLossCausalLM,
         num_bytes_per_token: float | None = None,
+        commit_gate: CommitGate | None = None,
     ) -> None:
         self._dp_model = dp_model
         self._model = model
         self._num_bytes_per_token = num_bytes_per_token
+        self._commit_gate = commit_gate
+
+    @override
+    def set_train_step_nr(self, step_nr: int) -> None:
+        if self._commit_gate is not None:
+            self._commit_gate.close()
 
     @override
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:

@@ -14,6 +14,7 @@ from fairseq2.recipe import Recipe, RecipeContext
 from fairseq2.recipe.component import ComponentManager, ComponentNotKnownError
 from fairseq2.recipe.config import SamplingConfig
 from fairseq2.recipe.error import RecipeError, SamplerNotKnownError
+from fairseq2.runtime.dependency import DependencyContainer
 from fairseq2.task import Task
 from typing_extensions import override
 
@@ -24,12 +25,18 @@ from moxe_plugin.train.chat.config import LMChatConfig
 from moxe_plugin.train.chat.conversation import Conversation, GeneratorFactory
 from moxe_plugin.train.chat.task import EXIT, RESET, ChatTask
 from moxe_plugin.train.checks import check_gangs, check_vocabulary
+from moxe_plugin.train.errors import register_errors
+from moxe_plugin.train.pretrained import check_pretrained
 from moxe_plugin.train.safe_resume import check_named_checkpoints
 
 
 @final
 class LMChatRecipe(Recipe):
     """The recipe ``lm chat``."""
+
+    @override
+    def register(self, container: DependencyContainer) -> None:
+        register_errors(container)
 
     @override
     def create_task(self, context: RecipeContext) -> Task:
@@ -42,6 +49,8 @@ class LMChatRecipe(Recipe):
             raise RecipeError(
                 f"`lm chat` must run in one process, but there are {num_processes}."
             )
+
+        check_pretrained(config.pretrained)
 
         model = context.get_model_as(AuxLossCausalLM)
 

@@ -7,22 +7,28 @@ from typing import final
 
 from fairseq2.generator import Generator
 from fairseq2.recipe import Recipe, RecipeContext
-from fairseq2.runtime.dependency import wire_object
+from fairseq2.runtime.dependency import DependencyContainer, wire_object
 from fairseq2.task import Task
 from fairseq2.utils.progress import NOOP_PROGRESS_REPORTER
 from typing_extensions import override
 
 from moxe_plugin.models.clm import AuxLossCausalLM
 from moxe_plugin.train.checks import check_gangs, check_vocabulary
+from moxe_plugin.train.errors import register_errors
 from moxe_plugin.train.generate.config import LMGenerateConfig
 from moxe_plugin.train.generate.prompts import PromptReader, read_prompts
 from moxe_plugin.train.generate.unit import CompletionUnit
+from moxe_plugin.train.pretrained import check_pretrained
 from moxe_plugin.train.safe_resume import check_named_checkpoints
 
 
 @final
 class LMGenerateRecipe(Recipe):
     """The recipe ``lm generate``."""
+
+    @override
+    def register(self, container: DependencyContainer) -> None:
+        register_errors(container)
 
     @override
     def create_task(self, context: RecipeContext) -> Task:
@@ -36,6 +42,8 @@ class LMGenerateRecipe(Recipe):
         prompts = list(config.prompts)
         if config.prompt_file is not None:
             prompts.extend(read_prompts(config.prompt_file))
+
+        check_pretrained(config.pretrained)
 
         model = context.get_model_as(AuxLossCausalLM)
 

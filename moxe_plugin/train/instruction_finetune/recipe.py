@@ -10,8 +10,11 @@ from fairseq2.task import Task
 from typing_extensions import override
 
 from moxe_plugin.data.instructions import InstructionsDataset
+from moxe_plugin.train.continuing import list_resumable_steps
+from moxe_plugin.train.errors import register_errors
 from moxe_plugin.train.instruction_finetune.config import LMInstructionFinetuneConfig
 from moxe_plugin.train.metrics import register_metric_descriptors
+from moxe_plugin.train.pretrained import check_pretrained
 from moxe_plugin.train.routing_recorder import register_routing_recorder
 from moxe_plugin.train.safe_resume import register_unsafe_checkpoint_error
 from moxe_plugin.train.task import create_lm_trainer, prepare_model
@@ -26,12 +29,17 @@ class LMInstructionFinetuneRecipe(Recipe):
         register_metric_descriptors(container)
         register_routing_recorder(container)
         register_unsafe_checkpoint_error(container)
+        register_errors(container)
 
     @override
     def create_task(self, context: RecipeContext) -> Task:
         config = context.get_config_as(LMInstructionFinetuneConfig)
 
         section = config.dataset
+
+        # A run that continues does not read it again.
+        if not list_resumable_steps(context.output_dir):
+            check_pretrained(config.pretrained)
 
         prepared = prepare_model(context, section.seq_len)
 

@@ -10,6 +10,7 @@ from fairseq2.task import Task
 from typing_extensions import override
 
 from moxe_plugin.data.tokens import TokensDataset
+from moxe_plugin.train.errors import register_errors
 from moxe_plugin.train.metrics import register_metric_descriptors
 from moxe_plugin.train.pretrain.config import LMPretrainConfig
 from moxe_plugin.train.routing_recorder import register_routing_recorder
@@ -26,6 +27,7 @@ class LMPretrainRecipe(Recipe):
         register_metric_descriptors(container)
         register_routing_recorder(container)
         register_unsafe_checkpoint_error(container)
+        register_errors(container)
 
     @override
     def create_task(self, context: RecipeContext) -> Task:
