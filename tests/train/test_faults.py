@@ -20,7 +20,7 @@ from fairseq2.checkpoint.manager import CheckpointStateNotValidError
 from fairseq2.error import OperationalError
 from fairseq2.file_system import FSspecFileSystem
 from fairseq2.recipe.error import RecipeError
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from moxe_plugin.cli import main
 from moxe_plugin.eval.checkpoints import load_checkpoint

@@ -56,7 +56,11 @@ def test_log_has_no_environment_variables(pretrained_dir: Path) -> None:
 
 
 def _pretrain_until_killed(data: TinyData, output_dir: Path) -> None:
-    def set_step_nr(_self: CausalLMTrainUnit, step_nr: int) -> None:
+    set_unit_step_nr = CausalLMTrainUnit.set_step_nr
+
+    def set_step_nr(self: CausalLMTrainUnit, step_nr: int) -> None:
+        set_unit_step_nr(self, step_nr)
+
         if step_nr in (5, 6):
             # Lets the checkpoint be written in the background.
             time.sleep(0.5)
