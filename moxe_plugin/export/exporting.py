@@ -60,6 +60,14 @@ def export_checkpoint(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"`out_dir` must be empty, but '{out_dir}' is not.")
 
+    if above := next(
+        (p for p in out_dir.parents if p.exists() and not p.is_dir()), None
+    ):
+        raise ValueError(
+            f"`out_dir` must be below a directory, but '{above}' is a file. Choose "
+            "another one."
+        )
+
     if is_exported(Path(path_or_asset)):
         raise ValueError(f"'{path_or_asset}' is an exported model already.")
 

@@ -86,3 +86,14 @@ def test_the_bridge_leaves_a_registered_model_alone() -> None:
     )
 
     assert run_python(code) == "True"
+
+
+def test_our_module_may_come_before_the_harness() -> None:
+    code = (
+        "import moxe_plugin.eval.registration as r, sys; sys.stderr = sys.stdout;"
+        "r.register_harness_model();"
+        "from lm_eval.api.registry import model_registry;"
+        "print('moxe' in model_registry)"
+    )
+
+    assert run_python(code) == "True"

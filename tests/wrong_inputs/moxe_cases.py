@@ -251,7 +251,7 @@ EXPORT_CASES: Final = [
         "export_below_a_file",
         "moxe export $run $bad/blank.txt/out",
         2,
-        ("blank.txt",),
+        ("`out_dir` must be below a directory", "blank.txt' is a file"),
     ),
     Case(
         "export_step_missing",
