@@ -134,6 +134,7 @@ def _draw_points(
         )
 
     style_axes(axes)
+    axes.margins(0.12)
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.locator_params(axis="x", nbins=5)
 

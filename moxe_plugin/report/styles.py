@@ -15,7 +15,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from moxe_plugin.report.files import replacing, write_text
 
@@ -166,8 +166,16 @@ def tick_decades(axis: Axis, limits: tuple[float, float]) -> None:
     steps = (1.0, 2.0, 5.0) if high / low < _MAX_FINE_SPAN else (1.0,)
 
     axis.set_major_locator(LogLocator(subs=steps, numticks=12))
-    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_major_formatter(FuncFormatter(_shorten))
     axis.set_minor_locator(NullLocator())
+
+
+def _shorten(number: float, _: int) -> str:
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:,g}{unit}"
+
+    return f"{number:,g}"
 
 
 def save_figure(drawn: DrawnFigure, directory: Path) -> list[Path]:

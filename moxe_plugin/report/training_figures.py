@@ -236,16 +236,20 @@ def _guesses(comparison: Comparison, panel: _Panel) -> list[Row]:
 
 
 def _limit(axes: Axes, curves: Sequence[Curve], guesses: Sequence[Row]) -> None:
+    guessed = [guess.statistics[_GUESSED].mean for guess in guesses]
+    low = min([*guessed, *(float(curve.low.min()) for curve in curves)])
+
     # The first points are those of an untrained model, far above all that follows.
     last = max(float(curve.tokens[-1]) for curve in curves)
-    shown = [
-        value
-        for curve in curves
-        for values in (curve.low, curve.high)
-        for value in values[curve.tokens >= _SHOWN_FROM * last]
-    ] + [guess.statistics[_GUESSED].mean for guess in guesses]
-
-    low, high = float(np.min(shown)), float(np.max(shown))
+    high = max(
+        [
+            *guessed,
+            *(
+                float(curve.high[curve.tokens >= _SHOWN_FROM * last].max())
+                for curve in curves
+            ),
+        ]
+    )
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
 
     axes.set_ylim(low - margin, high + margin)
@@ -256,7 +260,8 @@ def _style_tokens(axes: Axes) -> None:
     axes.set_xlabel("training tokens", fontsize=9)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.locator_params(axis="x", nbins=4)
-    axes.tick_params(labelsize=8)
+    # Panels below may be missing.
+    axes.tick_params(labelsize=8, labelbottom=True)
 
 
 def _add_legend(axes: Axes) -> None:
