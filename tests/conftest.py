@@ -27,6 +27,7 @@ import torch  # noqa: E402  # after the environment is set
 
 if TYPE_CHECKING:
     from fairseq2.runtime.dependency import DependencyResolver
+    from selenium.webdriver import Chrome
 
     from moxe_plugin.data.corpus import EmbeddedData
 
@@ -112,3 +113,12 @@ def fairseq2_setup() -> DependencyResolver:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(2)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    """Start Chromium, once for all pages; ask for it behind ``NEEDS_CHROMIUM``."""
+    from tests.browser import start_browser
+
+    with start_browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser

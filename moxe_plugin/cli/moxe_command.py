@@ -20,6 +20,10 @@ _COMMANDS: Final = {
         "time training, reading and continuing a text",
     ),
     "tables": ("moxe_plugin.report.__main__", "write the tables of recorded runs"),
+    "report": (
+        "moxe_plugin.report_page.__main__",
+        "write the HTML report of recorded runs",
+    ),
     "claims": ("moxe_plugin.claims.__main__", "judge the paper's claims"),
     "inspect": (
         "moxe_plugin.routing_page.__main__",

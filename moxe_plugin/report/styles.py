@@ -207,3 +207,32 @@ def svg_text(drawn: DrawnFigure) -> str:
     drawn.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
 
     return buffer.getvalue()
+
+
+def svg_without_words(drawn: DrawnFigure) -> str:
+    """Draw a figure as SVG for a page that prints its title and caption as text.
+
+    Within :func:`drawing`; the figure stays as it is.
+
+    :param drawn: The figure.
+
+    :returns: The document without title, caption and the margins they leave.
+    """
+    words = [text for text in drawn.figure.texts if text.get_visible()]
+    buffer = io.StringIO()
+
+    for text in words:
+        text.set_visible(False)
+
+    try:
+        drawn.figure.savefig(
+            buffer,
+            format="svg",
+            metadata={"Date": None, "Creator": None},
+            bbox_inches="tight",
+        )
+    finally:
+        for text in words:
+            text.set_visible(True)
+
+    return buffer.getvalue()

@@ -5,11 +5,9 @@ Skipped where `chromium` or `chromedriver` is not installed.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytest
 from selenium import webdriver
@@ -22,82 +20,25 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from moxe_plugin.routing_page.html import render_page
 from moxe_plugin.routing_page.view import RoutingView
+from tests.browser import NEEDS_CHROMIUM, requested_urls, watch_pages
 from tests.routing_page.conftest import HOSTILE_TEXT, Read
 
-_CHROMIUM: Final = shutil.which("chromium") or shutil.which("chromium-browser")
-_DRIVER: Final = shutil.which("chromedriver")
-
-pytestmark = pytest.mark.skipif(
-    _CHROMIUM is None or _DRIVER is None,
-    reason="`chromium` or `chromedriver` is not installed",
-)
-
-_OPTIONS: Final = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1400,1000",
-)
+pytestmark = NEEDS_CHROMIUM
 
 Open = Callable[..., None]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """Start Chromium with a profile of its own."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(_CHROMIUM)
-    for option in (
-        *_OPTIONS,
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(option)
-    options.set_capability(
-        "goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"}
-    )
-
-    browser = webdriver.Chrome(options, webdriver.ChromeService(str(_DRIVER)))
-
-    yield browser
-
-    browser.quit()
 
 
 @pytest.fixture
 def show(browser: webdriver.Chrome, tmp_path: Path) -> Iterator[Open]:
     """Return a function that opens the page; complain of what the page did wrong."""
+    file = tmp_path / "routing.html"
 
     def show(view: RoutingView, **kwargs: Any) -> None:
-        # What Chromium's own first page did does not count.
-        _requested_urls(browser)
-
-        file = tmp_path / "routing.html"
         file.write_text(render_page(view, **kwargs), encoding="utf-8")
         browser.get(file.as_uri())
 
-    yield show
-
-    assert browser.get_log("browser") == []  # type: ignore[no-untyped-call]
-    assert _requested_urls(browser) == {(tmp_path / "routing.html").as_uri()}
-
-
-def _requested_urls(browser: webdriver.Chrome) -> set[str]:
-    entries = browser.get_log("performance")  # type: ignore[no-untyped-call]
-    messages = [json.loads(entry["message"])["message"] for entry in entries]
-
-    # Chromium's own pages load their parts at any time: only those of a file count.
-    return {
-        message["params"]["request"]["url"]
-        for message in messages
-        if message["method"] == "Network.requestWillBeSent"
-        and message["params"]["documentURL"].startswith("file:")
-    }
+    with watch_pages(browser, file):
+        yield show
 
 
 def _tokens(browser: webdriver.Chrome) -> list[WebElement]:
@@ -185,7 +126,7 @@ def test_the_policy_stops_a_script_that_is_not_ours(
 
     (entry,) = browser.get_log("browser")  # type: ignore[no-untyped-call]
     assert "Content Security Policy" in entry["message"]
-    _requested_urls(browser)
+    requested_urls(browser)
 
 
 def test_the_slider_changes_layer_marks_and_colours(
