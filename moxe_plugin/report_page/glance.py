@@ -31,6 +31,7 @@ def _glance(metric: MetricPairs, report: ComparisonReport) -> dict[str, str]:
 
     pairs = [pair for pair in metric.pairs if pair.first is leader]
     num_beaten = sum(pair.verdict == "better" for pair in pairs)
+    following = pairs[0].second
     tested = [pair for pair in pairs if pair.estimate is not None]
     guesses = [pair for pair in metric.guess_pairs if pair.first is leader]
     flops = find_flops(report, leader)
@@ -42,7 +43,7 @@ def _glance(metric: MetricPairs, report: ComparisonReport) -> dict[str, str]:
         "metric": f"{column.heading} {'↓' if column.lower_is_better else '↑'}",
         "best mean": leader.marked_label,
         "value": format_cell(column, leader),
-        "next": pairs[0].second.marked_label,
+        "next": f"{following.marked_label}, {format_cell(column, following)}",
         "next less best": (
             format_difference(column, pairs[0], sign=-1)
             if pairs[0].estimate is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from moxe_plugin.report_page.page_tables import (
 from moxe_plugin.report_page.pair_table import pair_table
 from moxe_plugin.report_page.summary import (
     MetricSummary,
+    summarize_costs,
     summarize_headline,
     summarize_metric,
 )
@@ -51,6 +53,7 @@ class Section:
     report: ComparisonReport
     headline: Sequence[str]
     metrics: Sequence[MetricSummary]
+    costs: Sequence[tuple[str, str]]
     ablations: AblationSummary | None
     glance: PageTable | None
     table: PageTable
@@ -162,6 +165,7 @@ def _create_section(anchor: str, part: ComparisonReport, report: Report) -> Sect
         metrics=[
             summarize_metric(metric, part, report.paper) for metric in comparison.pairs
         ],
+        costs=summarize_costs(part),
         ablations=summarize_ablations(part),
         glance=(
             text_table("Each metric in a line", glance_cells(part), num_names=2)
@@ -190,9 +194,10 @@ def _describe_best(part: ComparisonReport) -> str:
 
 def _figure_url(figure: DrawnFigure) -> str:
     # An image of its own: its ids meet no other figure's, its styles need no policy.
-    content = b64encode(svg_without_words(figure).encode()).decode()
+    # Line breaks and indents are a seventh of it.
+    svg = re.sub(r"\s*\n\s*", " ", svg_without_words(figure)).replace("> <", "><")
 
-    return f"data:image/svg+xml;base64,{content}"
+    return f"data:image/svg+xml;base64,{b64encode(svg.encode()).decode()}"
 
 
 def _list_excluded(report: Report) -> list[tuple[str, str]]:

@@ -112,7 +112,10 @@ def summarize_metric(
     untested = [pair for pair in pairs if pair.estimate is None]
     if untested:
         answers.append(
-            (f"Not tested ({len(untested)} of {len(pairs)})", _explain(untested))
+            (
+                f"Not tested ({len(untested)} of {len(pairs)})",
+                _explain(column, untested),
+            )
         )
 
     answers.append(("Against the best guess", _describe_guess(metric)))
@@ -120,7 +123,6 @@ def summarize_metric(
     if baselines := _compare_baselines(column, report.comparison):
         answers.append(("MoxE less each baseline", baselines))
 
-    answers.append(("Cost", _describe_costs(report, leader)))
     answers.append(("In the paper", _quote_paper(column, leader, paper)))
 
     return MetricSummary(
@@ -132,6 +134,22 @@ def summarize_metric(
     )
 
 
+def summarize_costs(report: ComparisonReport) -> list[tuple[str, str]]:
+    """Say what the leaders and the full MoxE cost.
+
+    :param report: The comparison.
+
+    :returns: Systems in the order of rows, each with its cost.
+    """
+    leaders = [metric.leader for metric in report.comparison.pairs]
+
+    return [
+        (row.marked_label, describe_cost(report, row))
+        for row in report.comparison.trained_rows
+        if row.system == FULL_SYSTEM or any(row is leader for leader in leaders)
+    ]
+
+
 def _list_pairs(column: Column, pairs: Sequence[Pair]) -> list[str]:
     return [
         f"{pair.second.marked_label}: {format_difference(column, pair, sign=-1)}"
@@ -139,10 +157,11 @@ def _list_pairs(column: Column, pairs: Sequence[Pair]) -> list[str]:
     ]
 
 
-def _explain(pairs: Sequence[Pair]) -> list[str]:
+def _explain(column: Column, pairs: Sequence[Pair]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for pair in pairs:
-        by_reason.setdefault(pair.reason or "", []).append(pair.second.marked_label)
+        name = f"{pair.second.marked_label} ({format_cell(column, pair.second)})"
+        by_reason.setdefault(pair.reason or "", []).append(name)
 
     return [f"{'; '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
@@ -214,17 +233,6 @@ def _compare_baselines(column: Column, comparison: Comparison) -> list[str]:
         )
 
     return lines
-
-
-def _describe_costs(report: ComparisonReport, leader: Row) -> list[str]:
-    rows = [leader]
-    rows += [
-        row
-        for row in report.comparison.trained_rows
-        if row.system == FULL_SYSTEM and row is not leader
-    ]
-
-    return [f"{row.marked_label}: {describe_cost(report, row)}" for row in rows]
 
 
 def _quote_paper(column: Column, leader: Row, paper: Paper | None) -> list[str]:

@@ -11,10 +11,12 @@ from moxe_plugin.report_page.ablation_summary import summarize_ablations
 from moxe_plugin.report_page.glance import glance_cells
 from moxe_plugin.report_page.summary import (
     MetricSummary,
+    summarize_costs,
     summarize_headline,
     summarize_metric,
 )
 from moxe_plugin.report_page.wording import format_difference
+from tests.report_page.conftest import HOSTILE
 
 
 def _part(report: Report, suite: str) -> ComparisonReport:
@@ -96,12 +98,12 @@ def test_the_paper_is_quoted_where_it_has_a_number(report: Report) -> None:
     assert accuracy["In the paper"] == "The paper gives no number for this."
 
 
-def test_cost_names_what_was_recorded(report: Report) -> None:
-    cost = _answers(report, "small", "valid_loss_nats")["Cost"]
+def test_cost_is_that_of_the_leaders_and_of_moxe(report: Report) -> None:
+    xlstm, moxe = summarize_costs(_part(report, "small"))
 
-    xlstm, moxe = cost.splitlines()
-    assert xlstm.startswith("Xlstm: 1,900,000 parameters, 800,000 of them active")
-    assert "987 tokens/s in training, 1.25 GiB peak memory" in moxe
+    assert (xlstm[0], moxe[0]) == ("Xlstm", "Moxe")
+    assert xlstm[1].startswith("1,900,000 parameters, 800,000 of them active")
+    assert "987 tokens/s in training, 1.25 GiB peak memory" in moxe[1]
 
 
 def test_one_seed_decides_nothing(report: Report) -> None:
@@ -111,7 +113,7 @@ def test_one_seed_decides_nothing(report: Report) -> None:
     assert (
         "order of the systems may be chance" in summarize_headline(part.comparison)[1]
     )
-    assert "two seeds in common are needed" in answers["Not tested (1 of 1)"]
+    assert answers["Not tested (1 of 1)"].startswith(f"{HOSTILE} (4.500): two seeds")
     assert not any(q.startswith(("Shown", "Not decided")) for q in answers)
 
     glance = glance_cells(part).set_index("metric").loc["valid loss, nats ↓"]
