@@ -9,7 +9,12 @@ from moxe_plugin.report.columns import COLUMNS_BY_KEY
 from moxe_plugin.report.content import ComparisonReport
 from moxe_plugin.report.formats import DASH
 from moxe_plugin.report.pairs import MetricPairs
-from moxe_plugin.report_page.wording import find_flops, format_difference
+from moxe_plugin.report_page.wording import (
+    beats_all,
+    find_flops,
+    format_difference,
+    name_leader,
+)
 
 
 def glance_cells(report: ComparisonReport) -> pd.DataFrame:
@@ -41,7 +46,7 @@ def _glance(metric: MetricPairs, report: ComparisonReport) -> dict[str, str]:
 
     return {
         "metric": f"{column.heading} {'↓' if column.lower_is_better else '↑'}",
-        "best mean": leader.marked_label,
+        "best mean": name_leader(metric),
         "value": format_cell(column, leader),
         "next": f"{following.marked_label}, {format_cell(column, following)}",
         "next less best": (
@@ -55,7 +60,7 @@ def _glance(metric: MetricPairs, report: ComparisonReport) -> dict[str, str]:
         "beats the best guess": (
             words[guesses[0].verdict]
             if guesses and guesses[0].estimate is not None
-            else "not tested"
+            else "not tested" + "; the guess has a better number" * beats_all(metric)
         ),
         "its MFLOP per token": DASH if flops is None else f"{flops / 1e6:,.1f}",
         "its tokens/s": format_cell(speed, leader),

@@ -146,8 +146,13 @@ def render_page(report: Report, *, overlap: Overlap | None = None) -> str:
 def _create_sections(report: Report) -> list[Section]:
     parts = [part for suite in report.suites for part in suite.comparisons]
 
-    # The largest training first: that is what a reader came for.
-    parts.sort(key=lambda part: -(part.comparison.training_tokens or 0))
+    # The largest training first, then most metrics: that is what a reader came for.
+    parts.sort(
+        key=lambda part: (
+            -(part.comparison.training_tokens or 0),
+            -len(part.comparison.pairs),
+        )
+    )
 
     return [
         _create_section(f"c{number}", part, report)

@@ -15,9 +15,10 @@ from moxe_plugin.report.formats import DASH
 from moxe_plugin.report.measurements import Column
 from moxe_plugin.report.pairs import MetricPairs
 from moxe_plugin.report.rows import Row
+from moxe_plugin.report_page.wording import find_ties
 
 LEADER_MARK: Final = "★"
-"""What marks the best mean of a metric."""
+"""What marks the best mean of a metric, or all that are tied for it."""
 
 RIVAL_MARK: Final = "?"
 """What marks the rows of which it is open whether the leader is better."""
@@ -188,7 +189,7 @@ def _number_cell(row: Row, column: Column, metric: MetricPairs | None) -> Cell:
         details.append(f"{statistic.num_runs} of {len(row.records)} runs")
 
     mark = ""
-    if metric is not None and row is metric.leader:
+    if metric is not None and any(row is best for best in find_ties(metric)):
         mark = LEADER_MARK
     elif metric is not None and any(row is rival for rival in metric.not_beaten):
         mark = RIVAL_MARK

@@ -18,11 +18,11 @@ from moxe_plugin.report_page.page_tables import (
 
 
 def pair_table(comparison: Comparison) -> PageTable | None:
-    """List all pairs of systems in all metrics.
+    """List all pairs of systems that were tested, in all metrics.
 
     :param comparison: The comparison.
 
-    :returns: The table; ``None`` without a pair.
+    :returns: The table; ``None`` without a tested pair.
     """
     systems = {id(row): str(idx) for idx, row in enumerate(comparison.rows)}
 
@@ -31,7 +31,10 @@ def pair_table(comparison: Comparison) -> PageTable | None:
     values: list[list[float | None]] = []
 
     for metric in comparison.pairs:
-        pairs = [*metric.pairs, *metric.guess_pairs]
+        pairs = [p for p in (*metric.pairs, *metric.guess_pairs) if p.estimate]
+        if not pairs:
+            continue
+
         cells = pair_cells(metric, pairs)
         cells.insert(0, "metric", metric.column.heading)
         cells["over"] = [_describe_basis(pair) for pair in pairs]

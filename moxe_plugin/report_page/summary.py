@@ -17,8 +17,10 @@ from moxe_plugin.report.pairs import MetricPairs, Pair
 from moxe_plugin.report.paper import Paper, format_paper_cell
 from moxe_plugin.report.rows import Row
 from moxe_plugin.report_page.wording import (
+    beats_all,
     describe_cost,
     format_difference,
+    name_leader,
 )
 
 _BASELINES: Final = ("xlstm", "gemma2", "qwen_moe")
@@ -54,10 +56,17 @@ def summarize_headline(comparison: Comparison) -> list[str]:
     if not metrics:
         return ["There are no two systems with the same number to compare."]
 
-    counts = Counter(metric.leader.marked_label for metric in metrics)
+    counts = Counter(name_leader(metric) for metric in metrics)
     total = f"{len(metrics)} metric{'s' * (len(metrics) > 1)}"
     leaders = ", ".join(f"{name} on {count}" for name, count in counts.most_common())
     sentences = [f"Best mean among the trained systems, of {total}: {leaders}."]
+
+    lost = [metric.column.heading for metric in metrics if beats_all(metric)]
+    if lost:
+        sentences.append(
+            "The best guess, which has learnt from counts at most, has a better number "
+            f"than every trained system on: {'; '.join(lost)}."
+        )
 
     if not any(pair.estimate for metric in metrics for pair in metric.pairs):
         return [
@@ -128,7 +137,7 @@ def summarize_metric(
     return MetricSummary(
         heading=column.heading,
         direction="lower is better" if column.lower_is_better else "higher is better",
-        leader=leader.marked_label,
+        leader=name_leader(metric),
         value=_describe_value(column, leader),
         answers=answers,
     )
@@ -182,6 +191,8 @@ def _describe_guess(metric: MetricPairs) -> list[str]:
 
     (pair,) = pairs
     name = f"{pair.second.marked_label} ({format_cell(column, pair.second)})"
+    if beats_all(metric):
+        name += ", a better number than that of every trained system"
 
     if pair.estimate is None:
         return [f"{name}: not tested, {pair.reason}"]

@@ -10,7 +10,7 @@ from moxe_plugin.report.columns import COLUMNS_BY_KEY
 from moxe_plugin.report.content import ComparisonReport
 from moxe_plugin.report.measurements import Column
 from moxe_plugin.report.named_tables import Table
-from moxe_plugin.report.pairs import Pair
+from moxe_plugin.report.pairs import MetricPairs, Pair
 from moxe_plugin.report.rows import Row
 
 _COST_UNITS: Final = {
@@ -38,6 +38,49 @@ def find_flops(report: ComparisonReport, row: Row) -> float | None:
     flops = table.numbers.loc[found, "flops_per_token"].dropna()
 
     return float(flops.iloc[0]) if len(flops) else None
+
+
+def find_ties(metric: MetricPairs) -> list[Row]:
+    """Find the systems whose mean equals the best, such as shares that are all 0.
+
+    :param metric: The metric.
+
+    :returns: The rows, the leader first.
+    """
+    key = metric.column.key
+    rows = [
+        metric.leader,
+        *(p.second for p in metric.pairs if p.first is metric.leader),
+    ]
+    best = metric.leader.statistics[key].mean
+
+    return [row for row in rows if row.statistics[key].mean == best]
+
+
+def name_leader(metric: MetricPairs) -> str:
+    """Name who has the best mean.
+
+    :param metric: The metric.
+
+    :returns: The label, or how many systems are tied.
+    """
+    ties = find_ties(metric)
+
+    return metric.leader.marked_label if len(ties) == 1 else f"{len(ties)} systems tied"
+
+
+def beats_all(metric: MetricPairs) -> bool:
+    """Tell whether the best guess has a better number than every trained system.
+
+    :param metric: The metric.
+
+    :returns: Whether; this is no test.
+    """
+    key = metric.column.key
+    sign = 1.0 if metric.column.lower_is_better else -1.0
+    best = sign * metric.leader.statistics[key].mean
+
+    return any(sign * p.second.statistics[key].mean < best for p in metric.guess_pairs)
 
 
 def find_table(report: ComparisonReport, name: str) -> Table | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
-from moxe_plugin.report.content import ComparisonReport, Report
+import numpy as np
+
+from moxe_plugin.report.content import ComparisonReport, Report, build_report
 from moxe_plugin.report.pairs import MetricPairs
 from moxe_plugin.report_page.ablation_summary import summarize_ablations
 from moxe_plugin.report_page.glance import glance_cells
@@ -16,6 +19,8 @@ from moxe_plugin.report_page.summary import (
     summarize_metric,
 )
 from moxe_plugin.report_page.wording import format_difference
+from tests.report.synthetic import make_guess
+from tests.report.synthetic_items import LAMBADA, make_lambada, make_scored
 from tests.report_page.conftest import HOSTILE
 
 
@@ -146,3 +151,21 @@ def test_ablations_are_sorted_by_what_is_shown(report: Report) -> None:
     assert worse.startswith("Moxe_gamma0: here +")
     assert worse.endswith("paper +435.02 %")
     assert len(findings["Not run"]) == 4
+
+
+def test_ties_and_better_guesses_are_not_hidden() -> None:
+    # No word is greedy, and a guess is nearer to all of them.
+    records = [
+        make_scored(system, 1, np.full(20, nats))
+        for system, nats in (("moxe", 5.0), ("xlstm", 6.0))
+    ]
+    guess = replace(make_guess(), items={LAMBADA: make_lambada(np.full(20, 4.0))})
+    part = _part(build_report([*records, guess], []), "quickstart")
+
+    glance = glance_cells(part).set_index("metric")
+    assert glance.loc["LAMBADA accuracy ↑", "best mean"] == "2 systems tied"
+    assert glance.loc["LAMBADA perplexity per word ↓", "best mean"] == "Moxe"
+
+    sentence = summarize_headline(part.comparison)[1]
+    assert sentence.startswith("The best guess")
+    assert sentence.endswith("LAMBADA perplexity per word.")
