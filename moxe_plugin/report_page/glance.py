@@ -12,6 +12,7 @@ from moxe_plugin.report.pairs import MetricPairs
 from moxe_plugin.report_page.wording import (
     beats_all,
     find_flops,
+    find_ties,
     format_difference,
     name_leader,
 )
@@ -39,7 +40,10 @@ def _glance(metric: MetricPairs, report: ComparisonReport) -> dict[str, str]:
     following = pairs[0].second
     tested = [pair for pair in pairs if pair.estimate is not None]
     guesses = [pair for pair in metric.guess_pairs if pair.first is leader]
-    flops = find_flops(report, leader)
+
+    # Of systems that are tied, none's cost is that of the best.
+    is_tied = len(find_ties(metric)) > 1
+    flops = None if is_tied else find_flops(report, leader)
 
     words = {"better": "yes", "worse": "no", "not decided": "not decided"}
     speed = COLUMNS_BY_KEY["throughput_tokens_per_s"]
@@ -63,5 +67,5 @@ def _glance(metric: MetricPairs, report: ComparisonReport) -> dict[str, str]:
             else "not tested" + "; the guess has a better number" * beats_all(metric)
         ),
         "its MFLOP per token": DASH if flops is None else f"{flops / 1e6:,.1f}",
-        "its tokens/s": format_cell(speed, leader),
+        "its tokens/s": DASH if is_tied else format_cell(speed, leader),
     }
