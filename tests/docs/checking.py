@@ -105,7 +105,7 @@ def _check_harness(args: list[str]) -> None:
     sys.argv = ["lm_eval", *args]
     namespace = HarnessCLI().parse_args()
 
-    tasks = namespace.tasks.split(",")
+    tasks = list(namespace.tasks)
     manager = TaskManager(include_path=str(resource_dir("eval_tasks")))
 
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
