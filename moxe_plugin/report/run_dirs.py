@@ -30,7 +30,7 @@ from moxe_plugin.report.records import (
 
 ENVIRONMENT_FILE: Final = "environment.json"
 
-_NO_RUNS: Final = ("claims", "routing", "tables", "work")
+_NO_RUNS: Final = ("claims", "routing", "speed", "tables", "work")
 """Directories of results that hold no run."""
 
 

@@ -119,7 +119,7 @@ def test_damaged_run_is_named_and_leaves_the_others_alone(  # type: ignore[no-un
 
 def test_directories_of_other_commands_are_no_runs(tmp_path: Path) -> None:
     (run_dir,) = write(tmp_path, make_trained())
-    for name in ("claims", "routing", "tables", "work", ".cache"):
+    for name in ("claims", "routing", "speed", "tables", "work", ".cache"):
         (tmp_path / name).mkdir()
     (tmp_path / "LOG.md").touch()
 
