@@ -58,6 +58,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Triton interpret its kernels where tests run on a CPU.
+
+    :param config: The configuration of pytest.
+    """
+    if config.getoption("--device").type == "cpu":
+        # Triton reads it when it is imported, which no test has done yet.
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Return the device on which a test puts its tensors.

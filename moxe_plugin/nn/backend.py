@@ -1,29 +1,39 @@
 """Choose what computes the sLSTM's loop over time.
 
 ``torch`` is the reference and runs everywhere. ``native`` is C++ for CPUs, which is
-compiled when it is first needed. ``auto`` takes ``native`` for tensors on a CPU if a
-C++ compiler is there, else ``torch``, and logs once which of the two and why; both
-compute the same function.
+compiled when it is first needed. ``triton`` is a kernel for GPUs, in float32 or less.
+``auto`` takes ``native`` for tensors on a CPU if a C++ compiler is there, else
+``torch``, and logs once which of the two and why. It never takes ``triton``, which is
+to be asked for until it has been measured on a GPU. All compute the same function.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
+from importlib.util import find_spec
 from typing import Final, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from moxe_plugin.nn.native.library import NativeLibraryError, why_not_loaded
 
-ScanBackend: TypeAlias = Literal["auto", "torch", "native"]
+ScanBackend: TypeAlias = Literal["auto", "torch", "native", "triton"]
 
-SCAN_BACKENDS: Final = ("auto", "torch", "native")
+SCAN_BACKENDS: Final = ("auto", "torch", "native", "triton")
 
 _log: Final = logging.getLogger(__name__)
 
 
-def resolve_backend(backend: ScanBackend, seqs: Tensor) -> Literal["torch", "native"]:
+class TritonMissingError(RuntimeError):
+    """Triton is not installed here."""
+
+
+def resolve_backend(
+    backend: ScanBackend, seqs: Tensor
+) -> Literal["torch", "native", "triton"]:
     """Tell which implementation runs.
 
     :param backend: The choice.
@@ -32,8 +42,11 @@ def resolve_backend(backend: ScanBackend, seqs: Tensor) -> Literal["torch", "nat
     :returns: The implementation.
 
     :raises ValueError: ``backend`` is unknown, or ``native`` for a tensor that is not
-        on a CPU.
+        on a CPU, or ``triton`` for one that is on no GPU (unless Triton interprets its
+        kernels, as the environment variable ``TRITON_INTERPRET`` asks for: for tests)
+        or is float64.
     :raises NativeLibraryError: ``backend`` is ``native``, and cannot be compiled.
+    :raises TritonMissingError: ``backend`` is ``triton``, which is not installed.
     """
     if backend not in SCAN_BACKENDS:
         raise ValueError(
@@ -48,6 +61,11 @@ def resolve_backend(backend: ScanBackend, seqs: Tensor) -> Literal["torch", "nat
     if backend == "torch":
         return "torch"
 
+    if backend == "triton":
+        _check_triton(seqs)
+
+        return "triton"
+
     if seqs.device.type != "cpu":
         raise ValueError(
             "`backend` must be 'auto' or 'torch' for tensors that are not on a CPU, "
@@ -61,6 +79,28 @@ def resolve_backend(backend: ScanBackend, seqs: Tensor) -> Literal["torch", "nat
         )
 
     return "native"
+
+
+def _check_triton(seqs: Tensor) -> None:
+    if find_spec("triton") is None:
+        raise TritonMissingError(
+            "`backend` must be 'auto' or 'torch' on this machine, but is 'triton': "
+            "there is no package triton (torch for Linux brings it)."
+        )
+
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+    if seqs.device.type != "cuda" and not (is_interpreted and seqs.is_cpu):
+        raise ValueError(
+            "`backend` must be 'auto', 'torch' or 'native' for tensors that are on no "
+            f"GPU, but is 'triton' with a tensor on '{seqs.device}'."
+        )
+
+    if seqs.dtype == torch.float64:
+        raise ValueError(
+            "`backend` must be 'auto', 'torch' or 'native' for float64, but is "
+            "'triton'."
+        )
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -186,8 +187,8 @@ class SLSTMBlock(Module):
         convolved, window = self.conv(normed, state.conv, seq_lens)
 
         scan = self._scan_steps
-        if resolve_backend(self.backend, seqs) == "native":
-            scan = self._scan_native
+        if (backend := resolve_backend(self.backend, seqs)) != "torch":
+            scan = partial(self._scan_fused, backend == "triton")
 
         hidden, memory = scan(F.silu(convolved), normed, seq_lens, state)
 
@@ -196,8 +197,9 @@ class SLSTMBlock(Module):
 
         return seqs, SLSTMState(window, *memory) if return_state else None
 
-    def _scan_native(
+    def _scan_fused(
         self,
+        on_gpu: bool,
         convolved: Tensor,
         normed: Tensor,
         seq_lens: Tensor | None,
@@ -219,7 +221,13 @@ class SLSTMBlock(Module):
             inputs = [x.unsqueeze(0) for x in inputs]
             seq_lens = None if seq_lens is None else seq_lens.unsqueeze(0)
 
-        outputs, *memory = slstm_scan(SLSTMScanInputs(*inputs), seq_lens)
+        if on_gpu:
+            # Imports Triton, which not every machine has.
+            from moxe_plugin.nn.triton.slstm_scan import slstm_scan as scan
+        else:
+            scan = slstm_scan
+
+        outputs, *memory = scan(SLSTMScanInputs(*inputs), seq_lens)
 
         if self.num_experts is None:
             outputs, *memory = (x.squeeze(0) for x in (outputs, *memory))

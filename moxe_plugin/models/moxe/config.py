@@ -131,9 +131,10 @@ class MoxEConfig(Validatable):
     final_norm: bool = True
     """Whether a LayerNorm stands before the output projection."""
 
-    backend: Literal["auto", "torch", "native"] = "auto"
+    backend: Literal["auto", "torch", "native", "triton"] = "auto"
     """What computes the sLSTM's loop over time: ``native`` is C++ for CPUs, ``auto``
-    takes it where there is a C++ compiler and says which it takes."""
+    takes it where there is a C++ compiler and says which it takes; ``triton`` is a
+    kernel for GPUs, which ``auto`` does not take, as it was not measured yet."""
 
     difficulty_loss_scale: float = 1e-2
     """The weight lambda_d in eq. (21)."""

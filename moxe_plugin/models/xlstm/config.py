@@ -62,9 +62,10 @@ class XLSTMConfig(Validatable):
     slstm_ffn_proj_factor: float = 1.7
     """The sLSTM block's feed-forward dimension over ``model_dim``, rounded likewise."""
 
-    backend: Literal["auto", "torch", "native"] = "auto"
+    backend: Literal["auto", "torch", "native", "triton"] = "auto"
     """What computes the sLSTM's loop over time: ``native`` is C++ for CPUs, ``auto``
-    takes it where there is a C++ compiler and says which it takes."""
+    takes it where there is a C++ compiler and says which it takes; ``triton`` is a
+    kernel for GPUs, which ``auto`` does not take, as it was not measured yet."""
 
     @override
     def validate(self) -> ValidationResult:
