@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, init
 
+from moxe_plugin.nn.backend import ScanBackend, resolve_backend
 from moxe_plugin.nn.layers import (
     CausalConv,
     ScaleNorm,
@@ -69,6 +70,8 @@ class MLSTMBlock(Module):
     :param proj_factor: The inner width I over M, before rounding up to 64.
     :param num_experts: The number of stacked blocks; ``None`` for a single one.
     :param num_blocks: The number of blocks in the model, for the initial ``W_down``.
+    :param backend: ``triton`` computes the cell in Triton, the others in torch: see
+        :mod:`moxe_plugin.nn.backend`.
 
     :raises ValueError: The inner width is not a multiple of ``num_heads`` or of
         ``qkv_block_size``.
@@ -84,6 +87,7 @@ class MLSTMBlock(Module):
         proj_factor: float = 2.0,
         num_experts: int | None = None,
         num_blocks: int = 1,
+        backend: ScanBackend = "auto",
     ) -> None:
         super().__init__()
 
@@ -106,6 +110,7 @@ class MLSTMBlock(Module):
         self.num_heads = num_heads
         self.num_experts = num_experts
         self.num_blocks = num_blocks
+        self.backend = backend
 
         qkv_shape = (inner_dim // qkv_block_size, qkv_block_size, qkv_block_size)
 
@@ -235,14 +240,21 @@ class MLSTMBlock(Module):
         if seq_lens is not None:
             seq_lens = seq_lens.unsqueeze(-1)
 
-        out, memory = mlstm_chunkwise(
+        chunkwise, chunk_size = mlstm_chunkwise, best_chunk_size(q.size(-2), q.size(-1))
+        if self.backend == "triton":
+            resolve_backend(self.backend, q)
+            from moxe_plugin.nn.triton import mlstm as kernels
+
+            chunkwise, chunk_size = kernels.mlstm_chunkwise, kernels.MAX_CHUNK_SIZE
+
+        out, memory = chunkwise(
             q,
             k,
             v,
             *gates,
             memory,
             seq_lens,
-            chunk_size=best_chunk_size(q.size(-2), q.size(-1)),
+            chunk_size=chunk_size,
             return_memory=return_memory,
         )
 

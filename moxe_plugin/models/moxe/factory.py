@@ -136,6 +136,7 @@ class MoxEFactory:
             proj_factor=config.mlstm_proj_factor,
             num_experts=num_experts,
             num_blocks=self._num_blocks,
+            backend=config.backend,
         )
 
     def create_slstm_block(

@@ -108,6 +108,7 @@ class XLSTMFactory:
             qkv_block_size=config.qkv_block_size,
             proj_factor=config.mlstm_proj_factor,
             num_blocks=config.num_blocks,
+            backend=config.backend,
         )
 
     def create_final_projection(self) -> Projection:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moxe_plugin.nn import mlstm_cell
+from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.mlstm_cell import MLSTMMemory, mlstm_step
 from moxe_plugin.nn.triton.mlstm import mlstm_chunkwise
 
@@ -168,3 +169,14 @@ def test_unsupported_choices_are_errors() -> None:
         mlstm_chunkwise(q, k, v, i, f, chunk_size=65)
     with pytest.raises(ValueError, match="must all be float32, bfloat16 or float16"):
         mlstm_chunkwise(q.double(), k, v, i, f, chunk_size=16)
+
+
+def test_block_computes_the_same_in_triton() -> None:
+    block = MLSTMBlock(32, num_heads=2, num_experts=2)
+    seqs, lens = torch.randn(2, 2, 5, 32), torch.tensor([[5, 2], [0, 4]])
+    expected, expected_state = block(seqs, lens)
+    block.backend = "triton"
+    actual, state = block(seqs, lens)
+    valid = torch.arange(5) < lens[..., None]
+    torch.testing.assert_close(actual[valid], expected[valid], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
