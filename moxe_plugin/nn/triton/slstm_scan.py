@@ -20,7 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.native.slstm_scan import SLSTMScanInputs
-from moxe_plugin.nn.triton.slstm_kernels import scan_backward, scan_forward
+from moxe_plugin.nn.triton.slstm_launch import scan_backward, scan_forward
 
 
 def slstm_scan(
