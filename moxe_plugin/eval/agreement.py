@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("the harness' `hf` needs accelerate: `uv pip install accelerate`.")
 
     try:
-        pairs = _read_pairs(args.lambada, args.limit)
+        pairs = read_last_words(args.lambada, args.limit)
         agreements = compare(args.folder, pairs, args.batch_size)
     except (OSError, ValueError) as ex:
         return _fail(str(ex))
@@ -88,20 +88,28 @@ def compare(
     load_tokenizer: Any = AutoTokenizer.from_pretrained
     loaded = load_checkpoint(str(folder))
 
-    ours = _score(LoadedModelLM(loaded, batch_size="auto"), pairs)
-    theirs = _score(
+    ours = score_pairs(LoadedModelLM(loaded, batch_size="auto"), pairs)
+    theirs = score_pairs(
         HFLM(load(folder), tokenizer=load_tokenizer(folder), batch_size=batch_size),
         pairs,
     )
-    one_by_one = _score(LoadedModelLM(loaded, batch_size=1), pairs)
+    one_by_one = score_pairs(LoadedModelLM(loaded, batch_size=1), pairs)
 
     return {
-        "hf and moxe": _compare_scores(theirs, ours),
-        "moxe with batch size 1 and auto": _compare_scores(one_by_one, ours),
+        "hf and moxe": compare_scores(theirs, ours),
+        "moxe with batch size 1 and auto": compare_scores(one_by_one, ours),
     }
 
 
-def _score(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+def score_pairs(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    """Score continuations with a model of the harness.
+
+    :param lm: The model.
+    :param pairs: Context and continuation.
+
+    :returns: The log-likelihoods in nats, and whether the continuation is the greedy
+        one.
+    """
     from lm_eval.api.instance import Instance
 
     requests = [
@@ -113,9 +121,16 @@ def _score(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]
     return scores
 
 
-def _compare_scores(
+def compare_scores(
     first: Sequence[tuple[float, bool]], second: Sequence[tuple[float, bool]]
 ) -> Agreement:
+    """Compare two lists of scores of the same requests.
+
+    :param first: What :func:`score_pairs` returned.
+    :param second: As ``first``.
+
+    :returns: How they differ.
+    """
     both = list(zip(first, second, strict=True))
 
     return Agreement(
@@ -125,7 +140,16 @@ def _compare_scores(
     )
 
 
-def _read_pairs(file: Path, limit: int | None) -> list[tuple[str, str]]:
+def read_last_words(file: Path, limit: int | None) -> list[tuple[str, str]]:
+    """Read passages and split off their last word.
+
+    :param file: JSON lines with the field ``text``, such as LAMBADA's.
+    :param limit: How many passages, from the first on; all if ``None``.
+
+    :returns: Context and continuation.
+
+    :raises ValueError: There is no passage.
+    """
     pairs = []
 
     with file.open(encoding="utf-8") as fp:
