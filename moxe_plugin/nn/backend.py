@@ -1,4 +1,4 @@
-"""Choose what computes the sLSTM's loop over time.
+"""Choose what computes the sLSTM's loop over time; with ``triton``, the mLSTM too.
 
 ``torch`` is the reference and runs everywhere. ``native`` is C++ for CPUs, which is
 compiled when it is first needed. ``triton`` is a kernel for GPUs, in float32 or less.

@@ -1,4 +1,4 @@
-"""Tests of whole models whose sLSTM runs in Triton."""
+"""Tests of whole models whose cells run in Triton."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fairseq2.nn import BatchLayout
 from torch import float32
 from torch.testing import assert_close
 
+from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.slstm import SLSTMBlock
 from tests.models.families import create_model, random_ids
 
@@ -24,10 +25,12 @@ def test_model_in_triton_is_the_model_in_torch(family: str) -> None:
         config.backend = "triton"
 
     model = create_model(family, change=choose, dtype=float32)
-    blocks = [x for x in model.modules() if isinstance(x, SLSTMBlock)]
+    cells = (MLSTMBlock, SLSTMBlock)
+    blocks = [x for x in model.modules() if isinstance(x, cells)]
     with torch.no_grad():
         for block in blocks:
-            block.recurrent_weight.normal_(std=0.2)
+            if isinstance(block, SLSTMBlock):
+                block.recurrent_weight.normal_(std=0.2)
     assert {block.backend for block in blocks} == {"triton"}
 
     seqs, targets = random_ids(2, 7), random_ids(2, 7)

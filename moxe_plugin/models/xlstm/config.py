@@ -64,8 +64,8 @@ class XLSTMConfig(Validatable):
 
     backend: Literal["auto", "torch", "native", "triton"] = "auto"
     """What computes the sLSTM's loop over time: ``native`` is C++ for CPUs, ``auto``
-    takes it where there is a C++ compiler and says which it takes; ``triton`` is a
-    kernel for GPUs, which ``auto`` does not take, as it was not measured yet."""
+    takes it where there is a C++ compiler and says which it takes; ``triton`` runs
+    both cells in kernels for GPUs; ``auto`` does not, as they were not measured yet."""
 
     @override
     def validate(self) -> ValidationResult:
