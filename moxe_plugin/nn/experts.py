@@ -15,6 +15,7 @@ from typing_extensions import override
 from moxe_plugin.nn.expert_layouts import LAYOUTS, ExpertStateKind
 from moxe_plugin.nn.expert_steps import Choices, sort_choices, step_bank
 from moxe_plugin.nn.routing import Routing
+from moxe_plugin.nn.rows import find_rows, pack, unpack
 
 if TYPE_CHECKING:
     from moxe_plugin.nn.mlstm import MLSTMState
@@ -144,7 +145,7 @@ class SparseExperts(Module):
             bank = self.get_submodule(name)
 
             if name == "ffn":
-                output = bank(grid)
+                output = _feed_forward(bank, grid, grid_lens)
             else:
                 output, states[name] = bank(
                     grid,
@@ -208,6 +209,17 @@ class SparseExperts(Module):
             return summed, None
 
         return summed, ExpertsState(states["mlstm"], states["slstm"])
+
+
+def _feed_forward(bank: Module, grid: Tensor, grid_lens: Tensor | None) -> Tensor:
+    if grid_lens is None:
+        output: Tensor = bank(grid)
+
+        return output
+
+    rows = find_rows(grid_lens, grid.size(2))
+
+    return unpack(bank(pack(grid, rows), rows.counts), rows)
 
 
 def _call_bank(

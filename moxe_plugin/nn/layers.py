@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,18 +41,19 @@ class ScaleNorm(Module):
         """Set the scale to 1."""
         init.ones_(self.weight)
 
-    def forward(self, seqs: Tensor) -> Tensor:
+    def forward(self, seqs: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Normalise each position.
 
-        :param seqs: *Shape:* ``([E,]N,S,M)``.
+        :param seqs: *Shape:* ``([E,]N,S,M)``, or ``(C,M)``.
+        :param counts: The rows of each expert, if ``seqs`` are rows ``(C,M)``.
 
-        :returns: *Shape:* ``([E,]N,S,M)``.
+        :returns: The results, as ``seqs``.
         """
         head_dim = seqs.size(-1) // self.num_heads
         heads = torch.unflatten(seqs, -1, (self.num_heads, head_dim))
         normed = F.layer_norm(heads, (head_dim,), eps=NORM_EPS).flatten(-2)
 
-        return normed * per_channel(self.weight, normed)
+        return normed * per_channel(self.weight, normed, counts)
 
 
 class CausalConv(Module):
@@ -147,16 +149,17 @@ class GatedFeedForward(Module):
         init.normal_(self.up_proj, std=self.up_std)
         init.normal_(self.down_proj, std=self.down_std)
 
-    def forward(self, seqs: Tensor) -> Tensor:
+    def forward(self, seqs: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Apply the network to each position.
 
-        :param seqs: *Shape:* ``([E,]N,S,M)``.
+        :param seqs: *Shape:* ``([E,]N,S,M)``, or ``(C,M)``.
+        :param counts: The rows of each expert, if ``seqs`` are rows ``(C,M)``.
 
-        :returns: *Shape:* ``([E,]N,S,M)``.
+        :returns: The results, as ``seqs``.
         """
-        gate, value = project(seqs, self.up_proj).chunk(2, dim=-1)
+        gate, value = project(seqs, self.up_proj, counts).chunk(2, dim=-1)
 
-        return project(F.silu(gate) * value, self.down_proj)
+        return project(F.silu(gate) * value, self.down_proj, counts)
 
 
 def small_init_std(dim: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from moxe_plugin.nn.mlstm_cell import (
     mlstm_chunkwise,
 )
 from moxe_plugin.nn.padding import EMPTY, widen
+from moxe_plugin.nn.rows import Rows, find_rows, pack, unpack
 from moxe_plugin.nn.stacked import (
     expert_parameter,
     per_channel,
@@ -197,24 +199,38 @@ class MLSTMBlock(Module):
         :returns: The outputs, as ``seqs``, and the state after each row's last valid
             position (``state`` itself for a row of length 0), or ``None``.
         """
-        normed = self.norm(seqs)
-        conv_input, gate = project(normed, self.up_proj).chunk(2, dim=-1)
+        rows, flat = None, seqs
+        if self.num_experts is not None and seq_lens is not None:
+            rows = find_rows(seq_lens, seqs.size(-2))
+            flat = pack(seqs, rows)
+
+        counts = None if rows is None else rows.counts
+
+        conv_input, gate = project(self.norm(flat, counts), self.up_proj, counts).chunk(
+            2, dim=-1
+        )
 
         window = self._window(seqs) if state is None else state.conv
-        convolved, window = self.conv(conv_input, window, seq_lens)
-        convolved = F.silu(convolved)
+        convolved, window = self.conv(_to_grid(conv_input, rows), window, seq_lens)
+        convolved = F.silu(_to_rows(convolved, rows))
 
-        q = project_head_wise(convolved, self.q_proj)
-        k = project_head_wise(convolved, self.k_proj)
-        v = project_head_wise(conv_input, self.v_proj)
+        q = project_head_wise(convolved, self.q_proj, counts)
+        k = project_head_wise(convolved, self.k_proj, counts)
+        v = project_head_wise(conv_input, self.v_proj, counts)
+        gates = self._gates(q, k, v, counts)
 
         memory = None if state is None else MLSTMMemory(*state[1:])
-        hidden, memory = self._recur(q, k, v, seq_lens, memory, return_state)
+        q, k, v, gates = (_to_grid(x, rows) for x in (q, k, v, gates))
+        hidden, memory = self._recur(q, k, v, gates, seq_lens, memory, return_state)
 
-        hidden = self.out_norm(hidden) + per_channel(self.skip, convolved) * convolved
-        out = seqs + project(hidden * F.silu(gate), self.down_proj)
+        hidden = self.out_norm(_to_rows(hidden, rows), counts)
+        hidden = hidden + per_channel(self.skip, convolved, counts) * convolved
+        out = flat + project(hidden * F.silu(gate), self.down_proj, counts)
 
-        return out, None if memory is None else MLSTMState(window, *memory)
+        return (
+            _to_grid(out, rows),
+            None if memory is None else MLSTMState(window, *memory),
+        )
 
     def _window(self, seqs: Tensor) -> Tensor:
         return seqs.new_zeros(
@@ -226,11 +242,13 @@ class MLSTMBlock(Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        gates: Tensor,
         seq_lens: Tensor | None,
         memory: MLSTMMemory | None,
         return_memory: bool,
     ) -> tuple[Tensor, MLSTMMemory | None]:
-        gates = self._gates(q, k, v)
+        # ([E,]N,S,2H) -> two of ([E,]N,H,S)
+        input_preact, forget_preact = gates.mT.chunk(2, dim=-2)
         # ([E,]N,S,I) -> ([E,]N,H,S,D), contiguous as they enter several products
         q, k, v = (
             torch.unflatten(x, -1, (self.num_heads, -1)).transpose(-3, -2).contiguous()
@@ -251,7 +269,8 @@ class MLSTMBlock(Module):
             q,
             k,
             v,
-            *gates,
+            input_preact,
+            forget_preact,
             memory,
             seq_lens,
             chunk_size=chunk_size,
@@ -260,16 +279,26 @@ class MLSTMBlock(Module):
 
         return out.transpose(-3, -2).flatten(-2), memory
 
-    def _gates(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _gates(
+        self, q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int] | None
+    ) -> Tensor:
         weight = torch.cat([self.input_gate_weight, self.forget_gate_weight], dim=-1)
         bias = torch.cat([self.input_gate_bias, self.forget_gate_bias], dim=-1)
 
         # A sum of three products spares the concatenation of q, k and v.
-        for_q, for_k, for_v = weight.chunk(3, dim=-2)
-        preacts = widen(project(q, for_q) + project(k, for_k) + project(v, for_v))
-        preacts = preacts + per_channel(bias, preacts)
+        preacts = [
+            project(x, w, counts)
+            for x, w in zip((q, k, v), weight.chunk(3, dim=-2), strict=True)
+        ]
+        summed = widen(preacts[0] + preacts[1] + preacts[2])
 
-        # ([E,]N,S,2H) -> two of ([E,]N,H,S)
-        input_preact, forget_preact = preacts.mT.chunk(2, dim=-2)
+        # ([E,]N,S,2H), or rows
+        return summed + per_channel(bias, summed, counts)
 
-        return input_preact, forget_preact
+
+def _to_rows(grid: Tensor, rows: Rows | None) -> Tensor:
+    return grid if rows is None else pack(grid, rows)
+
+
+def _to_grid(flat: Tensor, rows: Rows | None) -> Tensor:
+    return flat if rows is None else unpack(flat, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from moxe_plugin.nn.layers import (
 )
 from moxe_plugin.nn.native.slstm_scan import SLSTMScanInputs, slstm_scan
 from moxe_plugin.nn.padding import EMPTY, close_gates, valid_positions, widen
+from moxe_plugin.nn.rows import find_rows, pack, unpack
 from moxe_plugin.nn.slstm_cell import SLSTMMemory, slstm_sequence
 from moxe_plugin.nn.stacked import expert_parameter
 
@@ -192,10 +194,25 @@ class SLSTMBlock(Module):
 
         hidden, memory = scan(F.silu(convolved), normed, seq_lens, state)
 
-        seqs = seqs + self.out_norm(hidden.to(seqs.dtype))
-        seqs = seqs + self.ffn(self.ffn_norm(seqs))
+        hidden = hidden.to(seqs.dtype)
+
+        if self.num_experts is None or seq_lens is None:
+            seqs = self._feed_forward(seqs, hidden, None)
+        else:
+            rows = find_rows(seq_lens, seqs.size(-2))
+            flat = self._feed_forward(pack(seqs, rows), pack(hidden, rows), rows.counts)
+            seqs = unpack(flat, rows)
 
         return seqs, SLSTMState(window, *memory) if return_state else None
+
+    def _feed_forward(
+        self, seqs: Tensor, hidden: Tensor, counts: Sequence[int] | None
+    ) -> Tensor:
+        seqs = seqs + self.out_norm(hidden, counts)
+
+        output: Tensor = seqs + self.ffn(self.ffn_norm(seqs, counts), counts)
+
+        return output
 
     def _scan_fused(
         self,

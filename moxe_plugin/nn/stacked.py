@@ -2,14 +2,20 @@
 
 With ``num_experts=None`` parameters are ``(…)`` and sequences ``(N,S,M)``; with
 ``num_experts=E`` they are ``(E,…)`` and ``(E,N,S,M)``, and all E run batched.
-Weights of projections are stored ``([E,]in,out)``.
+Weights of projections are stored ``([E,]in,out)``. Sequences of experts may also come
+without padding, as rows ``(C,M)`` that are sorted by expert, with the ``counts`` of
+each expert's rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from moxe_plugin.nn.grouped import grouped_head_product, grouped_product, spread
 
 
 def expert_parameter(num_experts: int | None, *shape: int) -> Parameter:
@@ -25,27 +31,39 @@ def expert_parameter(num_experts: int | None, *shape: int) -> Parameter:
     )
 
 
-def project(seqs: Tensor, weight: Tensor) -> Tensor:
+def project(
+    seqs: Tensor, weight: Tensor, counts: Sequence[int] | None = None
+) -> Tensor:
     """Multiply every position by a weight, as one product per expert.
 
     :param seqs: *Shape:* ``([E,]N,S,in)``.
     :param weight: *Shape:* ``([E,]in,out)``.
+    :param counts: The rows of each expert, if ``seqs`` are rows ``(C,in)``.
 
-    :returns: *Shape:* ``([E,]N,S,out)``.
+    :returns: *Shape:* ``([E,]N,S,out)``, or ``(C,out)``.
     """
+    if counts is not None:
+        return grouped_product(seqs, weight, counts)
+
     product = seqs.flatten(-3, -2) @ weight
 
     return torch.unflatten(product, -2, seqs.shape[-3:-1])
 
 
-def project_head_wise(seqs: Tensor, weight: Tensor) -> Tensor:
+def project_head_wise(
+    seqs: Tensor, weight: Tensor, counts: Sequence[int] | None = None
+) -> Tensor:
     """Multiply each group of channels by its own square weight.
 
     :param seqs: *Shape:* ``([E,]N,S,G*in)``.
     :param weight: *Shape:* ``([E,]G,in,out)``.
+    :param counts: The rows of each expert, if ``seqs`` are rows ``(C,G*in)``.
 
-    :returns: *Shape:* ``([E,]N,S,G*out)``.
+    :returns: *Shape:* ``([E,]N,S,G*out)``, or ``(C,G*out)``.
     """
+    if counts is not None:
+        return grouped_head_product(seqs, weight, counts)
+
     num_groups, group_dim = weight.shape[-3:-1]
 
     # ([E,]N,S,G*in) -> ([E,]G,N*S,in)
@@ -55,14 +73,20 @@ def project_head_wise(seqs: Tensor, weight: Tensor) -> Tensor:
     return torch.unflatten(product.transpose(-3, -2).flatten(-2), -2, seqs.shape[-3:-1])
 
 
-def per_channel(vector: Tensor, seqs: Tensor) -> Tensor:
+def per_channel(
+    vector: Tensor, seqs: Tensor, counts: Sequence[int] | None = None
+) -> Tensor:
     """View a per-channel parameter so that it broadcasts against sequences.
 
     :param vector: *Shape:* ``([E,]M)``.
     :param seqs: *Shape:* ``([E,]…,M)``.
+    :param counts: The rows of each expert, if ``seqs`` are rows ``(C,M)``.
 
-    :returns: *Shape:* ``(M)`` or ``(E,1,…,1,M)``.
+    :returns: *Shape:* ``(M)``, ``(E,1,…,1,M)`` or ``(C,M)``.
     """
+    if counts is not None:
+        return spread(vector, counts)
+
     if vector.ndim == 1:
         return vector
 

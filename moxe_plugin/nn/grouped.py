@@ -1,0 +1,138 @@
+"""Products and scales of experts on rows that are sorted by expert, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from typing_extensions import override
+
+
+def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+    """Multiply the rows of each expert by the expert's weight.
+
+    Under autocast it computes in autocast's type, as ``@`` does. The gradient of an
+    expert without a row is 0.
+
+    :param rows: The rows of expert 0, of expert 1 and so on. *Shape:* ``(C,in)``.
+    :param weight: *Shape:* ``(E,in,out)``.
+    :param counts: The number of rows of each expert, C in all.
+
+    :returns: *Shape:* ``(C,out)``.
+    """
+    return grouped_head_product(rows, weight.unsqueeze(1), counts)
+
+
+def grouped_head_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+    """Multiply each group of channels by its own weight of the row's expert.
+
+    :param rows: As for :func:`grouped_product`. *Shape:* ``(C,G*in)``.
+    :param weight: *Shape:* ``(E,G,in,out)``.
+    :param counts: The number of rows of each expert, C in all.
+
+    :returns: *Shape:* ``(C,G*out)``.
+    """
+    device_type = rows.device.type
+
+    if torch.is_autocast_enabled(device_type) and rows.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        rows, weight = rows.to(dtype), weight.to(dtype)
+
+    return _GroupedProduct.apply(rows, weight, tuple(counts))  # type: ignore[no-any-return, no-untyped-call]  # torch
+
+
+def spread(vectors: Tensor, counts: Sequence[int]) -> Tensor:
+    """Give each row the vector of its expert.
+
+    Its gradient sums the rows of each expert in their order, so that it does not depend
+    on the order of execution.
+
+    :param vectors: *Shape:* ``(E,M)``.
+    :param counts: The number of rows of each expert, C in all.
+
+    :returns: *Shape:* ``(C,M)``.
+    """
+    return _Spread.apply(vectors, tuple(counts))  # type: ignore[no-any-return, no-untyped-call]  # torch
+
+
+class _GroupedProduct(Function):
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, counts: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.counts = counts
+
+        return _multiply(rows, weight, counts)
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_output: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weight = ctx.saved_tensors
+        grad_rows, grad_weight = None, None
+
+        if ctx.needs_input_grad[0]:
+            grad_rows = _multiply(grad_output, weight.mT, ctx.counts)
+
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(
+                weight, memory_format=torch.contiguous_format
+            )
+            for grad, x, y in zip(
+                grad_weight,
+                rows.split(ctx.counts),
+                grad_output.split(ctx.counts),
+                strict=True,
+            ):
+                # A product over no row is 0.
+                torch.bmm(_by_group(x, weight).mT, _by_group(y, weight), out=grad)
+
+        return grad_rows, grad_weight, None
+
+
+def _multiply(rows: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
+    num_groups, _, out_dim = weight.shape[1:]
+    out = rows.new_empty(rows.size(0), num_groups * out_dim)
+
+    for x, w, y in zip(rows.split(counts), weight, out.split(counts), strict=True):
+        if not x.size(0):
+            continue
+
+        if num_groups == 1:
+            torch.mm(x, w[0], out=y)
+        else:
+            _by_group(y, weight).copy_(torch.bmm(_by_group(x, weight), w))
+
+    return out
+
+
+def _by_group(rows: Tensor, weight: Tensor) -> Tensor:
+    # (C,G*D) -> (G,C,D)
+    return torch.unflatten(rows, 1, (weight.size(1), -1)).transpose(0, 1)
+
+
+class _Spread(Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, vectors: Tensor, counts: tuple[int, ...]) -> Tensor:
+        ctx.counts = counts
+
+        return torch.cat(
+            [v.expand(n, -1) for v, n in zip(vectors, counts, strict=True)]
+        )
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        sums = [grads.sum(dim=0) for grads in grad_output.split(ctx.counts)]
+
+        return torch.stack(sums), None
