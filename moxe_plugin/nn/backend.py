@@ -48,11 +48,7 @@ def resolve_backend(
     :raises NativeLibraryError: ``backend`` is ``native``, and cannot be compiled.
     :raises TritonMissingError: ``backend`` is ``triton``, which is not installed.
     """
-    if backend not in SCAN_BACKENDS:
-        raise ValueError(
-            f"`backend` must be one of {', '.join(SCAN_BACKENDS)}, but is '{backend}' "
-            "instead."
-        )
+    check_backend(backend)
 
     if backend == "auto":
         # The meta device computes nothing.
@@ -79,6 +75,20 @@ def resolve_backend(
         )
 
     return "native"
+
+
+def check_backend(backend: str) -> None:
+    """Look for a backend that does not exist.
+
+    :param backend: The choice.
+
+    :raises ValueError: There is none of this name.
+    """
+    if backend not in SCAN_BACKENDS:
+        raise ValueError(
+            f"`backend` must be one of {', '.join(SCAN_BACKENDS)}, but is '{backend}' "
+            "instead."
+        )
 
 
 def _check_triton(seqs: Tensor) -> None:

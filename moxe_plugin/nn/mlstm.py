@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, init
 
-from moxe_plugin.nn.backend import ScanBackend, resolve_backend
+from moxe_plugin.nn.backend import ScanBackend, check_backend, resolve_backend
 from moxe_plugin.nn.layers import (
     CausalConv,
     ScaleNorm,
@@ -257,6 +257,8 @@ class MLSTMBlock(Module):
 
         if seq_lens is not None:
             seq_lens = seq_lens.unsqueeze(-1)
+
+        check_backend(self.backend)
 
         chunkwise, chunk_size = mlstm_chunkwise, best_chunk_size(q.size(-2), q.size(-1))
         if self.backend == "triton":

@@ -19,7 +19,7 @@ from moxe_plugin.nn.padding import EMPTY, close_gates, valid_positions, widen
 
 NORMALIZER_EPS = 1e-6
 
-_MAX_EXPONENT = 80.0
+MAX_EXPONENT = 80.0
 """Above it ``exp(-m)`` is not computed further: the output is 0 to 1e-34 anyway, and
 float32 ends at ``exp(88)``."""
 
@@ -147,6 +147,9 @@ def mlstm_parallel(
     if not return_memory:
         return h, None
 
+    if q.size(-2) == 0:
+        return h, _empty_memory(k) if memory is None else memory
+
     # How each key is weighed after the last position.
     added = k * torch.exp(log_weight - peak[..., -1:])[..., None].to(k.dtype)
     c, n = widen(added.mT @ v), widen(added).sum(-2)
@@ -223,7 +226,14 @@ def best_chunk_size(seq_len: int, head_dim: int) -> int:
     return chunk_size
 
 
+def _empty_memory(k: Tensor) -> MLSTMMemory:
+    *rows, _, dim = k.shape
+    zeros = widen(k.new_zeros(*rows, dim, dim))
+
+    return MLSTMMemory(zeros, zeros[..., 0], zeros[..., 0, 0] + EMPTY)
+
+
 def _normalizer(denominator: Tensor, m: Tensor) -> Tensor:
-    floor = torch.exp((-m).clamp(max=_MAX_EXPONENT))
+    floor = torch.exp((-m).clamp(max=MAX_EXPONENT))
 
     return torch.maximum(denominator.abs(), floor) + NORMALIZER_EPS

@@ -222,3 +222,22 @@ def test_chunks_pay_off_for_long_sequences_and_narrow_heads(
     seq_len: int, head_dim: int, expected: int
 ) -> None:
     assert best_chunk_size(seq_len, head_dim) == expected
+
+
+@pytest.mark.parametrize(
+    "form",
+    [mlstm_parallel, partial(mlstm_chunkwise, chunk_size=4)],
+    ids=["parallel", "chunkwise"],
+)
+def test_no_position_leaves_the_memory_as_it_is(
+    form: Form, device: torch.device
+) -> None:
+    q, k, v, i, f = make_inputs(device)
+    nothing = (*(x[..., :0, :] for x in (q, k, v)), *(x[..., :0] for x in (i, f)))
+    memory = make_memory(device)
+
+    for given, expected in ((memory, memory), (None, empty_memory(device))):
+        outputs, last = form(*nothing, given)
+
+        assert outputs.shape == (N, H, 0, D)
+        assert_close(list(last), list(expected), rtol=0, atol=0)

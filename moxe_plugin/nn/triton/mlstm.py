@@ -24,21 +24,17 @@ about 295 (989 TFLOP/s, 3.35 TB/s): bound by memory, 0.2 µs per chunk.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
-from moxe_plugin.nn.mlstm_cell import _MAX_EXPONENT, NORMALIZER_EPS, MLSTMMemory
+from moxe_plugin.nn.mlstm_cell import MAX_EXPONENT, MLSTMMemory
 from moxe_plugin.nn.padding import EMPTY, close_gates, valid_positions, widen
+from moxe_plugin.nn.triton.mlstm_launch import launch_chunkwise
 
 MAX_CHUNK_SIZE = 64
 """Tiles of ``(L,L)`` and ``(L,D)`` of longer chunks do not fit into registers."""
-
-_MIN_BLOCK = 16
-"""The least extent of a matrix product in Triton."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,7 +105,8 @@ def mlstm_chunkwise(
             for x, size in zip(memory, (2, 1, 0), strict=True)
         )
 
-    num_chunks = -(-seq_len // chunk_size)
+    # No position is one chunk of padding, which keeps the memory.
+    num_chunks = max(1, -(-seq_len // chunk_size))
     i, f = (
         F.pad(
             widen(x).reshape(num_rows, seq_len), (0, num_chunks * chunk_size - seq_len)
@@ -117,11 +114,15 @@ def mlstm_chunkwise(
         for x in (input_preact, forget_preact)
     )
     a, peak, m_in, m_out, m_all = _stabilise(i, f, lens, m, chunk_size)
-    floor = torch.exp((-m_all).clamp(max=_MAX_EXPONENT))
+    floor = torch.exp((-m_all).clamp(max=MAX_EXPONENT))
 
-    flat = (x.reshape(num_rows, seq_len, dim).contiguous() for x in (q, k, v))
-    h, c, n = _Chunkwise.apply(  # type: ignore[no-untyped-call]
-        *flat,
+    q_flat, k_flat, v_flat = (
+        x.reshape(num_rows, seq_len, dim).contiguous() for x in (q, k, v)
+    )
+    h, c, n = launch_chunkwise(
+        q_flat,
+        k_flat,
+        v_flat,
         a,
         peak,
         m_in,
@@ -129,7 +130,7 @@ def mlstm_chunkwise(
         c.contiguous(),
         n.contiguous(),
         lens,
-        memory is not None,
+        has_memory=memory is not None,
     )
     h = h.reshape(q.shape)
 
@@ -169,139 +170,3 @@ def _stabilise(
     peak = torch.maximum(highest, m_in[..., None])
 
     return a, peak, m_in, m, b + peak
-
-
-class _Chunkwise(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        a: Tensor,
-        peak: Tensor,
-        m_in: Tensor,
-        floor: Tensor,
-        c0: Tensor,
-        n0: Tensor,
-        lens: Tensor,
-        has_memory: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        from moxe_plugin.nn.triton.mlstm_forward import output_kernel, state_kernel
-
-        num_rows, seq_len, dim = q.shape
-        num_chunks, tiling, tiles = a.size(1), *_tiling(q, a.size(2))
-        kept, added, decay = _weights(a, peak, m_in, dim)
-        c = q.new_empty(num_rows, num_chunks, dim, dim)
-        n = c0.new_empty(num_rows, num_chunks, dim)
-        last_c, last_n = torch.empty_like(c0), torch.empty_like(n0)
-        h, denominator = torch.empty_like(q), torch.zeros_like(a)
-
-        state_kernel[(tiles, tiles, num_rows)](
-            *(k, v, added, decay, lens, c0, n0, c, n, last_c, last_n),
-            *(seq_len, num_chunks),
-            **tiling,
-            HAS_MEMORY=has_memory,
-        )
-        output_kernel[(tiles, num_chunks, num_rows)](
-            *(q, k, v, a, peak, kept, floor, lens, c, n, h, denominator),
-            *(seq_len, num_chunks, dim**-0.5, NORMALIZER_EPS),
-            **tiling,
-        )
-        ctx.save_for_backward(
-            *(q, k, v, a, peak, m_in, floor, lens, c, n),
-            *(last_c, last_n, h, denominator),
-        )
-
-        return h, last_c, last_n
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from moxe_plugin.nn.triton.mlstm_backward import (
-            query_key_grad_kernel,
-            state_grad_kernel,
-            value_grad_kernel,
-        )
-
-        q, k, v, a, peak, m_in, floor, lens, c, n = ctx.saved_tensors[:10]
-        last_c, last_n, h, denominator = ctx.saved_tensors[10:]
-        grad_h, grad_last_c, grad_last_n = (x.contiguous() for x in grads)
-        num_rows, seq_len, dim = q.shape
-        num_chunks, tiling, tiles = a.size(1), *_tiling(q, a.size(2))
-        kept, added, decay = _weights(a, peak, m_in, dim)
-
-        inverse = 1 / (torch.maximum(denominator.abs(), floor) + NORMALIZER_EPS)
-        along = torch.linalg.vecdot(widen(grad_h), widen(h))
-        grad_norm = F.pad(-along, (0, a[0].numel() - seq_len)).view_as(a) * inverse
-        is_floor = floor >= denominator.abs()
-        grad_floor = torch.where(is_floor, grad_norm, 0)
-        grad_den = torch.where(is_floor, 0, grad_norm * denominator.sign())
-
-        grad_c, grad_n = torch.empty_like(c), torch.empty_like(n)
-        grad_c0, grad_n0 = torch.empty_like(last_c), torch.empty_like(last_n)
-        overlap = a.new_zeros(num_rows, num_chunks + 1, tiles**2)
-        state_grad_kernel[(tiles, tiles, num_rows)](
-            *(q, grad_h, kept, inverse, grad_den, decay, lens, c, n, last_c, last_n),
-            *(grad_last_c, grad_last_n, grad_c, grad_n, grad_c0, grad_n0, overlap),
-            *(seq_len, num_chunks, tiles**2),
-            **tiling,
-        )
-
-        grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
-        q_overlap, k_overlap = (a.new_zeros(*a.shape, tiles) for _ in range(2))
-        query_key_grad_kernel[(tiles, num_chunks, num_rows)](
-            *(q, k, v, grad_h, a, peak, kept, added, inverse, grad_den, lens),
-            *(c, n, grad_c, grad_n, grad_q, grad_k, q_overlap, k_overlap),
-            *(seq_len, num_chunks, dim**-0.5),
-            **tiling,
-        )
-        value_grad_kernel[(tiles, num_chunks, num_rows)](
-            *(q, k, grad_h, a, peak, added, inverse, lens, grad_c, grad_v),
-            *(seq_len, num_chunks, dim**-0.5),
-            **tiling,
-        )
-
-        overlap = overlap.sum(-1)
-        grad_peak = -q_overlap.sum(-1)
-        grad_peak[..., -1] -= overlap[:, 1:]
-        # What follows a row's last chunk is no chunk of it.
-        starts = torch.arange(num_chunks, device=q.device) * a.size(2)
-        grad_m_in = torch.where(starts < lens[:, None], overlap[:, :-1], 0)
-        grad_gates = (k_overlap.sum(-1), grad_peak, grad_m_in, grad_floor)
-
-        return (grad_q, grad_k, grad_v, *grad_gates, grad_c0, grad_n0, None, None)
-
-
-def _weights(
-    a: Tensor, peak: Tensor, m_in: Tensor, dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    last = peak[..., -1:]
-
-    return (
-        torch.exp(m_in[..., None] - peak),
-        torch.exp(a - last) * dim**-0.5,
-        torch.exp(m_in[..., None] - last),
-    )
-
-
-def _tiling(q: Tensor, chunk_size: int) -> tuple[dict[str, Any], int]:
-    dim = q.size(-1)
-    largest = 32 if q.dtype == torch.float32 else 64
-    block_dim = min(largest, max(_MIN_BLOCK, 1 << (dim - 1).bit_length()))
-    block_len = max(_MIN_BLOCK, 1 << (chunk_size - 1).bit_length())
-    tiling = {
-        "D": dim,
-        "L": chunk_size,
-        "BLOCK_L": block_len,
-        "BLOCK_D": block_dim,
-        "WIDE": _is_interpreted() and q.dtype == torch.bfloat16,
-        "num_warps": 8,
-    }
-
-    return tiling, -(-dim // block_dim)
-
-
-def _is_interpreted() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)

@@ -4,17 +4,14 @@ Imports triton, so it is imported by who runs it only. Shapes as in
 :mod:`moxe_plugin.nn.triton.mlstm_forward`; ``inverse`` is one over the normaliser.
 """
 
-# Triton has no annotations.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-
 import triton
 import triton.language as tl
 
-from moxe_plugin.nn.triton.mlstm_forward import product
+from moxe_plugin.nn.triton.mlstm_forward import place, product
 
 
-@triton.jit
-def state_grad_kernel(  # noqa: PLR0915 - a kernel is one function
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
+def state_grad_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
     q_ptr,
     grad_h_ptr,
     kept_ptr,
@@ -35,7 +32,6 @@ def state_grad_kernel(  # noqa: PLR0915 - a kernel is one function
     overlap_ptr,
     seq_len,
     num_chunks,
-    num_tiles,
     D: tl.constexpr,
     L: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -43,16 +39,17 @@ def state_grad_kernel(  # noqa: PLR0915 - a kernel is one function
     WIDE: tl.constexpr,
 ):
     """Run backwards with a tile of dC; store it after each chunk, and <dC, C>."""
-    row = tl.program_id(2).to(tl.int64)
+    num_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    own, row = place(num_tiles * num_tiles)
+    tile_k, tile_v = own // num_tiles, own % num_tiles
     length = tl.load(lens_ptr + row)
-    i_k = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    i_v = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    i_k = tile_k * BLOCK_D + tl.arange(0, BLOCK_D)
+    i_v = tile_v * BLOCK_D + tl.arange(0, BLOCK_D)
     in_k, in_v = i_k < D, i_v < D
     tile = i_k[:, None] * D + i_v[None, :]
     in_tile = in_k[:, None] & in_v[None, :]
-    owns_n = in_k & (tl.program_id(1) == 0)
+    owns_n = in_k & (tile_v == 0)
     i_l = tl.arange(0, BLOCK_L)
-    own = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
 
     dc = tl.load(grad_last_c_ptr + row * D * D + tile, mask=in_tile, other=0.0)
     dn = tl.load(grad_last_n_ptr + row * D + i_k, mask=in_k, other=0.0)
@@ -60,7 +57,9 @@ def state_grad_kernel(  # noqa: PLR0915 - a kernel is one function
     n = tl.load(last_n_ptr + row * D + i_k, mask=owns_n, other=0.0)
     used = tl.cdiv(length, L)
     at = row * (num_chunks + 1) + used
-    tl.store(overlap_ptr + at * num_tiles + own, tl.sum(dc * c) + tl.sum(dn * n))
+    tl.store(
+        overlap_ptr + at * num_tiles * num_tiles + own, tl.sum(dc * c) + tl.sum(dn * n)
+    )
 
     # The interpreter cannot iterate over a range whose end was loaded.
     chunk = used
@@ -97,14 +96,14 @@ def state_grad_kernel(  # noqa: PLR0915 - a kernel is one function
         n = tl.load(n_ptr + at * D + i_k, mask=owns_n, other=0.0)
         overlap = tl.sum(dc * before.to(tl.float32)) + tl.sum(dn * n)
         at = row * (num_chunks + 1) + chunk
-        tl.store(overlap_ptr + at * num_tiles + own, overlap)
+        tl.store(overlap_ptr + at * num_tiles * num_tiles + own, overlap)
 
     tl.store(grad_c0_ptr + row * D * D + tile, dc, mask=in_tile)
     tl.store(grad_n0_ptr + row * D + i_k, dn, mask=owns_n)
 
 
-@triton.jit
-def query_key_grad_kernel(  # noqa: PLR0915 - a kernel is one function
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
+def query_key_grad_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
     q_ptr,
     k_ptr,
     v_ptr,
@@ -134,12 +133,14 @@ def query_key_grad_kernel(  # noqa: PLR0915 - a kernel is one function
     WIDE: tl.constexpr,
 ):
     """Compute a tile of dq and dk of a chunk, and its share of q dq and k dk."""
-    chunk, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    num_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    own, row = place(num_chunks * num_tiles)
+    chunk, own_tile = own // num_tiles, own % num_tiles
     length = tl.load(lens_ptr + row)
     if chunk * L >= length:
         return
 
-    i_k = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    i_k = own_tile * BLOCK_D + tl.arange(0, BLOCK_D)
     in_k = i_k < D
     i_l = tl.arange(0, BLOCK_L)
     t = chunk * L + i_l
@@ -191,13 +192,13 @@ def query_key_grad_kernel(  # noqa: PLR0915 - a kernel is one function
 
     tl.store(grad_q_ptr + own, dq.to(grad_q_ptr.dtype.element_ty), mask=in_q)
     tl.store(grad_k_ptr + own, dk.to(grad_k_ptr.dtype.element_ty), mask=in_q)
-    share = small * tl.num_programs(0) + tl.program_id(0)
+    share = small * num_tiles + own_tile
     tl.store(q_overlap_ptr + share, tl.sum(q.to(tl.float32) * dq, 1), mask=valid)
     tl.store(k_overlap_ptr + share, tl.sum(k.to(tl.float32) * dk, 1), mask=valid)
 
 
-@triton.jit
-def value_grad_kernel(
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
+def value_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     q_ptr,
     k_ptr,
     grad_h_ptr,
@@ -218,12 +219,14 @@ def value_grad_kernel(
     WIDE: tl.constexpr,
 ):
     """Compute a tile of dv of a chunk."""
-    chunk, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    num_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    own, row = place(num_chunks * num_tiles)
+    chunk, own_tile = own // num_tiles, own % num_tiles
     length = tl.load(lens_ptr + row)
     if chunk * L >= length:
         return
 
-    i_v = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    i_v = own_tile * BLOCK_D + tl.arange(0, BLOCK_D)
     in_v = i_v < D
     i_l = tl.arange(0, BLOCK_L)
     t = chunk * L + i_l

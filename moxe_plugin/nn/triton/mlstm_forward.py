@@ -6,15 +6,12 @@ leading dimensions, ``num_chunks`` for the chunks of the longest row, ``gates`` 
 in :mod:`moxe_plugin.nn.triton.mlstm`.
 """
 
-# Triton has no annotations.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-
 import triton
 import triton.language as tl
 
 
-@triton.jit
-def product(x, y, WIDE: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
+def product(x, y, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     """Multiply two tiles with float32 sums; ``WIDE`` where bfloat16 is interpreted.
 
     Triton's interpreter multiplies the bits of bfloat16 as if they were integers;
@@ -27,7 +24,14 @@ def product(x, y, WIDE: tl.constexpr):
 
 
 @triton.jit
-def state_kernel(
+def place(num_per_row):  # type: ignore[no-untyped-def]  # as above
+    """Tell which of a row's programs this is, and the row."""
+    program = tl.program_id(0)
+    return program % num_per_row, (program // num_per_row).to(tl.int64)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # as above
+def state_kernel(  # type: ignore[no-untyped-def]  # as above
     k_ptr,
     v_ptr,
     added_ptr,
@@ -49,14 +53,16 @@ def state_kernel(
     HAS_MEMORY: tl.constexpr,
 ):
     """Run over the chunks of a row with one tile of C, and store it before each."""
-    row = tl.program_id(2).to(tl.int64)
+    num_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    own, row = place(num_tiles * num_tiles)
+    tile_k, tile_v = own // num_tiles, own % num_tiles
     length = tl.load(lens_ptr + row)
-    i_k = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    i_v = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    i_k = tile_k * BLOCK_D + tl.arange(0, BLOCK_D)
+    i_v = tile_v * BLOCK_D + tl.arange(0, BLOCK_D)
     in_k, in_v = i_k < D, i_v < D
     tile = i_k[:, None] * D + i_v[None, :]
     in_tile = in_k[:, None] & in_v[None, :]
-    writes_n = in_k & (tl.program_id(1) == 0)
+    writes_n = in_k & (tile_v == 0)
     i_l = tl.arange(0, BLOCK_L)
 
     c = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
@@ -96,8 +102,8 @@ def state_kernel(
     tl.store(last_n_ptr + row * D + i_k, n, mask=writes_n)
 
 
-@triton.jit
-def output_kernel(  # noqa: PLR0915 - a kernel is one function
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
+def output_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
     q_ptr,
     k_ptr,
     v_ptr,
@@ -121,9 +127,11 @@ def output_kernel(  # noqa: PLR0915 - a kernel is one function
     WIDE: tl.constexpr,
 ):
     """Compute the outputs of a chunk, one tile of their width."""
-    chunk, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    num_tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    own, row = place(num_chunks * num_tiles)
+    chunk, own_tile = own // num_tiles, own % num_tiles
     length = tl.load(lens_ptr + row)
-    i_v = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    i_v = own_tile * BLOCK_D + tl.arange(0, BLOCK_D)
     in_v = i_v < D
     i_l = tl.arange(0, BLOCK_L)
     t = chunk * L + i_l
@@ -177,5 +185,5 @@ def output_kernel(  # noqa: PLR0915 - a kernel is one function
     denominator = kept * denominator + tl.sum(weights, 1)
     h = numerator / (tl.maximum(tl.abs(denominator), floor) + eps)[:, None]
     tl.store(out, h.to(h_ptr.dtype.element_ty), mask=written)
-    writes_small = (i_l < L) & (tl.program_id(0) == 0)
+    writes_small = (i_l < L) & (own_tile == 0)
     tl.store(denominator_ptr + small, denominator, mask=writes_small)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,6 +95,9 @@ def assert_near_reference(
         )
     )
     for x, y, z in zip(actual, reference, exact, strict=True):
+        assert x.shape == z.shape
+        if z.numel() == 0:
+            continue
         error, allowed = (w.sub(z).abs().max().item() for w in (x, y))
         scale = max(z.abs().max().item(), 1.0)
         assert error <= max(1e-5 * scale, 1.5 * allowed)
@@ -169,6 +174,64 @@ def test_unsupported_choices_are_errors() -> None:
         mlstm_chunkwise(q, k, v, i, f, chunk_size=65)
     with pytest.raises(ValueError, match="must all be float32, bfloat16 or float16"):
         mlstm_chunkwise(q.double(), k, v, i, f, chunk_size=16)
+
+
+def test_no_position_leaves_the_memory_and_its_gradient() -> None:
+    inputs = draw_inputs(0, 8)
+    for has_memory in (False, True):
+        assert_near_reference(inputs, has_memory=has_memory)
+
+    q, k, v, i, f, *state = inputs
+    h, memory = mlstm_chunkwise(
+        q, k, v, i, f, MLSTMMemory(*state), chunk_size=CHUNK_SIZE
+    )
+    assert h.shape == (3, 2, 0, 8)
+    assert memory is not None
+    torch.testing.assert_close(list(memory), state, rtol=0, atol=0)
+
+
+def test_second_derivative_is_an_error() -> None:
+    q, k, v, i, f, *_ = draw_inputs(3, 8)
+    q.requires_grad_()
+    h, _ = mlstm_chunkwise(q, k, v, i, f, chunk_size=CHUNK_SIZE)
+    (grad,) = torch.autograd.grad(h.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_more_rows_than_65535_fit_into_the_grids_of_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from moxe_plugin.nn.triton import mlstm_backward, mlstm_forward
+
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    for module, names in (
+        (mlstm_forward, ("state", "output")),
+        (mlstm_backward, ("state_grad", "query_key_grad", "value_grad")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, f"{name}_kernel", Recorder())
+
+    # Two tiles of 32 and three chunks; the least memory that has so many rows.
+    vectors = torch.zeros(1, 1, 1).expand(70_000, 3, 33).requires_grad_()
+    gates = torch.zeros(70_000, 3)
+    h, _ = mlstm_chunkwise(vectors, vectors, vectors, gates, gates, chunk_size=1)
+    torch.autograd.grad(h.sum(), vectors)
+
+    by_tile, by_chunk = (70_000 * 2 * 2,), (70_000 * 3 * 2,)
+    assert grids == [by_tile, by_chunk, by_tile, by_chunk, by_chunk]
+
+
+def test_misspelt_backend_is_named() -> None:
+    block = MLSTMBlock(32, num_heads=2, backend="trition")  # type: ignore[arg-type]  # the mistake
+    with pytest.raises(ValueError, match=r"`backend` must be one of auto, .*'trition'"):
+        block(torch.randn(1, 3, 32))
 
 
 def test_block_computes_the_same_in_triton() -> None:
