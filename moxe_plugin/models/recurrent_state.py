@@ -11,7 +11,7 @@ from torch.nn import Module
 from typing_extensions import override
 
 from moxe_plugin.nn.experts import ExpertsState
-from moxe_plugin.nn.mlstm import MLSTMState
+from moxe_plugin.nn.mlstm_recurrence import MLSTMState
 from moxe_plugin.nn.slstm import SLSTMState
 
 BlockState: TypeAlias = MLSTMState | SLSTMState

@@ -18,7 +18,7 @@ from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.rows import find_rows, pack, unpack
 
 if TYPE_CHECKING:
-    from moxe_plugin.nn.mlstm import MLSTMState
+    from moxe_plugin.nn.mlstm_recurrence import MLSTMState
     from moxe_plugin.nn.slstm import SLSTMState
 
 

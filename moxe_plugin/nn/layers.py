@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, init
 
+from moxe_plugin.nn.grouped import spread
+from moxe_plugin.nn.rows import Rows, shift_rows
 from moxe_plugin.nn.stacked import expert_parameter, per_channel, project
 
 NORM_EPS = 1e-5
@@ -112,6 +114,28 @@ class CausalConv(Module):
         index = (seq_lens.unsqueeze(-1) + taps).unsqueeze(-1).expand_as(window)
 
         return out, inputs.gather(-2, index)
+
+    def convolve_rows(self, flat: Tensor, rows: Rows, window: Tensor | None) -> Tensor:
+        """Convolve sequences without padding.
+
+        :param flat: *Shape:* ``(C,M)``.
+        :param rows: The rows.
+        :param window: As in :meth:`forward`; zeros if ``None``. *Shape:*
+            ``(E,N,K-1,M)``.
+
+        :returns: *Shape:* ``(C,M)``.
+        """
+        out = spread(self.bias, rows.counts)
+
+        for num_steps in range(self.kernel_size):
+            inputs = flat
+            if num_steps > 0:
+                inputs = shift_rows(flat, num_steps, rows, window)
+
+            tap = self.weight[:, self.kernel_size - 1 - num_steps]
+            out = torch.addcmul(out, inputs, spread(tap, rows.counts))
+
+        return out
 
 
 class GatedFeedForward(Module):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, init
 
-from moxe_plugin.nn.backend import ScanBackend, check_backend, resolve_backend
+from moxe_plugin.nn.backend import ScanBackend
 from moxe_plugin.nn.layers import (
     CausalConv,
     ScaleNorm,
@@ -18,35 +17,20 @@ from moxe_plugin.nn.layers import (
     round_up_to_64,
     small_init_std,
 )
-from moxe_plugin.nn.mlstm_cell import (
-    MLSTMMemory,
-    best_chunk_size,
-    mlstm_chunkwise,
+from moxe_plugin.nn.mlstm_cell import MLSTMMemory
+from moxe_plugin.nn.mlstm_recurrence import (
+    MLSTMCellInputs,
+    MLSTMRecurrence,
+    MLSTMState,
 )
 from moxe_plugin.nn.padding import EMPTY, widen
-from moxe_plugin.nn.rows import Rows, find_rows, pack, unpack
+from moxe_plugin.nn.rows import Rows, find_rows, last_rows, pack, unpack
 from moxe_plugin.nn.stacked import (
     expert_parameter,
     per_channel,
     project,
     project_head_wise,
 )
-
-
-class MLSTMState(NamedTuple):
-    """What an mLSTM block remembers of a sequence. I is the block's inner width."""
-
-    conv: Tensor
-    """The last inputs of the causal convolution. *Shape:* ``([E,]N,K-1,I)``."""
-
-    c: Tensor
-    """See :class:`MLSTMMemory`; float32 or float64. *Shape:* ``([E,]N,H,D,D)``."""
-
-    n: Tensor
-    """See :class:`MLSTMMemory`. *Shape:* ``([E,]N,H,D)``."""
-
-    m: Tensor
-    """See :class:`MLSTMMemory`. *Shape:* ``([E,]N,H)``."""
 
 
 class MLSTMBlock(Module):
@@ -199,87 +183,102 @@ class MLSTMBlock(Module):
         :returns: The outputs, as ``seqs``, and the state after each row's last valid
             position (``state`` itself for a row of length 0), or ``None``.
         """
-        rows, flat = None, seqs
+        memory = None if state is None else MLSTMMemory(*state[1:])
+        window = None if state is None else state.conv
+
         if self.num_experts is not None and seq_lens is not None:
             rows = find_rows(seq_lens, seqs.size(-2))
-            flat = pack(seqs, rows)
 
-        counts = None if rows is None else rows.counts
+            flat, window, memory = self._apply_to_rows(
+                pack(seqs, rows), rows, window, memory, return_state
+            )
 
-        conv_input, gate = project(self.norm(flat, counts), self.up_proj, counts).chunk(
+            return unpack(flat, rows), _as_state(window, memory)
+
+        conv_input, gate = self._project_up(seqs, None)
+
+        if window is None:
+            window_shape = *seqs.shape[:-2], self.conv.kernel_size - 1, self.inner_dim
+            window = seqs.new_zeros(window_shape)
+
+        convolved, window = self.conv(conv_input, window, seq_lens)
+        convolved = F.silu(convolved)
+
+        cell_inputs = self._cell_inputs(conv_input, convolved, None)
+        hidden, memory = self._recurrence.apply(
+            cell_inputs, seq_lens, memory, return_memory=return_state
+        )
+
+        out = seqs + self._project_down(hidden, convolved, gate, None)
+
+        return out, _as_state(window, memory)
+
+    def _apply_to_rows(
+        self,
+        flat: Tensor,
+        rows: Rows,
+        window: Tensor | None,
+        memory: MLSTMMemory | None,
+        return_state: bool,
+    ) -> tuple[Tensor, Tensor | None, MLSTMMemory | None]:
+        counts = rows.counts
+
+        conv_input, gate = self._project_up(flat, counts)
+        convolved = F.silu(self.conv.convolve_rows(conv_input, rows, window))
+
+        cell_inputs = self._cell_inputs(conv_input, convolved, counts)
+
+        if return_state and memory is None:
+            initial = self.initial_state(rows.grid_shape[1], flat.device)
+            window, memory = initial.conv, MLSTMMemory(*initial[1:])
+
+        hidden, memory = self._recurrence.apply_to_rows(
+            cell_inputs, rows, memory, return_memory=return_state
+        )
+
+        if return_state:
+            assert window is not None
+            window = last_rows(conv_input, rows, window)
+
+        return (
+            flat + self._project_down(hidden, convolved, gate, counts),
+            window,
+            memory,
+        )
+
+    def _project_up(
+        self, seqs: Tensor, counts: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor]:
+        conv_input, gate = project(self.norm(seqs, counts), self.up_proj, counts).chunk(
             2, dim=-1
         )
 
-        window = self._window(seqs) if state is None else state.conv
-        convolved, window = self.conv(_to_grid(conv_input, rows), window, seq_lens)
-        convolved = F.silu(_to_rows(convolved, rows))
+        return conv_input, gate
 
+    def _project_down(
+        self,
+        hidden: Tensor,
+        convolved: Tensor,
+        gate: Tensor,
+        counts: Sequence[int] | None,
+    ) -> Tensor:
+        hidden = self.out_norm(hidden, counts)
+        hidden = hidden + per_channel(self.skip, convolved, counts) * convolved
+
+        return project(hidden * F.silu(gate), self.down_proj, counts)
+
+    def _cell_inputs(
+        self, conv_input: Tensor, convolved: Tensor, counts: Sequence[int] | None
+    ) -> MLSTMCellInputs:
         q = project_head_wise(convolved, self.q_proj, counts)
         k = project_head_wise(convolved, self.k_proj, counts)
         v = project_head_wise(conv_input, self.v_proj, counts)
-        gates = self._gates(q, k, v, counts)
 
-        memory = None if state is None else MLSTMMemory(*state[1:])
-        q, k, v, gates = (_to_grid(x, rows) for x in (q, k, v, gates))
-        hidden, memory = self._recur(q, k, v, gates, seq_lens, memory, return_state)
+        return MLSTMCellInputs(q, k, v, self._gates(q, k, v, counts))
 
-        hidden = self.out_norm(_to_rows(hidden, rows), counts)
-        hidden = hidden + per_channel(self.skip, convolved, counts) * convolved
-        out = flat + project(hidden * F.silu(gate), self.down_proj, counts)
-
-        return (
-            _to_grid(out, rows),
-            None if memory is None else MLSTMState(window, *memory),
-        )
-
-    def _window(self, seqs: Tensor) -> Tensor:
-        return seqs.new_zeros(
-            *seqs.shape[:-2], self.conv.kernel_size - 1, self.inner_dim
-        )
-
-    def _recur(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: Tensor,
-        seq_lens: Tensor | None,
-        memory: MLSTMMemory | None,
-        return_memory: bool,
-    ) -> tuple[Tensor, MLSTMMemory | None]:
-        # ([E,]N,S,2H) -> two of ([E,]N,H,S)
-        input_preact, forget_preact = gates.mT.chunk(2, dim=-2)
-        # ([E,]N,S,I) -> ([E,]N,H,S,D), contiguous as they enter several products
-        q, k, v = (
-            torch.unflatten(x, -1, (self.num_heads, -1)).transpose(-3, -2).contiguous()
-            for x in (q, k, v)
-        )
-
-        if seq_lens is not None:
-            seq_lens = seq_lens.unsqueeze(-1)
-
-        check_backend(self.backend)
-
-        chunkwise, chunk_size = mlstm_chunkwise, best_chunk_size(q.size(-2), q.size(-1))
-        if self.backend == "triton":
-            resolve_backend(self.backend, q)
-            from moxe_plugin.nn.triton import mlstm as kernels
-
-            chunkwise, chunk_size = kernels.mlstm_chunkwise, kernels.MAX_CHUNK_SIZE
-
-        out, memory = chunkwise(
-            q,
-            k,
-            v,
-            input_preact,
-            forget_preact,
-            memory,
-            seq_lens,
-            chunk_size=chunk_size,
-            return_memory=return_memory,
-        )
-
-        return out.transpose(-3, -2).flatten(-2), memory
+    @property
+    def _recurrence(self) -> MLSTMRecurrence:
+        return MLSTMRecurrence(self.num_heads, self.backend)
 
     def _gates(
         self, q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int] | None
@@ -298,9 +297,5 @@ class MLSTMBlock(Module):
         return summed + per_channel(bias, summed, counts)
 
 
-def _to_rows(grid: Tensor, rows: Rows | None) -> Tensor:
-    return grid if rows is None else pack(grid, rows)
-
-
-def _to_grid(flat: Tensor, rows: Rows | None) -> Tensor:
-    return flat if rows is None else unpack(flat, rows)
+def _as_state(window: Tensor | None, memory: MLSTMMemory | None) -> MLSTMState | None:
+    return None if window is None or memory is None else MLSTMState(window, *memory)

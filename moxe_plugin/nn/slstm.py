@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module, init
 
 from moxe_plugin.nn.backend import ScanBackend, resolve_backend
+from moxe_plugin.nn.grouped import grouped_head_product
 from moxe_plugin.nn.layers import (
     CausalConv,
     GatedFeedForward,
@@ -20,10 +20,10 @@ from moxe_plugin.nn.layers import (
     round_up_to_64,
     small_init_std,
 )
-from moxe_plugin.nn.native.slstm_scan import SLSTMScanInputs, slstm_scan
-from moxe_plugin.nn.padding import EMPTY, close_gates, valid_positions, widen
-from moxe_plugin.nn.rows import find_rows, pack, unpack
-from moxe_plugin.nn.slstm_cell import SLSTMMemory, slstm_sequence
+from moxe_plugin.nn.padding import EMPTY, widen
+from moxe_plugin.nn.rows import Rows, find_rows, last_rows, pack, unpack
+from moxe_plugin.nn.slstm_cell import SLSTMMemory
+from moxe_plugin.nn.slstm_recurrence import SLSTMCell
 from moxe_plugin.nn.stacked import expert_parameter
 
 
@@ -185,147 +185,78 @@ class SLSTMBlock(Module):
         if state is None:
             state = self.initial_state(seqs.size(-3), seqs.device)
 
-        normed = self.norm(seqs)
-        convolved, window = self.conv(normed, state.conv, seq_lens)
+        cell = SLSTMCell(
+            self.gate_bias, self.recurrent_weight, resolve_backend(self.backend, seqs)
+        )
+        memory = SLSTMMemory(*state[1:])
 
-        scan = self._scan_steps
-        if (backend := resolve_backend(self.backend, seqs)) != "torch":
-            scan = partial(self._scan_fused, backend == "triton")
-
-        hidden, memory = scan(F.silu(convolved), normed, seq_lens, state)
-
-        hidden = hidden.to(seqs.dtype)
-
-        if self.num_experts is None or seq_lens is None:
-            seqs = self._feed_forward(seqs, hidden, None)
-        else:
+        if self.num_experts is not None and seq_lens is not None:
             rows = find_rows(seq_lens, seqs.size(-2))
-            flat = self._feed_forward(pack(seqs, rows), pack(hidden, rows), rows.counts)
-            seqs = unpack(flat, rows)
+            flat = pack(seqs, rows)
 
-        return seqs, SLSTMState(window, *memory) if return_state else None
+            normed = self.norm(flat, rows.counts)
+            convolved = self.conv.convolve_rows(normed, rows, state.conv)
+            gates = self._project_rows(F.silu(convolved), normed, rows)
+
+            hidden, memory = cell.apply(gates, seq_lens, memory)
+
+            flat = self._feed_forward(flat, pack(hidden, rows), rows.counts)
+            seqs = unpack(flat, rows)
+            window = last_rows(normed, rows, state.conv) if return_state else None
+        else:
+            normed = self.norm(seqs)
+            convolved, window = self.conv(normed, state.conv, seq_lens)
+            gates = self._project_gates(F.silu(convolved), normed)
+
+            hidden, memory = cell.apply(gates, seq_lens, memory)
+
+            seqs = self._feed_forward(seqs, hidden, None)
+
+        if not return_state:
+            return seqs, None
+
+        assert window is not None
+
+        return seqs, SLSTMState(window, *memory)
 
     def _feed_forward(
         self, seqs: Tensor, hidden: Tensor, counts: Sequence[int] | None
     ) -> Tensor:
-        seqs = seqs + self.out_norm(hidden, counts)
+        seqs = seqs + self.out_norm(hidden.to(seqs.dtype), counts)
 
         output: Tensor = seqs + self.ffn(self.ffn_norm(seqs, counts), counts)
 
         return output
 
-    def _scan_fused(
-        self,
-        on_gpu: bool,
-        convolved: Tensor,
-        normed: Tensor,
-        seq_lens: Tensor | None,
-        state: SLSTMState,
-    ) -> tuple[Tensor, SLSTMMemory]:
-        bias = widen(self.gate_bias)
-        # (E,H,N*S,gate*out) -> (E,H,N,S,gate*out)
-        gates = [
-            torch.unflatten(self._project_heads(x, weight), -2, x.shape[-3:-1]).to(
-                bias.dtype
-            )
-            for x, weight in zip(
-                (convolved, normed), self.gate_proj.chunk(2, -2), strict=True
-            )
-        ]
-        inputs = [*gates, bias, self.recurrent_weight.to(bias.dtype), *state[1:]]
-
-        if self.num_experts is None:
-            inputs = [x.unsqueeze(0) for x in inputs]
-            seq_lens = None if seq_lens is None else seq_lens.unsqueeze(0)
-
-        if on_gpu:
-            # Imports Triton, which not every machine has.
-            from moxe_plugin.nn.triton.slstm_scan import slstm_scan as scan
-        else:
-            scan = slstm_scan
-
-        outputs, *memory = scan(SLSTMScanInputs(*inputs), seq_lens)
-
-        if self.num_experts is None:
-            outputs, *memory = (x.squeeze(0) for x in (outputs, *memory))
-
-        return outputs.flatten(-2), SLSTMMemory(*memory)
-
-    def _scan_steps(
-        self,
-        convolved: Tensor,
-        normed: Tensor,
-        seq_lens: Tensor | None,
-        state: SLSTMState,
-    ) -> tuple[Tensor, SLSTMMemory]:
-        gates = self._gate_inputs(convolved, normed, seq_lens)
-        memory = SLSTMMemory(*(_batch_last(x) for x in state[1:]))
-        weight = self.recurrent_weight.flatten(0, -4).to(gates.dtype)
-        # time first, batch last: (S,E*H,D,N)
-        outputs, c, log_n = slstm_sequence(gates, weight, memory)
-
-        hidden = self._batch_first(outputs).movedim(0, -3).flatten(-2)
-
-        y = self._batch_first(outputs[-1])
-        if seq_lens is not None:
-            y = self._last_output(hidden, state.y, seq_lens)
-
-        return hidden, SLSTMMemory(self._batch_first(c), self._batch_first(log_n), y)
-
-    def _gate_inputs(
-        self, convolved: Tensor, normed: Tensor, seq_lens: Tensor | None
-    ) -> Tensor:
+    def _project_gates(self, convolved: Tensor, normed: Tensor) -> list[Tensor]:
         # i and f see the convolution, z and o do not.
-        halves = [
-            self._project_gates(x, weight)
-            for x, weight in zip(
-                (convolved, normed), self.gate_proj.chunk(2, -2), strict=True
-            )
+        halves = []
+
+        for x, weight in self._zip_gates(convolved, normed):
+            # ([E,]N,S,M) -> ([E,]H,N*S,in) -> ([E,]H,N,S,gate*out)
+            heads = torch.unflatten(x, -1, (self.num_heads, -1)).flatten(-4, -3)
+            product = heads.transpose(-3, -2) @ weight
+            halves.append(torch.unflatten(product, -2, x.shape[-3:-1]))
+
+        return halves
+
+    def _project_rows(
+        self, convolved: Tensor, normed: Tensor, rows: Rows
+    ) -> list[Tensor]:
+        # (C,M) -> (C,H*gate*out) -> (E,N,S,H*gate*out) -> (E,H,N,S,gate*out)
+        return [
+            torch.unflatten(
+                unpack(grouped_head_product(x, weight, rows.counts), rows),
+                -1,
+                (self.num_heads, -1),
+            ).movedim(-2, 1)
+            for x, weight in self._zip_gates(convolved, normed)
         ]
-        # (S,[E,]H,4,D,N)
-        gates = widen(torch.cat(halves, dim=-3))
-        gates = gates + widen(self.gate_bias).unsqueeze(-1)
 
-        if seq_lens is not None:
-            i, f, z, o = gates.unbind(-3)
-            # ([E,]N,S) -> (S,[E,]1,1,N)
-            valid = valid_positions(seq_lens, gates.size(0)).movedim(-1, 0)
-            i, f = close_gates(i, f, valid.unsqueeze(-2).unsqueeze(-2))
-            gates = torch.stack([i, f, z, o], dim=-3)
+    def _zip_gates(
+        self, convolved: Tensor, normed: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        # ([E,]H,in,gate,out) -> two of ([E,]H,in,gate*out)
+        weights = (x.flatten(-2) for x in self.gate_proj.chunk(2, -2))
 
-        return gates.flatten(1, -4)
-
-    def _project_gates(self, seqs: Tensor, weight: Tensor) -> Tensor:
-        product = self._project_heads(seqs, weight)
-
-        # ([E,]H,N*S,gate*out) -> (S,[E,]H,gate,out,N)
-        product = torch.unflatten(product, -2, seqs.shape[-3:-1])
-        product = torch.unflatten(product, -1, (-1, self.head_dim))
-
-        return product.movedim(-3, 0).movedim(-3, -1)
-
-    def _project_heads(self, seqs: Tensor, weight: Tensor) -> Tensor:
-        # ([E,]N,S,M) -> ([E,]H,N*S,in) -> ([E,]H,N*S,gate*out)
-        heads = torch.unflatten(seqs, -1, (self.num_heads, -1)).flatten(-4, -3)
-
-        return heads.transpose(-3, -2) @ weight.flatten(-2)
-
-    def _batch_first(self, x: Tensor) -> Tensor:
-        # (…,E*H,D,N) -> (…,[E,]N,H,D)
-        heads = self.gate_proj.shape[:-3]
-
-        return torch.unflatten(x, -3, heads).movedim(-1, -3)
-
-    def _last_output(self, hidden: Tensor, y: Tensor, seq_lens: Tensor) -> Tensor:
-        # Position t of `hidden` is position t+1 here.
-        outputs = torch.cat([y.flatten(-2).unsqueeze(-2), hidden], dim=-2)
-        index = seq_lens[..., None, None].expand(*seq_lens.shape, 1, hidden.size(-1))
-
-        last = outputs.gather(-2, index).squeeze(-2)
-
-        return torch.unflatten(last, -1, y.shape[-2:])
-
-
-def _batch_last(x: Tensor) -> Tensor:
-    # ([E,]N,H,D) -> (E*H,D,N)
-    return x.movedim(-3, -1).flatten(0, -3)
+        return zip((convolved, normed), weights, strict=True)

@@ -10,7 +10,8 @@ from torch import Tensor, float32, float64
 from torch.autograd import grad
 from torch.testing import assert_close
 
-from moxe_plugin.nn.mlstm import MLSTMBlock, MLSTMState
+from moxe_plugin.nn.mlstm import MLSTMBlock
+from moxe_plugin.nn.mlstm_recurrence import MLSTMState
 from moxe_plugin.nn.padding import valid_positions
 from moxe_plugin.nn.slstm import SLSTMBlock, SLSTMState
 

@@ -1,0 +1,172 @@
+"""How the mLSTM block runs its cell: over a batch, or over rows without padding."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moxe_plugin.nn.backend import ScanBackend, check_backend, resolve_backend
+from moxe_plugin.nn.buckets import find_buckets, from_buckets, to_buckets
+from moxe_plugin.nn.mlstm_cell import MLSTMMemory, best_chunk_size, mlstm_chunkwise
+from moxe_plugin.nn.rows import Rows
+
+
+class MLSTMState(NamedTuple):
+    """What an mLSTM block remembers of a sequence. I is the block's inner width."""
+
+    conv: Tensor
+    """The last inputs of the causal convolution. *Shape:* ``([E,]N,K-1,I)``."""
+
+    c: Tensor
+    """See :class:`MLSTMMemory`; float32 or float64. *Shape:* ``([E,]N,H,D,D)``."""
+
+    n: Tensor
+    """See :class:`MLSTMMemory`. *Shape:* ``([E,]N,H,D)``."""
+
+    m: Tensor
+    """See :class:`MLSTMMemory`. *Shape:* ``([E,]N,H)``."""
+
+
+class MLSTMCellInputs(NamedTuple):
+    """What the cell reads: a batch ``([E,]N,S,…)``, or rows ``(C,…)``."""
+
+    q: Tensor
+    """The queries of all heads. *Shape:* ``(…,I)``."""
+
+    k: Tensor
+    """The keys. *Shape:* ``(…,I)``."""
+
+    v: Tensor
+    """The values. *Shape:* ``(…,I)``."""
+
+    gates: Tensor
+    """The pre-activations of the input gates, then those of the forget gates. *Shape:*
+    ``(…,2H)``."""
+
+
+class MLSTMRecurrence(NamedTuple):
+    """The cell of a block; it has no parameters."""
+
+    num_heads: int
+    """The number of heads H."""
+
+    backend: ScanBackend
+    """What computes it: see :mod:`moxe_plugin.nn.backend`."""
+
+    def apply(
+        self,
+        inputs: MLSTMCellInputs,
+        seq_lens: Tensor | None,
+        memory: MLSTMMemory | None,
+        *,
+        return_memory: bool,
+    ) -> tuple[Tensor, MLSTMMemory | None]:
+        """Run the cell over a batch.
+
+        :param inputs: What it reads, ``([E,]N,S,…)``.
+        :param seq_lens: Where right padding begins; ``None`` without padding. *Shape:*
+            ``([E,]N)``.
+        :param memory: The memory before the first position; ``None`` if empty.
+        :param return_memory: Whether to compute the memory after the last one.
+
+        :returns: The outputs ``([E,]N,S,I)`` and the memory, or ``None``.
+        """
+        # ([E,]N,S,2H) -> two of ([E,]N,H,S)
+        input_preact, forget_preact = inputs.gates.mT.chunk(2, dim=-2)
+        # ([E,]N,S,I) -> ([E,]N,H,S,D), contiguous as they enter several products
+        q, k, v = (
+            torch.unflatten(x, -1, (self.num_heads, -1)).transpose(-3, -2).contiguous()
+            for x in inputs[:3]
+        )
+
+        if seq_lens is not None:
+            seq_lens = seq_lens.unsqueeze(-1)
+
+        check_backend(self.backend)
+
+        chunkwise, chunk_size = mlstm_chunkwise, best_chunk_size(q.size(-2), q.size(-1))
+        if self.backend == "triton":
+            resolve_backend(self.backend, q)
+            from moxe_plugin.nn.triton import mlstm as kernels
+
+            chunkwise, chunk_size = kernels.mlstm_chunkwise, kernels.MAX_CHUNK_SIZE
+
+        out, memory = chunkwise(
+            q,
+            k,
+            v,
+            input_preact,
+            forget_preact,
+            memory,
+            seq_lens,
+            chunk_size=chunk_size,
+            return_memory=return_memory,
+        )
+
+        return out.transpose(-3, -2).flatten(-2), memory
+
+    def apply_to_rows(
+        self,
+        inputs: MLSTMCellInputs,
+        rows: Rows,
+        memory: MLSTMMemory | None,
+        *,
+        return_memory: bool,
+    ) -> tuple[Tensor, MLSTMMemory | None]:
+        """Run the cell over sub-sequences, those of similar length together.
+
+        :param inputs: What it reads, ``(C,…)``.
+        :param rows: The sub-sequences.
+        :param memory: The memory before each; needed if one is to be returned. *Shape:*
+            ``(E,N,…)``.
+        :param return_memory: Whether to return the memory after each.
+
+        :returns: The outputs ``(C,I)`` and the memory, or ``None``. A sub-sequence of
+            length 0 keeps its memory exactly.
+        """
+        assert memory is not None or not return_memory
+
+        buckets = find_buckets(rows)
+
+        if not buckets.shapes:
+            # No row, but all parameters get a (zero) gradient.
+            q, k, v, gates = inputs
+
+            return q + k + v + gates.sum(), memory if return_memory else None
+
+        # (E,N,…) -> (E*N,…)
+        memories = None if memory is None else [x.flatten(0, 1) for x in memory]
+        outputs = []
+
+        for segments, seq_lens, *parts in zip(
+            buckets.segments,
+            buckets.seq_lens,
+            *(to_buckets(x, buckets) for x in inputs),
+            strict=True,
+        ):
+            before = None
+            if memories is not None:
+                before = MLSTMMemory(*(x[segments] for x in memories))
+
+            output, after = self.apply(
+                MLSTMCellInputs(*parts), seq_lens, before, return_memory=return_memory
+            )
+            outputs.append(output)
+
+            if memories is not None and after is not None:
+                memories = [
+                    x.index_copy(0, segments, y)
+                    for x, y in zip(memories, after, strict=True)
+                ]
+
+        hidden = from_buckets(outputs, buckets)
+
+        if memory is None or memories is None or not return_memory:
+            return hidden, None
+
+        # (E*N,…) -> (E,N,…)
+        return hidden, MLSTMMemory(
+            *(x.view_as(y) for x, y in zip(memories, memory, strict=True))
+        )

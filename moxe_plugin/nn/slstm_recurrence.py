@@ -1,0 +1,127 @@
+"""How the sLSTM block runs its cell, by what computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moxe_plugin.nn.native.slstm_scan import SLSTMScanInputs, slstm_scan
+from moxe_plugin.nn.padding import close_gates, valid_positions, widen
+from moxe_plugin.nn.slstm_cell import SLSTMMemory, slstm_sequence
+
+
+class SLSTMCell(NamedTuple):
+    """The cells of a block: its own parameters, and what computes them."""
+
+    gate_bias: Tensor
+    """*Shape:* ``([E,]H,4,D)``, gates i, f, z, o."""
+
+    recurrent_weight: Tensor
+    """*Shape:* ``([E,]H,D,4,D)``, input first."""
+
+    backend: Literal["torch", "native", "triton"]
+    """What :func:`~moxe_plugin.nn.backend.resolve_backend` chose."""
+
+    def apply(
+        self, gates: Sequence[Tensor], seq_lens: Tensor | None, memory: SLSTMMemory
+    ) -> tuple[Tensor, SLSTMMemory]:
+        """Run the cells over a batch.
+
+        :param gates: What the inputs contribute to the pre-activations of i and f, and
+            to those of z and o. *Shape:* ``([E,]H,N,S,2D)`` each.
+        :param seq_lens: Where right padding begins; ``None`` without padding. *Shape:*
+            ``([E,]N)``.
+        :param memory: The memory before the first position. *Shape:* ``([E,]N,H,D)``
+            each.
+
+        :returns: The outputs ``([E,]N,S,H*D)``, and the memory after each row's last
+            valid position.
+        """
+        if self.backend == "torch":
+            return self._step(gates, seq_lens, memory)
+
+        bias = widen(self.gate_bias)
+        inputs = [
+            *(x.to(bias.dtype) for x in gates),
+            *(bias, self.recurrent_weight.to(bias.dtype), *memory),
+        ]
+
+        is_single = bias.ndim == 3
+
+        if is_single:
+            inputs = [x.unsqueeze(0) for x in inputs]
+            seq_lens = None if seq_lens is None else seq_lens.unsqueeze(0)
+
+        if self.backend == "triton":
+            # Imports Triton, which not every machine has.
+            from moxe_plugin.nn.triton.slstm_scan import slstm_scan as scan
+        else:
+            scan = slstm_scan
+
+        results = scan(SLSTMScanInputs(*inputs), seq_lens)
+        outputs, *last = (x.squeeze(0) for x in results) if is_single else results
+
+        return outputs.flatten(-2), SLSTMMemory(*last)
+
+    def _step(
+        self, halves: Sequence[Tensor], seq_lens: Tensor | None, memory: SLSTMMemory
+    ) -> tuple[Tensor, SLSTMMemory]:
+        gates = self._gate_inputs(halves, seq_lens)
+        weight = self.recurrent_weight.flatten(0, -4).to(gates.dtype)
+        # time first, batch last: (S,E*H,D,N)
+        outputs, c, log_n = slstm_sequence(
+            gates, weight, SLSTMMemory(*(_batch_last(x) for x in memory))
+        )
+
+        hidden = self._batch_first(outputs).movedim(0, -3).flatten(-2)
+
+        y = self._batch_first(outputs[-1])
+        if seq_lens is not None:
+            y = _last_output(hidden, memory.y, seq_lens)
+
+        return hidden, SLSTMMemory(self._batch_first(c), self._batch_first(log_n), y)
+
+    def _gate_inputs(self, halves: Sequence[Tensor], seq_lens: Tensor | None) -> Tensor:
+        head_dim = self.gate_bias.size(-1)
+
+        # ([E,]H,N,S,gate*out) -> (S,[E,]H,gate,out,N)
+        halves = [
+            torch.unflatten(x, -1, (-1, head_dim)).movedim(-3, 0).movedim(-3, -1)
+            for x in halves
+        ]
+        # (S,[E,]H,4,D,N)
+        gates = widen(torch.cat(halves, dim=-3))
+        gates = gates + widen(self.gate_bias).unsqueeze(-1)
+
+        if seq_lens is not None:
+            i, f, z, o = gates.unbind(-3)
+            # ([E,]N,S) -> (S,[E,]1,1,N)
+            valid = valid_positions(seq_lens, gates.size(0)).movedim(-1, 0)
+            i, f = close_gates(i, f, valid.unsqueeze(-2).unsqueeze(-2))
+            gates = torch.stack([i, f, z, o], dim=-3)
+
+        return gates.flatten(1, -4)
+
+    def _batch_first(self, x: Tensor) -> Tensor:
+        # (…,E*H,D,N) -> (…,[E,]N,H,D)
+        heads = self.gate_bias.shape[:-2]
+
+        return torch.unflatten(x, -3, heads).movedim(-1, -3)
+
+
+def _last_output(hidden: Tensor, y: Tensor, seq_lens: Tensor) -> Tensor:
+    # Position t of `hidden` is position t+1 here.
+    outputs = torch.cat([y.flatten(-2).unsqueeze(-2), hidden], dim=-2)
+    index = seq_lens[..., None, None].expand(*seq_lens.shape, 1, hidden.size(-1))
+
+    last = outputs.gather(-2, index).squeeze(-2)
+
+    return torch.unflatten(last, -1, y.shape[-2:])
+
+
+def _batch_last(x: Tensor) -> Tensor:
+    # ([E,]N,H,D) -> (E*H,D,N)
+    return x.movedim(-3, -1).flatten(0, -3)
