@@ -1,4 +1,4 @@
-"""Seconds of a call, and how fast the machine multiplies matrices."""
+"""Seconds of a call, and how fast the machine multiplies and copies."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Final
 
 import torch
 
-_MATMUL_REPEATS: Final = 9
-_MATMUL_WARM_UP: Final = 2
+_PEAK_REPEATS: Final = 9
+_PEAK_WARM_UP: Final = 2
 
 
 def time_repeats(
@@ -66,8 +66,25 @@ def measure_matmul(dtype: torch.dtype, size: int, device: torch.device) -> float
     def call() -> None:
         torch.mm(lhs, rhs)
 
-    time_repeats(call, _MATMUL_WARM_UP, device)
+    return 2 * size**3 / _median(call, device) / 1e9
 
-    seconds = time_repeats(call, _MATMUL_REPEATS, device)
 
-    return 2 * size**3 / statistics.median(seconds) / 1e9
+def measure_copy(size: int, device: torch.device) -> float:
+    """Measure a copy from memory to memory.
+
+    :param size: The bytes that are read, and as many are written: many more than the
+        caches hold.
+    :param device: Where they are.
+
+    :returns: GB/s (``1e9`` bytes), read and written, the median.
+    """
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    return 2 * size / _median(lambda: target.copy_(source), device) / 1e9
+
+
+def _median(call: Callable[[], object], device: torch.device) -> float:
+    time_repeats(call, _PEAK_WARM_UP, device)
+
+    return statistics.median(time_repeats(call, _PEAK_REPEATS, device))

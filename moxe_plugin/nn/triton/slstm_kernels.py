@@ -10,6 +10,17 @@ L2 cache (of 40 MB and more, all heads of a layer share it) or what L1 keeps of 
 The output y of a step, and backwards the gradients of its gates, are read by the next
 product in other tiles than they are computed in; they go through global memory, with a
 barrier among the threads of the program, which is the only one that touches them.
+
+Why that is enough. Triton orders accesses to shared memory by itself, but not the store
+of one thread and the load of another in global memory. ``tl.debug_barrier`` becomes
+``bar.sync``, which all threads reach, as the loop's condition is one number for all of
+them, and which makes what each wrote before it visible to all that is read after it. No
+pass moves an access to memory across a barrier, which counts as reading and writing
+everything: what the pipeline of the inner loop reads ahead starts after the barrier
+before that loop, and has arrived when the loop ends. Loads are plain, or ``cp.async``
+that starts after the barrier, never the non-coherent ``ld.global.nc`` (a test looks).
+Memories that are loaded at first and stored at last lie in other threads then; between
+is a barrier, or no step, and the stores write what is there already.
 """
 
 from __future__ import annotations
@@ -117,7 +128,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # noqa: D103, PLR0915  # se
         log_n = tl.where(valid, log_sum, log_n)
         y_new = o * c
 
-        # All threads have read y.
+        # All threads have read the old y: no store overtakes a load.
         tl.debug_barrier()
         tl.store(y_memory + state_begin + cols, y_new, mask=valid)
         at = ((output_begin + t)[:, None] * H + head) * D + cols
@@ -129,7 +140,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # noqa: D103, PLR0915  # se
             tl.store(activations + at + D, _sigmoid(-f), mask=valid)
             tl.store(activations + at + 2 * D, z, mask=valid)
             tl.store(activations + at + 3 * D, o, mask=valid)
-        # All threads have written it.
+        # All have written the new y: no load of the next step overtakes a store.
         tl.debug_barrier()
         t += 1
 
@@ -209,7 +220,8 @@ def backward_kernel(  # type: ignore[no-untyped-def]  # noqa: D103, PLR0915  # s
         tl.store(grad_if + at + D, d_f, mask=valid)
         tl.store(grad_zo + at, d_z, mask=valid)
         tl.store(grad_zo + at + D, d_o, mask=valid)
-        # All threads have written what all will read; no other step writes there.
+        # All threads have written what all will read. One barrier is enough: a thread
+        # that is a step ahead writes at its own position, which no other reads now.
         tl.debug_barrier()
 
         product = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)

@@ -1,0 +1,210 @@
+"""The benchmark of kernels, but for a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moxe_plugin.report.files import read_json
+from moxe_plugin.speed import kernels
+from moxe_plugin.speed.kernel_cases import (
+    Kernel,
+    KernelCase,
+    Phase,
+    list_kernel_cases,
+)
+from moxe_plugin.speed.kernel_measuring import KernelOptions, KernelRow, measure_kernel
+
+OPTIONS = KernelOptions(
+    dtype="float32",
+    repeats=2,
+    warm_up=0,
+    matmul_gflop_per_s=100.0,
+    copy_gb_per_s=10.0,
+)
+
+
+def make_case(kernel: Kernel, phase: Phase) -> KernelCase:
+    """Make a tiny case."""
+    is_grouped = kernel == "grouped"
+
+    return KernelCase(
+        kernel=kernel,
+        phase=phase,
+        system="tiny",
+        num_experts=2,
+        num_rows=3,
+        length=1 if is_grouped else 5,
+        num_heads=1 if is_grouped else 2,
+        dim=8,
+        out_dim=12 if is_grouped else 8,
+    )
+
+
+def test_cases_are_table_1() -> None:
+    cases = list_kernel_cases(64, 256)
+
+    assert len(cases) == 12
+    assert {x.phase for x in cases} == {"forward", "train"}
+
+    for kernel in ("mlstm", "slstm"):
+        moxe, xlstm = (x for x in cases if x.kernel == kernel and x.phase == "forward")
+        # MoxE: four experts of 4 heads, and to each a quarter of the tokens
+        factor = 2 if kernel == "mlstm" else 1
+        assert moxe.num_heads * moxe.dim == factor * 640
+        assert moxe.num_experts * moxe.num_rows * moxe.length == 64 * 256
+        # The xLSTM: 8 heads
+        assert xlstm.num_heads * xlstm.dim == factor * 1024
+        assert xlstm.num_rows * xlstm.length == 64 * 256
+
+    shapes = [(x.dim, x.out_dim) for x in cases if x.kernel == "grouped"]
+    assert shapes == [(640, 2560)] * 2 + [(1280, 640)] * 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "message"),
+    [(0, 4, "`batch` must be at least 1"), (1, 6, "`length` must be a multiple of 4")],
+)
+def test_shapes_that_are_not_possible_are_named(
+    batch: int, length: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        list_kernel_cases(batch, length)
+
+
+def test_mlstm_counts_are_those_of_a_chunk() -> None:
+    # The arithmetic in `moxe_plugin.nn.triton.mlstm`: one chunk and head in bfloat16
+    case = replace(
+        make_case("mlstm", "forward"),
+        num_experts=1,
+        num_rows=1,
+        num_heads=1,
+        length=64,
+        dim=320,
+    )
+
+    assert case.count_gflop() == (4 * 64 * 320**2 + 4 * 64**2 * 320) / 1e9
+    assert case.count_gbytes(2) == (2 * 2 * 320**2 + 2 * 6 * 64 * 320) / 1e9
+
+    two = replace(case, length=65)
+    assert two.count_gflop() == 2 * case.count_gflop()
+
+    train = replace(case, phase="train")
+    assert train.count_gflop() == (12 * 64 * 320**2 + 14 * 64**2 * 320) / 1e9
+    assert train.count_gbytes(2) == (7 * 2 * 320**2 + 18 * 2 * 64 * 320) / 1e9
+
+
+def test_slstm_counts_are_those_of_its_steps() -> None:
+    case = make_case("slstm", "forward")
+
+    # 60 steps of cells, each a product with R (8,32)
+    assert case.count_gflop() == 60 * 2 * 8 * 32 / 1e9
+    # Gates of 32 in bfloat16, outputs of 8 in float32; R of four cells
+    assert case.count_gbytes(2) == (60 * (32 * 2 + 8 * 4) + 4 * 8 * 32 * 2) / 1e9
+
+    train = replace(case, phase="train")
+    assert train.count_gflop() == pytest.approx(3 * case.count_gflop())
+    saved, read, written, for_r = 5 * 8 * 4, 7 * 8 * 4, 4 * 8 * 4, 5 * 8 * 4
+    assert train.count_gbytes(2) == pytest.approx(
+        case.count_gbytes(2)
+        + (60 * (saved + read + written + for_r) + 2 * 4 * 8 * 32 * 2) / 1e9
+    )
+
+
+def test_grouped_counts_are_those_of_its_products() -> None:
+    case = make_case("grouped", "forward")
+
+    assert case.count_gflop() == 2 * 6 * 8 * 12 / 1e9
+    assert case.count_gbytes(4) == (6 * 8 + 6 * 12 + 2 * 8 * 12) * 4 / 1e9
+
+    train = replace(case, phase="train")
+    assert train.count_gflop() == pytest.approx(3 * case.count_gflop())
+    assert train.count_gbytes(4) == pytest.approx(3 * case.count_gbytes(4))
+
+
+@pytest.mark.parametrize("phase", ["forward", "train"])
+@pytest.mark.parametrize("kernel", ["mlstm", "slstm", "grouped"])
+def test_kernels_and_references_compute_the_same(
+    kernel: Kernel, phase: Phase, device: torch.device
+) -> None:
+    pytest.importorskip("triton")
+    case = make_case(kernel, phase)
+
+    row = measure_kernel(case, OPTIONS, device)
+
+    assert 0.0 <= row.error < 1e-4
+    assert len(row.seconds) == len(row.reference_seconds) == 2
+    median = sum(row.seconds) / 2
+    assert row.matmul_fraction == pytest.approx(case.count_gflop() / median / 100.0)
+    assert row.copy_fraction == pytest.approx(case.count_gbytes(4) / median / 10.0)
+
+
+def test_a_wrong_kernel_shows_in_the_error(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    grouped = pytest.importorskip("moxe_plugin.nn.triton.grouped")
+    monkeypatch.setattr(
+        grouped, "grouped_product", lambda rows, weight, _: (rows @ weight[0]).clone()
+    )
+
+    row = measure_kernel(make_case("grouped", "forward"), OPTIONS, device)
+
+    assert row.error > 0.1
+
+
+def test_record_and_page_say_what_was_measured(tmp_path: Path) -> None:
+    row = KernelRow(
+        case=make_case("mlstm", "forward"),
+        seconds=[0.002, 0.002],
+        reference_seconds=[0.011, 0.009],
+        error=1e-3,
+        gflop=0.05,
+        gbytes=0.003,
+        matmul_fraction=0.25,
+        copy_fraction=0.15,
+    )
+
+    kernels.write_kernels(
+        tmp_path / "new",
+        "name",
+        {"gpu": "G", "torch": "2.9", "triton": "3.5"},
+        OPTIONS,
+        [row],
+    )
+
+    record = read_json(tmp_path / "new" / "name.json")
+    assert record["rows"][0]["ratio"] == pytest.approx(5.0)
+    assert record["rows"][0]["case"]["kernel"] == "mlstm"
+    assert record["options"]["copy_gb_per_s"] == 10.0
+
+    page = (tmp_path / "new" / "name.md").read_text(encoding="utf-8")
+    cells = [x.strip() for x in page.split("| mlstm of tiny")[1].split("|")[1:10]]
+    assert cells == [
+        *("forward", "2 x 3 x 5 x 2 x 8", "2", "10", "5.00", "2", "15%", "25%"),
+        "1.0e-03",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kernels.main(["--out", str(tmp_path)]) == 2
+
+    assert "can be timed on a GPU only" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_interpreter_is_not_timed_on_a_gpu_either(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    assert kernels.main(["--out", str(tmp_path)]) == 2
+
+    assert "`TRITON_INTERPRET` must not be set" in capsys.readouterr().err
