@@ -140,6 +140,7 @@ def _read_measure_options(args: Namespace) -> MeasureOptions:
         chunk_len=args.chunk,
         matmul_size=args.matmul_size or (8192 if device.type == "cuda" else 2048),
         seed=args.seed,
+        checkpoint_layers=args.checkpoint_layers,
     )
     options.check()
 
@@ -228,6 +229,11 @@ def _create_parser() -> ArgumentParser:
             help=f"{text} (default: %(default)s)",
         )
 
+    add(
+        "--checkpoint-layers",
+        action="store_true",
+        help="training keeps the inputs of layers only, and computes the rest again",
+    )
     add(
         "--warm-up",
         metavar="N",

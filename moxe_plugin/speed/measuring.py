@@ -39,8 +39,8 @@ def describe_machine(options: MeasureOptions) -> dict[str, Any]:
     :param options: How cases are measured.
 
     :returns: Plain values: as :class:`~moxe_plugin.report.records.Hardware`, and
-        ``num_cores``, ``versions``, ``code``, ``matmul_size``, ``matmul_gflop_per_s``
-        by data type.
+        ``num_cores``, ``versions``, ``code``, ``allocator`` (what the environment says
+        to it), ``matmul_size``, ``matmul_gflop_per_s`` by data type.
     """
     device = options.device
 
@@ -52,6 +52,11 @@ def describe_machine(options: MeasureOptions) -> dict[str, Any]:
         "num_cores": len(os.sched_getaffinity(0)),
         "versions": list_versions(),
         "code": asdict(describe_code()),
+        "allocator": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("MALLOC_") or name == "LD_PRELOAD"
+        },
         "matmul_size": options.matmul_size,
         "matmul_gflop_per_s": {
             name: measure_matmul(getattr(torch, name), options.matmul_size, device)
@@ -88,6 +93,7 @@ def measure_case(
         repeats=options.repeats,
         warm_up=options.warm_up,
         seed=options.seed,
+        checkpoint_layers=options.checkpoint_layers and case.phase == "train",
     )
 
     try:
@@ -150,6 +156,10 @@ def _time(
     baseline = memory.read_memory(device)
 
     model = _create_model(case.family, config, options)
+
+    if row.checkpoint_layers:
+        family = get_dependency_resolver().resolve(ModelFamily, key=case.family)
+        family.apply_layerwise_ac(model, every_nth_layer=1)
 
     workload = prepare_workload(
         model,

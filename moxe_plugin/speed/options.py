@@ -37,6 +37,9 @@ class MeasureOptions:
     seed: int = 1
     """Seeds parameters and token ids."""
 
+    checkpoint_layers: bool = False
+    """Whether training keeps the inputs of layers only, and computes the rest again."""
+
     @property
     def num_calls(self) -> int:
         """How many calls there are in all."""

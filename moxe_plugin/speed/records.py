@@ -42,6 +42,9 @@ class SpeedRow:
     seed: int
     """Seeded parameters and token ids."""
 
+    checkpoint_layers: bool = False
+    """Whether training kept the inputs of layers only."""
+
     num_parameters: int | None = None
     """All parameters of the model."""
 

@@ -19,11 +19,12 @@ _T = TypeVar("_T")
 _PREAMBLE: Final = """\
 Written by `moxe speed`, from `{name}.json`; nothing is typed by hand. {model},
 {num_threads} of {num_cores} cores, torch {torch}; a product of two {matmul_size:,} by
-{matmul_size:,} matrices reaches {peaks}."""
+{matmul_size:,} matrices reaches {peaks}.{allocator}"""
 
 _COLUMNS: Final = """\
 - **phase**: `train` is a forward and a backward pass, `+ AdamW` with clipping of the
-  gradient and a step of the optimizer; `prefill` is reading `length` tokens into a
+  gradient and a step of the optimizer, `(checkpointed)` with layers computed again in
+  the backward pass, which counts no FLOPs; `prefill` is reading `length` tokens into a
   state, without gradients; `decode` is continuing them, one token at a time. Choosing
   the next token, loading data and copying it to the device are left out.
 - **s**: seconds of a call, the median of its repeats; **range**: the least and most.
@@ -62,6 +63,7 @@ def write_speed_table(
             name=file.stem,
             torch=machine["versions"]["torch"],
             peaks=peaks,
+            allocator=_format_allocator(machine.get("allocator", {})),
             **{
                 name: machine[name]
                 for name in ("model", "num_threads", "num_cores", "matmul_size")
@@ -76,6 +78,15 @@ def write_speed_table(
 
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _format_allocator(settings: Mapping[str, str]) -> str:
+    if not settings:
+        return ""
+
+    words = ", ".join(f"`{name}={value}`" for name, value in settings.items())
+
+    return f"\nThe environment set {words}."
 
 
 def moxe_ratio(row: SpeedRow, rows: Sequence[SpeedRow]) -> float | None:
@@ -126,7 +137,7 @@ def _format_cells(row: SpeedRow, rows: Sequence[SpeedRow]) -> dict[str, str]:
 
     return {
         "system": " ".join([f"`{row.family}` `{row.arch}`", *changes]),
-        "phase": row.phase + (" + AdamW" if row.optimizer else ""),
+        "phase": _format_phase(row),
         "type": row.dtype,
         "batch": f"{row.batch:,}",
         "length": f"{row.length:,}",
@@ -139,6 +150,17 @@ def _format_cells(row: SpeedRow, rows: Sequence[SpeedRow]) -> dict[str, str]:
         "state (MiB)": _format(row.state_bytes, lambda n: f"{n / 2**20:,.2f}"),
         "MoxE ÷ it": _format(moxe_ratio(row, rows), "{:.2f}".format),
     }
+
+
+def _format_phase(row: SpeedRow) -> str:
+    parts = [row.phase]
+
+    if row.optimizer:
+        parts.append("+ AdamW")
+    if row.checkpoint_layers:
+        parts.append("(checkpointed)")
+
+    return " ".join(parts)
 
 
 def _format(value: _T | None, formatted: Callable[[_T], str]) -> str:

@@ -48,21 +48,25 @@ def test_table_shows_every_number_and_a_dash_for_none(tmp_path: Path) -> None:
         **{"seconds": 2.0, "seconds_all": [1.5, 2.5], "useful_gflop": 1234.56},
         **{"peak_fraction": 0.4567, "peak_memory_gib": 3.456, "state_bytes": 3 * 2**20},
         **{"optimizer": True, "overrides": {"num_experts": 16}},
+        checkpoint_layers=True,
     )
     page = tmp_path / "tables" / "cpu.md"
 
-    write_speed_table(page, _MACHINE, [measured, _row("gemma2", None)])
+    machine = {**_MACHINE, "allocator": {"MALLOC_ARENA_MAX": "1"}}
+    write_speed_table(page, machine, [measured, _row("gemma2", None)])
 
     text = page.read_text(encoding="utf-8")
 
     assert _cells(text, "moxe") == [
-        *("`moxe` `340m` `num_experts=16`", "train + AdamW", "float32", "4", "256"),
+        *("`moxe` `340m` `num_experts=16`", "train + AdamW (checkpointed)"),
+        *("float32", "4", "256"),
         *("1,500.0", "2", "1.5 – 2.5", "1,234.6", "45.7%"),  # noqa: RUF001  # a range
         *("3.46", "3.00", "1.00"),
     ]
     assert _cells(text, "gemma2")[5:] == ["—"] * 8
     assert "99 GFLOP/s in float32" in text
     assert "from `cpu.json`" in text
+    assert "The environment set `MALLOC_ARENA_MAX=1`." in text
 
 
 def test_ratio_is_to_moxe_at_the_same_setting() -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+)
 
 from moxe_plugin.models.flops import forward_flops_per_token
 from moxe_plugin.speed import measuring, memory
@@ -191,3 +194,28 @@ def test_override_that_does_not_fit_is_explained(device: torch.device) -> None:
 
     with pytest.raises(ValueError, match=r"'num_experts': 1.*must fit.*`top_k`"):
         _measure(case, device)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_can_keep_the_inputs_of_layers_only(
+    family: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_runs = []
+    forward = CheckpointWrapper.forward
+
+    def count(self: CheckpointWrapper, *args: Any, **kwargs: Any) -> Any:
+        num_runs.append(1)
+
+        return forward(self, *args, **kwargs)  # type: ignore[no-untyped-call]  # torch
+
+    monkeypatch.setattr(CheckpointWrapper, "forward", count)
+
+    row = _measure(_case(family, "train"), device, checkpoint_layers=True)
+
+    assert row.checkpoint_layers
+    assert row.tokens_per_s is not None
+    assert num_runs
+
+    assert not _measure(
+        _case(family, "decode"), device, checkpoint_layers=True
+    ).checkpoint_layers
