@@ -12,10 +12,13 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    import torch
+
     from moxe_plugin.speed.kernel_measuring import KernelOptions, KernelRow
 
 DTYPES: Final = ("bfloat16", "float16", "float32")
@@ -38,8 +41,8 @@ matrices {matmul_gflop_per_s:,.0f} GFLOP/s ({matmul_size:,} rows), copies
 {table}
 
 - **E x N x S x H x D**: experts, sequences (or rows) of each, positions, heads, width.
-- **ms**: the median of {repeats} calls, after {warm_up}; *train* is forward and
-  backward.
+- **ms**: the median of {repeats} calls from Python, after {warm_up}, each with all that
+  it launches; *train* is forward and backward.
 - **ratio**: the reference's time over the kernel's.
 - **of products**, **of copies**: FLOPs and bytes that the kernel must do and move
   (`moxe_plugin.speed.kernel_cases` says which) over its time, as a share of what was
@@ -132,6 +135,38 @@ def _measure(args: Namespace) -> list[KernelRow]:
             f"{args.repeats} and {args.warm_up} instead."
         )
 
+    device, gpu = _find_gpu()
+
+    options = KernelOptions(
+        dtype=args.dtype,
+        repeats=args.repeats,
+        warm_up=args.warm_up,
+        matmul_gflop_per_s=measure_matmul(
+            getattr(torch, args.dtype), _MATMUL_SIZE, device
+        ),
+        copy_gb_per_s=measure_copy(_COPY_BYTES, device),
+    )
+    machine = {
+        **asdict(describe_hardware("cuda", gpu, torch.get_num_threads(), 1)),
+        "gpu": gpu,
+        "code": asdict(describe_code()),
+        "torch": torch.__version__.partition("+")[0],
+        "triton": version("triton"),
+    }
+    name = args.name or f"kernels_{machine['name']}_{options.dtype}"
+
+    rows: list[KernelRow] = []
+    for case in cases:
+        rows.append(measure_kernel(case, options, device))
+        # A later case may need more memory than there is.
+        write_kernels(args.out, name, machine, options, rows)
+
+    return rows
+
+
+def _find_gpu() -> tuple[torch.device, str]:
+    import torch
+
     if not torch.cuda.is_available():
         raise ValueError(
             "The kernels can be timed on a GPU only, but there is none here: Triton's "
@@ -147,32 +182,8 @@ def _measure(args: Namespace) -> list[KernelRow]:
         )
 
     device = torch.device("cuda")
-    options = KernelOptions(
-        dtype=args.dtype,
-        repeats=args.repeats,
-        warm_up=args.warm_up,
-        matmul_gflop_per_s=measure_matmul(
-            getattr(torch, args.dtype), _MATMUL_SIZE, device
-        ),
-        copy_gb_per_s=measure_copy(_COPY_BYTES, device),
-    )
-    gpu = torch.cuda.get_device_name(device)
-    machine = {
-        **asdict(describe_hardware("cuda", gpu, torch.get_num_threads(), 1)),
-        "gpu": gpu,
-        "code": asdict(describe_code()),
-        "torch": torch.__version__.partition("+")[0],
-        "triton": triton.__version__,
-    }
-    name = args.name or f"kernels_{machine['name']}_{options.dtype}"
 
-    rows: list[KernelRow] = []
-    for case in cases:
-        rows.append(measure_kernel(case, options, device))
-        # A later case may need more memory than there is.
-        write_kernels(args.out, name, machine, options, rows)
-
-    return rows
+    return device, torch.cuda.get_device_name(device)
 
 
 def _format_cells(row: KernelRow) -> dict[str, str]:

@@ -188,6 +188,36 @@ def test_record_and_page_say_what_was_measured(tmp_path: Path) -> None:
     ]
 
 
+def test_command_measures_all_cases(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:
+    pytest.importorskip("triton")
+    cases = [make_case(x, "forward") for x in ("mlstm", "slstm", "grouped")]
+    monkeypatch.setattr(kernels, "_find_gpu", lambda: (device, "a CPU"))
+    monkeypatch.setattr(kernels, "_MATMUL_SIZE", 64)
+    monkeypatch.setattr(kernels, "_COPY_BYTES", 2**16)
+    monkeypatch.setattr(
+        "moxe_plugin.speed.kernel_cases.list_kernel_cases", lambda *_: cases
+    )
+
+    arguments = ["--dtype", "float32", "--repeats", "1", "--name", "all"]
+    assert kernels.main([*arguments, "--out", str(tmp_path)]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    names = ["mlstm of tiny", "slstm of tiny", "grouped of tiny"]
+    assert [x.partition(",")[0] for x in lines] == names
+
+    record = read_json(tmp_path / "all.json")
+    assert record["machine"]["gpu"] == "a CPU"
+    assert record["machine"]["triton"]
+    assert record["options"]["matmul_size"] == 64
+    assert record["options"]["copy_gb_per_s"] > 0.0
+    assert len(record["rows"]) == 3
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_timed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
