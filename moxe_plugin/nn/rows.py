@@ -82,7 +82,7 @@ def unpack(flat: Tensor, rows: Rows) -> Tensor:
     num_experts, num_seqs, seq_len = rows.grid_shape
     slots = fill_slots(flat, rows.slot_of_row, num_experts * num_seqs * seq_len)
 
-    return slots.view(*rows.grid_shape, -1)
+    return slots.view(*rows.grid_shape, flat.size(-1))
 
 
 def take_rows(slots: Tensor, slot_of_row: Tensor) -> Tensor:

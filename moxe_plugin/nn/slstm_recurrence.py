@@ -78,8 +78,11 @@ class SLSTMCell(NamedTuple):
 
         hidden = self._batch_first(outputs).movedim(0, -3).flatten(-2)
 
-        y = self._batch_first(outputs[-1])
-        if seq_lens is not None:
+        if hidden.size(-2) == 0:
+            y = memory.y
+        elif seq_lens is None:
+            y = self._batch_first(outputs[-1])
+        else:
             y = _last_output(hidden, memory.y, seq_lens)
 
         return hidden, SLSTMMemory(self._batch_first(c), self._batch_first(log_n), y)

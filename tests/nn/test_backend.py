@@ -60,7 +60,7 @@ def run_block(
 @pytest.mark.parametrize("with_lens", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize(
     ("num_experts", "num_rows", "seq_len", "head_dim"),
-    [(None, 1, 1, 8), (None, 4, 5, 3), (3, 6, 7, 17), (2, 5, 9, 36)],
+    [(None, 2, 0, 3), (None, 1, 1, 8), (None, 4, 5, 3), (3, 6, 7, 17), (2, 5, 9, 36)],
 )
 @pytest.mark.parametrize("dtype", [float64, float32], ids=str)
 def test_native_scan_is_the_reference_with_all_gradients(

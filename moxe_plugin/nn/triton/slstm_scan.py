@@ -107,7 +107,7 @@ class _SLSTMScan(Function):
         )
 
         # (E,N,S,H,D) -> (E,H,N*S,D): the outputs that each step reads
-        old = torch.cat([y.unsqueeze(2), outputs[:, :, :-1]], dim=2)
+        old = torch.cat([y.unsqueeze(2), outputs], dim=2)[:, :, :num_steps]
         old = old.permute(0, 3, 4, 1, 2).flatten(-2)
 
         halves = [x.flatten(2, 3) for x in (grad_if, grad_zo)]

@@ -234,12 +234,14 @@ def test_misspelt_backend_is_named() -> None:
         block(torch.randn(1, 3, 32))
 
 
-def test_block_computes_the_same_in_triton() -> None:
+@pytest.mark.parametrize("seq_len", [5, 0])
+def test_block_computes_the_same_in_triton(seq_len: int) -> None:
     block = MLSTMBlock(32, num_heads=2, num_experts=2)
-    seqs, lens = torch.randn(2, 2, 5, 32), torch.tensor([[5, 2], [0, 4]])
+    seqs = torch.randn(2, 2, seq_len, 32)
+    lens = torch.tensor([[5, 2], [0, 4]]).clamp(max=seq_len)
     expected, expected_state = block(seqs, lens)
     block.backend = "triton"
     actual, state = block(seqs, lens)
-    valid = torch.arange(5) < lens[..., None]
+    valid = torch.arange(seq_len) < lens[..., None]
     torch.testing.assert_close(actual[valid], expected[valid], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)

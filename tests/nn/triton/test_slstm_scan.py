@@ -54,6 +54,7 @@ def run_block(
 @pytest.mark.parametrize(
     ("num_experts", "num_rows", "seq_len", "head_dim", "with_lens", "with_state"),
     [
+        pytest.param(2, 3, 0, 3, True, True, id="no_step"),
         pytest.param(None, 1, 1, 8, False, False, id="one_step"),
         pytest.param(None, 4, 3, 3, True, True, id="block"),
         pytest.param(2, 5, 17, 36, True, True, id="experts"),
