@@ -11,6 +11,11 @@ MIN_SHARED_TOKENS: Final = 4
 """A shorter piece, in tokens, is computed once per sequence: to share it would take a
 batch more."""
 
+MIN_SPARED_SHARE: Final = 0.04
+"""A piece is shared only if that spares this share of the sequences' tokens from there
+on: all of them then need a state, which has its own cost. Passages that merely begin
+with the same few words are below, answers to a question above."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixNode:
@@ -106,7 +111,10 @@ def _cluster(
     # In lexicographic order what the outer two share, all share.
     end = _find_difference(first, seqs[group[-1]], depth)
 
-    if end - begin >= min_shared:
+    spared = (end - begin) * (len(group) - 1)
+    num_tokens = sum(len(seqs[idx]) - begin for idx in group)
+
+    if end - begin >= min_shared and spared >= MIN_SPARED_SHARE * num_tokens:
         yield PrefixNode(
             begin=begin,
             tokens=first[begin:end],

@@ -138,7 +138,7 @@ class MLSTMRecurrence(NamedTuple):
 
         # (E,N,…) -> (E*N,…)
         memories = None if memory is None else [x.flatten(0, 1) for x in memory]
-        outputs = []
+        outputs, afters = [], []
 
         for segments, seq_lens, *parts in zip(
             buckets.segments,
@@ -155,16 +155,19 @@ class MLSTMRecurrence(NamedTuple):
             )
             outputs.append(output)
 
-            if memories is not None and after is not None:
-                memories = [
-                    x.index_copy(0, segments, y)
-                    for x, y in zip(memories, after, strict=True)
-                ]
+            afters.append(after)
 
         hidden = from_buckets(outputs, buckets)
 
         if memory is None or memories is None or not return_memory:
             return hidden, None
+
+        # Those of length 0 keep what they have.
+        segments = torch.cat(buckets.segments)
+        memories = [
+            x.index_copy(0, segments, torch.cat(y))
+            for x, *y in zip(memories, *(a for a in afters if a), strict=True)
+        ]
 
         # (E*N,…) -> (E,N,…)
         return hidden, MLSTMMemory(

@@ -93,3 +93,12 @@ def test_sequences_must_be_different_and_in_order(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build_prefix_forest(seqs)
+
+
+def test_a_few_words_of_long_passages_are_not_shared() -> None:
+    # Four of two hundred tokens, and four of forty.
+    long = [(*range(4), first, *range(95)) for first in (7, 8)]
+    short = [(*range(4), first, *range(15)) for first in (7, 8)]
+
+    assert count_tokens(build_prefix_forest(long)) == 200
+    assert count_tokens(build_prefix_forest(short)) == 40 - 4
