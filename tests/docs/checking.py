@@ -64,6 +64,10 @@ def _check_module(module: str, args: list[str]) -> None:
         case "moxe_plugin.eval":
             if args != ["--print-task-path"]:
                 _check_harness(args)
+        case "moxe_plugin.speed.kernels":
+            from moxe_plugin.speed import kernels
+
+            _parse(lambda: kernels.main(args), skip=0)
         case _:
             raise ValueError(f"`python -m {module}` cannot be checked.")
 
