@@ -111,10 +111,7 @@ def _cluster(
     # In lexicographic order what the outer two share, all share.
     end = _find_difference(first, seqs[group[-1]], depth)
 
-    spared = (end - begin) * (len(group) - 1)
-    num_tokens = sum(len(seqs[idx]) - begin for idx in group)
-
-    if end - begin >= min_shared and spared >= MIN_SPARED_SHARE * num_tokens:
+    if end - begin >= min_shared and _spares_enough(seqs, group, begin, end):
         yield PrefixNode(
             begin=begin,
             tokens=first[begin:end],
@@ -128,6 +125,14 @@ def _cluster(
 
     for part in _split(seqs, group, end):
         yield from _cluster(seqs, part, begin, end, min_shared)
+
+
+def _spares_enough(
+    seqs: Sequence[tuple[int, ...]], group: range, begin: int, end: int
+) -> bool:
+    num_tokens = sum(len(seqs[idx]) - begin for idx in group)
+
+    return (end - begin) * (len(group) - 1) >= MIN_SPARED_SHARE * num_tokens
 
 
 def _find_difference(one: Sequence[int], other: Sequence[int], begin: int) -> int:
