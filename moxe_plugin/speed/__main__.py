@@ -139,6 +139,7 @@ def _read_measure_options(args: Namespace) -> MeasureOptions:
         decode_tokens=args.decode_tokens,
         chunk_len=args.chunk,
         matmul_size=args.matmul_size or (8192 if device.type == "cuda" else 2048),
+        copy_bytes=args.copy_mib * 2**20,
         seed=args.seed,
         checkpoint_layers=args.checkpoint_layers,
     )
@@ -220,6 +221,7 @@ def _create_parser() -> ArgumentParser:
         ("--decode-tokens", 16, "tokens of a call of decode"),
         ("--chunk", 512, "tokens that a state takes in at a time"),
         ("--seed", 1, "seeds parameters and tokens"),
+        ("--copy-mib", 1024, "MiB that a copy reads which tells the memory's speed"),
     ):
         add(
             option,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
+from torch import Tensor
 
 _PEAK_REPEATS: Final = 9
 _PEAK_WARM_UP: Final = 2
@@ -51,22 +52,28 @@ def _time_on_cuda(call: Callable[[], object]) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def measure_matmul(dtype: torch.dtype, size: int, device: torch.device) -> float:
+def measure_matmul(
+    dtype: torch.dtype,
+    size: int,
+    device: torch.device,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.mm,
+) -> float:
     """Measure the product of two square matrices.
 
     :param dtype: The data type of the matrices.
     :param size: Their number of rows.
     :param device: Where they are.
+    :param product: Multiplies them.
 
     :returns: GFLOP/s, the median.
     """
     lhs = torch.randn(size, size, device=device).to(dtype)
     rhs = torch.randn(size, size, device=device).to(dtype)
 
-    def call() -> None:
-        torch.mm(lhs, rhs)
+    with torch.no_grad():
+        seconds = _median(lambda: product(lhs, rhs), device)
 
-    return 2 * size**3 / _median(call, device) / 1e9
+    return 2 * size**3 / seconds / 1e9
 
 
 def measure_copy(size: int, device: torch.device) -> float:
@@ -82,6 +89,24 @@ def measure_copy(size: int, device: torch.device) -> float:
     target = torch.empty_like(source)
 
     return 2 * size / _median(lambda: target.copy_(source), device) / 1e9
+
+
+def measure_new_memory(size: int, device: torch.device) -> float:
+    """Measure how fast memory is filled that the allocator has just handed out.
+
+    glibc takes large pieces from the system and gives them back when they are freed, so
+    that each page is found and cleared anew; an allocator that keeps them is faster.
+
+    :param size: The bytes that are written.
+    :param device: Where they are.
+
+    :returns: GB/s (``1e9`` bytes), written, the median.
+    """
+
+    def call() -> None:
+        torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+
+    return size / _median(call, device) / 1e9
 
 
 def _median(call: Callable[[], object], device: torch.device) -> float:

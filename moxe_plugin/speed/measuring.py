@@ -17,7 +17,12 @@ from moxe_plugin.bench.machine import describe_code, describe_hardware, list_ver
 from moxe_plugin.models.clm import AuxLossCausalLM
 from moxe_plugin.models.flops import forward_flops_per_token
 from moxe_plugin.speed import memory
-from moxe_plugin.speed.clock import measure_matmul, time_repeats
+from moxe_plugin.speed.clock import time_repeats
+from moxe_plugin.speed.limits import (
+    least_memory_seconds,
+    measure_limits,
+    new_gradient_seconds,
+)
 from moxe_plugin.speed.options import MeasureOptions
 from moxe_plugin.speed.records import SpeedRow
 from moxe_plugin.speed.suites import SpeedCase
@@ -34,13 +39,13 @@ _GIB: Final = 2**30
 
 
 def describe_machine(options: MeasureOptions) -> dict[str, Any]:
-    """Describe the machine and measure the peak of its matrix products.
+    """Describe the machine and measure what it allows.
 
     :param options: How cases are measured.
 
     :returns: Plain values: as :class:`~moxe_plugin.report.records.Hardware`, and
         ``num_cores``, ``versions``, ``code``, ``allocator`` (what the environment says
-        to it), ``matmul_size``, ``matmul_gflop_per_s`` by data type.
+        to it), and what :func:`~moxe_plugin.speed.limits.measure_limits` returns.
     """
     device = options.device
 
@@ -57,11 +62,7 @@ def describe_machine(options: MeasureOptions) -> dict[str, Any]:
             for name, value in sorted(os.environ.items())
             if name.startswith("MALLOC_") or name == "LD_PRELOAD"
         },
-        "matmul_size": options.matmul_size,
-        "matmul_gflop_per_s": {
-            name: measure_matmul(getattr(torch, name), options.matmul_size, device)
-            for name in sorted(set(_COMPUTE_DTYPES.values()))
-        },
+        **measure_limits(options),
     }
 
 
@@ -97,7 +98,7 @@ def measure_case(
     )
 
     try:
-        row = _time(row, case, config, options)
+        row = _time(row, case, config, machine, options)
     except torch.OutOfMemoryError:
         return row
     finally:
@@ -147,7 +148,11 @@ def _find_config(case: SpeedCase, options: MeasureOptions) -> Any:
 
 
 def _time(
-    row: SpeedRow, case: SpeedCase, config: Any, options: MeasureOptions
+    row: SpeedRow,
+    case: SpeedCase,
+    config: Any,
+    machine: Mapping[str, Any],
+    options: MeasureOptions,
 ) -> SpeedRow:
     device = options.device
 
@@ -176,6 +181,13 @@ def _time(
     is_reset = memory.reset_peak_memory(device)
     seconds_all = time_repeats(workload.call, options.repeats, device)
     peak = memory.read_peak_memory(device) if is_reset else None
+
+    if case.phase == "train":
+        row = replace(
+            row,
+            least_memory_seconds=least_memory_seconds(model, machine),
+            new_gradient_seconds=new_gradient_seconds(model, machine),
+        )
 
     return replace(
         row,

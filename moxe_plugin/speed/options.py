@@ -34,6 +34,10 @@ class MeasureOptions:
     matmul_size: int = 2048
     """The number of rows of the matrices that tell the peak."""
 
+    copy_bytes: int = 2**30
+    """The bytes that a copy reads which tells the memory's speed; fewer where they
+    would be a sixteenth of the memory."""
+
     seed: int = 1
     """Seeds parameters and token ids."""
 
@@ -70,6 +74,7 @@ class MeasureOptions:
         for name, least in (
             *(("repeats", 1), ("warm_up", 0), ("decode_tokens", 1)),
             *(("chunk_len", 1), ("matmul_size", 1)),
+            ("copy_bytes", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(

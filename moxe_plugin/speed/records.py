@@ -64,7 +64,14 @@ class SpeedRow:
     """Useful FLOPs of a call, in 1e9, without those of the optimizer."""
 
     peak_fraction: float | None = None
-    """Useful FLOPs a second over those of a product of two matrices."""
+    """Useful FLOPs a second over those of a product of two matrices by the fastest
+    library."""
+
+    least_memory_seconds: float | None = None
+    """See :func:`~moxe_plugin.speed.limits.least_memory_seconds`; training only."""
+
+    new_gradient_seconds: float | None = None
+    """See :func:`~moxe_plugin.speed.limits.new_gradient_seconds`; training only."""
 
     peak_memory_gib: float | None = None
     """The most memory that was in use in timed calls: resident memory of the whole

@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 _PREAMBLE: Final = """\
 Written by `moxe speed`, from `{name}.json`; nothing is typed by hand. {model},
 {num_threads} of {num_cores} cores, torch {torch}; a product of two {matmul_size:,} by
-{matmul_size:,} matrices reaches {peaks}.{allocator}"""
+{matmul_size:,} matrices reaches {peaks}.{memory}{allocator}"""
 
 _COLUMNS: Final = """\
 - **phase**: `train` is a forward and a backward pass, `+ AdamW` with clipping of the
@@ -32,7 +32,12 @@ _COLUMNS: Final = """\
   takes three times a forward pass. Those of `decode` are a token's of a whole pass over
   `length` tokens. Causal products count whole, half of which is masked.
 - **of peak**: useful FLOPs a second over those of the product of two matrices in the
-  data type that is computed in.
+  data type that is computed in, by the fastest library that was measured.
+- **weights (s)**: how long a training step takes at least to read each parameter in
+  the forward and in the backward pass and to write its gradient, at the speed of
+  copies; tables that tokens are looked up in are only written a gradient. **gradients
+  (s)**: how long the same gradients take to be written into memory that the allocator
+  has just handed out.
 - **memory**: the most that was in use in the timed calls: the whole process on the CPU,
   with its libraries; allocated tensors on an accelerator.
 - **state**: what `length` tokens leave for the next one, of the whole batch.
@@ -52,17 +57,13 @@ def write_speed_table(
     :param machine: What :func:`~moxe_plugin.speed.measuring.describe_machine` returned.
     :param rows: The rows, suite by suite.
     """
-    peaks = ", ".join(
-        f"{gflop:,.0f} GFLOP/s in {dtype}"
-        for dtype, gflop in sorted(machine["matmul_gflop_per_s"].items())
-    )
-
     parts = [
         f"# Speed: {file.stem}",
         _PREAMBLE.format(
             name=file.stem,
             torch=machine["versions"]["torch"],
-            peaks=peaks,
+            peaks=_format_peaks(machine),
+            memory=_format_memory(machine),
             allocator=_format_allocator(machine.get("allocator", {})),
             **{
                 name: machine[name]
@@ -78,6 +79,29 @@ def write_speed_table(
 
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _format_peaks(machine: Mapping[str, Any]) -> str:
+    # Older records know torch only.
+    by_library = machine.get("matmul_by_library", {})
+
+    peaks = []
+    for dtype, gflop in sorted(machine["matmul_gflop_per_s"].items()):
+        rates = by_library.get(dtype, {"torch": gflop})
+        libraries = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+        peaks.append(f"{gflop:,.0f} GFLOP/s in {dtype} ({libraries})")
+
+    return ", ".join(peaks)
+
+
+def _format_memory(machine: Mapping[str, Any]) -> str:
+    if "copy_gb_per_s" not in machine:
+        return ""
+
+    return (
+        f"\nCopies read and write {machine['copy_gb_per_s']:,.1f} GB/s; new memory is "
+        f"filled at {machine['new_memory_gb_per_s']:,.1f} GB/s."
+    )
 
 
 def _format_allocator(settings: Mapping[str, str]) -> str:
@@ -146,6 +170,8 @@ def _format_cells(row: SpeedRow, rows: Sequence[SpeedRow]) -> dict[str, str]:
         "range": f"{min(times):.4g} – {max(times):.4g}" if times else _DASH,  # noqa: RUF001  # a range
         "GFLOP": _format(row.useful_gflop, "{:,.1f}".format),
         "of peak": _format(row.peak_fraction, "{:.1%}".format),
+        "weights (s)": _format(row.least_memory_seconds, "{:.3g}".format),
+        "gradients (s)": _format(row.new_gradient_seconds, "{:.3g}".format),
         "memory (GiB)": _format(row.peak_memory_gib, "{:.2f}".format),
         "state (MiB)": _format(row.state_bytes, lambda n: f"{n / 2**20:,.2f}"),
         "MoxE ÷ it": _format(moxe_ratio(row, rows), "{:.2f}".format),

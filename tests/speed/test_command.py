@@ -12,7 +12,12 @@ import pytest
 from moxe_plugin.cli import moxe_main
 from moxe_plugin.report.files import read_json
 from moxe_plugin.speed.records import SpeedRow
+from moxe_plugin.speed.suites import SUITES
 from moxe_plugin.speed.table import moxe_ratio, write_speed_table
+
+_RECORDS = Path(__file__).parents[2] / "results" / "speed"
+
+_QUICK = "--matmul-size 16 --copy-mib 1"
 
 _MACHINE: dict[str, Any] = {
     "model": "A processor",
@@ -46,6 +51,7 @@ def test_table_shows_every_number_and_a_dash_for_none(tmp_path: Path) -> None:
         "moxe",
         1500.0,
         **{"seconds": 2.0, "seconds_all": [1.5, 2.5], "useful_gflop": 1234.56},
+        **{"least_memory_seconds": 0.0567, "new_gradient_seconds": 0.678},
         **{"peak_fraction": 0.4567, "peak_memory_gib": 3.456, "state_bytes": 3 * 2**20},
         **{"optimizer": True, "overrides": {"num_experts": 16}},
         checkpoint_layers=True,
@@ -61,12 +67,43 @@ def test_table_shows_every_number_and_a_dash_for_none(tmp_path: Path) -> None:
         *("`moxe` `340m` `num_experts=16`", "train + AdamW (checkpointed)"),
         *("float32", "4", "256"),
         *("1,500.0", "2", "1.5 – 2.5", "1,234.6", "45.7%"),  # noqa: RUF001  # a range
-        *("3.46", "3.00", "1.00"),
+        *("0.0567", "0.678", "3.46", "3.00", "1.00"),
     ]
-    assert _cells(text, "gemma2")[5:] == ["—"] * 8
-    assert "99 GFLOP/s in float32" in text
+    assert _cells(text, "gemma2")[5:] == ["—"] * 10
+    assert "99 GFLOP/s in float32 (torch 99)" in text
     assert "from `cpu.json`" in text
     assert "The environment set `MALLOC_ARENA_MAX=1`." in text
+
+
+def test_table_names_the_libraries_and_the_speed_of_memory(tmp_path: Path) -> None:
+    machine = {
+        **_MACHINE,
+        "matmul_by_library": {"float32": {"onednn": 98.7, "torch": 43.2}},
+        **{"copy_gb_per_s": 12.34, "new_memory_gb_per_s": 1.26},
+    }
+    write_speed_table(tmp_path / "a.md", machine, [_row("moxe", 1.0)])
+
+    text = (tmp_path / "a.md").read_text(encoding="utf-8")
+
+    assert "99 GFLOP/s in float32 (onednn 99, torch 43)" in text
+    assert "Copies read and write 12.3 GB/s; new memory is filled at 1.3 GB/s." in text
+
+
+@pytest.mark.parametrize(
+    "file",
+    [f for f in sorted(_RECORDS.glob("*.json")) if f.name.split("_")[0] in SUITES],
+    ids=lambda file: file.stem,
+)
+def test_every_record_can_be_printed(file: Path, tmp_path: Path) -> None:
+    record = read_json(file)
+    rows = [SpeedRow(**row) for row in record["rows"]]
+
+    write_speed_table(tmp_path / "a.md", record["machine"], rows)
+
+    text = (tmp_path / "a.md").read_text(encoding="utf-8")
+    assert [f"{row.tokens_per_s:,.1f}" for row in rows] == [
+        line.split("|")[6].strip() for line in text.splitlines() if "| `" in line
+    ]
 
 
 def test_ratio_is_to_moxe_at_the_same_setting() -> None:
@@ -87,7 +124,7 @@ def test_command_writes_rows_of_all_suites(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = "speed --suite table1 decode --size tiny --length 8 --batch 1 --repeats 2"
-    options = f"--matmul-size 16 --decode-tokens 2 --name a.b --out {tmp_path / 'out'}"
+    options = f"{_QUICK} --decode-tokens 2 --name a.b --out {tmp_path / 'out'}"
 
     assert moxe_main([*argv.split(), *options.split()]) == 0
 
@@ -109,7 +146,7 @@ def test_command_prints_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = "speed --suite decode --size tiny --length 8 --batch 1 --repeats 1 --json"
-    options = f"--matmul-size 16 --decode-tokens 2 --name a --out {tmp_path}"
+    options = f"{_QUICK} --decode-tokens 2 --name a --out {tmp_path}"
 
     assert moxe_main([*argv.split(), *options.split()]) == 0
 

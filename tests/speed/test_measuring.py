@@ -21,7 +21,11 @@ from tests.models.families import FAMILIES, create_model, get_arch
 
 pytestmark = pytest.mark.usefixtures("fairseq2_setup")
 
-_MACHINE = {"matmul_gflop_per_s": {"float32": 2.0, "bfloat16": 4.0}}
+_MACHINE = {
+    "matmul_gflop_per_s": {"float32": 2.0, "bfloat16": 4.0},
+    "copy_gb_per_s": 8.0,
+    "new_memory_gb_per_s": 0.5,
+}
 
 
 def _case(family: str, phase: Phase, **kwargs: Any) -> SpeedCase:
@@ -105,6 +109,19 @@ def test_training_has_no_state(device: torch.device) -> None:
     assert _measure(_case("moxe", "train"), device).state_bytes is None
 
 
+def test_only_training_moves_gradients(device: torch.device) -> None:
+    train, decode = (_measure(_case("xlstm", p), device) for p in ("train", "decode"))
+
+    assert train.num_parameters is not None
+    assert train.least_memory_seconds is not None
+    num_bytes = 4 * train.num_parameters
+    assert train.new_gradient_seconds == pytest.approx(num_bytes / 0.5e9)
+    assert num_bytes / 8e9 < train.least_memory_seconds < 3 * num_bytes / 8e9
+
+    assert decode.least_memory_seconds is None
+    assert decode.new_gradient_seconds is None
+
+
 def test_experts_can_be_added(device: torch.device) -> None:
     few, many = (
         _measure(_case("moxe", "train", overrides={"num_experts": n}), device)
@@ -158,13 +175,15 @@ def test_too_little_memory_leaves_no_numbers(
 
 
 def test_machine_is_described(device: torch.device) -> None:
-    machine = describe_machine(MeasureOptions(device=device, matmul_size=16))
+    options = MeasureOptions(device=device, matmul_size=16, copy_bytes=2**16)
+    machine = describe_machine(options)
 
     assert machine["num_threads"] == torch.get_num_threads()
     assert machine["num_cores"] >= 1
     assert machine["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert machine["matmul_size"] == 16
     assert all(machine["matmul_gflop_per_s"][t] > 0 for t in ("float32", "bfloat16"))
+    assert machine["copy_gb_per_s"] > 0
 
 
 @pytest.mark.parametrize(
@@ -173,9 +192,10 @@ def test_machine_is_described(device: torch.device) -> None:
         ({"precision": "fp8"}, "`dtype` must be one of float32, .*, but is 'fp8'"),
         ({"repeats": 0}, "`repeats` must be greater than or equal to 1, but is 0"),
         ({"warm_up": -1}, "`warm_up` must be greater than or equal to 0, but is -1"),
+        ({"copy_bytes": 0}, "`copy_bytes` must be greater than or equal to 1"),
         ({"device": torch.device("meta")}, "`device` must be cpu or cuda, .* 'meta'"),
     ],
-    ids=["dtype", "repeats", "warm_up", "device"],
+    ids=["dtype", "repeats", "warm_up", "copy", "device"],
 )
 def test_mistakes_are_named(kwargs: dict[str, Any], message: str) -> None:
     options = MeasureOptions(**{"device": torch.device("cpu"), **kwargs})
