@@ -107,11 +107,13 @@ def _measure(args: Namespace, console: Console) -> None:
 
 
 def _describe_row(row: SpeedRow) -> str:
+    from moxe_plugin.speed.remarks import list_changes
+
     speed = "out of memory"
     if row.tokens_per_s is not None:
         speed = f"{row.tokens_per_s:,.1f} tokens/s"
 
-    changes = "".join(f" {key}={value}" for key, value in row.overrides.items())
+    changes = "".join(f" {key}={value}" for key, value in list_changes(row).items())
 
     return (
         f"{row.suite}: {row.family} {row.arch}{changes} {row.phase}"
@@ -142,6 +144,7 @@ def _read_measure_options(args: Namespace) -> MeasureOptions:
         copy_bytes=args.copy_mib * 2**20,
         seed=args.seed,
         checkpoint_layers=args.checkpoint_layers,
+        router_skew=args.router_skew,
     )
     options.check()
 
@@ -231,6 +234,14 @@ def _create_parser() -> ArgumentParser:
             help=f"{text} (default: %(default)s)",
         )
 
+    add(
+        "--router-skew",
+        metavar="STD",
+        type=float,
+        default=0.0,
+        help="standard deviation of what MoxE's routers add to the logit of each "
+        "expert, to make them uneven (default: 0)",
+    )
     add(
         "--checkpoint-layers",
         action="store_true",

@@ -16,6 +16,7 @@ from fairseq2.runtime.dependency import get_dependency_resolver
 from moxe_plugin.bench.machine import describe_code, describe_hardware, list_versions
 from moxe_plugin.models.clm import AuxLossCausalLM
 from moxe_plugin.models.flops import forward_flops_per_token
+from moxe_plugin.models.moxe.config import MOXE_FAMILY
 from moxe_plugin.speed import memory
 from moxe_plugin.speed.clock import time_repeats
 from moxe_plugin.speed.limits import (
@@ -25,6 +26,7 @@ from moxe_plugin.speed.limits import (
 )
 from moxe_plugin.speed.options import MeasureOptions
 from moxe_plugin.speed.records import SpeedRow
+from moxe_plugin.speed.routers import ExpertLoads, skew_routers
 from moxe_plugin.speed.suites import SpeedCase
 from moxe_plugin.speed.workloads import PARAMETER_DTYPES, prepare_workload
 
@@ -95,6 +97,7 @@ def measure_case(
         warm_up=options.warm_up,
         seed=options.seed,
         checkpoint_layers=options.checkpoint_layers and case.phase == "train",
+        router_skew=options.router_skew if case.family == MOXE_FAMILY else 0.0,
     )
 
     try:
@@ -162,6 +165,9 @@ def _time(
 
     model = _create_model(case.family, config, options)
 
+    if row.router_skew:
+        skew_routers(model, row.router_skew, options.seed)
+
     if row.checkpoint_layers:
         family = get_dependency_resolver().resolve(ModelFamily, key=case.family)
         family.apply_layerwise_ac(model, every_nth_layer=1)
@@ -176,7 +182,9 @@ def _time(
         chunk_len=options.chunk_len,
     )
 
-    time_repeats(workload.call, options.warm_up, device)
+    loads = ExpertLoads(model)
+    with loads.counted():
+        time_repeats(workload.call, options.warm_up, device)
 
     is_reset = memory.reset_peak_memory(device)
     seconds_all = time_repeats(workload.call, options.repeats, device)
@@ -191,6 +199,7 @@ def _time(
 
     return replace(
         row,
+        busiest_expert_share=loads.busiest_share(),
         num_parameters=sum(p.numel() for p in model.parameters()),
         tokens=workload.num_tokens,
         seconds=statistics.median(seconds_all),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,9 @@ class MeasureOptions:
     checkpoint_layers: bool = False
     """Whether training keeps the inputs of layers only, and computes the rest again."""
 
+    router_skew: float = 0.0
+    """The standard deviation of offsets that MoxE's routers prefer some experts by."""
+
     @property
     def num_calls(self) -> int:
         """How many calls there are in all."""
@@ -69,6 +73,12 @@ class MeasureOptions:
             raise ValueError(
                 f"`device` must be on this machine, but '{self.device}' is not. Choose "
                 "'cpu'."
+            )
+
+        if not 0.0 <= self.router_skew < math.inf:
+            raise ValueError(
+                "`router_skew` must be finite and greater than or equal to 0, but is "
+                f"{self.router_skew} instead."
             )
 
         for name, least in (

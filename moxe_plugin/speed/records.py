@@ -14,7 +14,7 @@ from moxe_plugin.report.files import write_json
 class SpeedRow:
     """A measured case; what is ``None`` could not be measured, or does not apply.
 
-    The fields up to ``optimizer`` are those of
+    The fields up to ``optimizer``, and ``linear``, are those of
     :class:`~moxe_plugin.speed.suites.SpeedCase`.
     """
 
@@ -44,6 +44,15 @@ class SpeedRow:
 
     checkpoint_layers: bool = False
     """Whether training kept the inputs of layers only."""
+
+    linear: str = "own"
+
+    router_skew: float = 0.0
+    """The standard deviation of offsets that routers prefer some experts by."""
+
+    busiest_expert_share: float | None = None
+    """The share of its layer's load that the busiest expert got in the warm-up, the
+    mean over layers; of MoxE only."""
 
     num_parameters: int | None = None
     """All parameters of the model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Final, Literal, TypeAlias
 
@@ -45,6 +45,10 @@ class SpeedCase:
     optimizer: bool = False
     """Whether a training step ends with a step of the optimizer."""
 
+    linear: Literal["own", "swapped"] = "own"
+    """Whose products linear layers use: the system's ``own``, or ours, ``swapped`` in;
+    see :func:`~moxe_plugin.speed.swapping.swapped_linear`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteOptions:
@@ -65,8 +69,14 @@ class SuiteOptions:
     tokens: int | None = None
     """Tokens of a step, for the suite ``length``; ``None`` means the longest length."""
 
+    swap_linear: bool = False
+    """Whether systems of transformers are measured again with our products."""
+
 
 _TABLE_1: Final = (MOXE_FAMILY, XLSTM_FAMILY, GEMMA2_FAMILY, QWEN_MOE_FAMILY)
+
+_TRANSFORMERS: Final = (GEMMA2_FAMILY, QWEN_MOE_FAMILY)
+"""Families whose products are not ours."""
 
 _BATCHES: Final = (1, 2, 4, 8, 16)
 _LENGTHS: Final = (256, 512, 1024, 2048, 4096, 8192)
@@ -95,7 +105,17 @@ def list_cases(suite: str, options: SuiteOptions) -> list[SpeedCase]:
                 f"{list(getattr(options, name))} instead."
             )
 
-    return list(SUITES[suite](suite, options))
+    cases = SUITES[suite](suite, options)
+
+    return list(_add_swapped(cases) if options.swap_linear else cases)
+
+
+def _add_swapped(cases: Iterator[SpeedCase]) -> Iterator[SpeedCase]:
+    for case in cases:
+        yield case
+
+        if case.family in _TRANSFORMERS:
+            yield replace(case, linear="swapped")
 
 
 def _archs(family: str, size: str) -> list[str]:

@@ -9,8 +9,13 @@ from typing import Any, Final, TypeVar
 
 import pandas as pd
 
-from moxe_plugin.models.moxe.config import MOXE_FAMILY
 from moxe_plugin.speed.records import SpeedRow
+from moxe_plugin.speed.remarks import (
+    format_phase,
+    list_changes,
+    list_remarks,
+    moxe_ratio,
+)
 
 _DASH: Final = "—"
 
@@ -38,6 +43,7 @@ _COLUMNS: Final = """\
   copies; tables that tokens are looked up in are only written a gradient. **gradients
   (s)**: how long the same gradients take to be written into memory that the allocator
   has just handed out.
+- **busiest**: the share of its layer's load that the busiest expert of MoxE gets.
 - **memory**: the most that was in use in the timed calls: the whole process on the CPU,
   with its libraries; allocated tensors on an accelerator.
 - **state**: what `length` tokens leave for the next one, of the whole batch.
@@ -45,7 +51,9 @@ _COLUMNS: Final = """\
   length, over those of the row: above 1, MoxE is faster.
 
 Parameters and tokens are random. Therefore routers spread tokens almost evenly over
-their experts; trained ones may not."""
+their experts, unless `router_skew` stands beside the system: the standard deviation of
+a fixed offset of each expert's logit. With `linear=swapped`, linear layers of a system
+of transformers multiply by our products in place of torch's; its attention does not."""
 
 
 def write_speed_table(
@@ -73,7 +81,12 @@ def write_speed_table(
     ]
 
     for suite, suite_rows in groupby(rows, key=lambda row: row.suite):
-        parts += [f"## {suite}", _format_table(list(suite_rows))]
+        same_suite = list(suite_rows)
+        parts += [f"## {suite}", _format_table(same_suite)]
+
+        remarks = list_remarks(same_suite)
+        if remarks:
+            parts.append("\n".join(f"- {remark}" for remark in remarks))
 
     parts.append(_COLUMNS)
 
@@ -113,34 +126,6 @@ def _format_allocator(settings: Mapping[str, str]) -> str:
     return f"\nThe environment set {words}."
 
 
-def moxe_ratio(row: SpeedRow, rows: Sequence[SpeedRow]) -> float | None:
-    """Compare a row with MoxE.
-
-    :param row: The row.
-    :param rows: Where MoxE is looked for: the first row of its family that was measured
-        at the same.
-
-    :returns: Tokens a second of MoxE over those of the row; ``None`` if either was not
-        measured.
-    """
-    moxe = next(
-        (r for r in rows if r.family == MOXE_FAMILY and _setting(r) == _setting(row)),
-        None,
-    )
-
-    if moxe is None or moxe.tokens_per_s is None or row.tokens_per_s is None:
-        return None
-
-    return moxe.tokens_per_s / row.tokens_per_s
-
-
-def _setting(row: SpeedRow) -> tuple[object, ...]:
-    return (
-        *(row.suite, row.device, row.dtype),
-        *(row.phase, row.batch, row.length, row.optimizer),
-    )
-
-
 def _format_table(rows: Sequence[SpeedRow]) -> str:
     table = pd.DataFrame([_format_cells(row, rows) for row in rows], dtype="object")
 
@@ -155,13 +140,13 @@ def _format_table(rows: Sequence[SpeedRow]) -> str:
 
 
 def _format_cells(row: SpeedRow, rows: Sequence[SpeedRow]) -> dict[str, str]:
-    changes = [f"`{name}={value}`" for name, value in row.overrides.items()]
+    changes = [f"`{name}={value}`" for name, value in list_changes(row).items()]
 
     times = row.seconds_all
 
     return {
         "system": " ".join([f"`{row.family}` `{row.arch}`", *changes]),
-        "phase": _format_phase(row),
+        "phase": format_phase(row),
         "type": row.dtype,
         "batch": f"{row.batch:,}",
         "length": f"{row.length:,}",
@@ -172,21 +157,11 @@ def _format_cells(row: SpeedRow, rows: Sequence[SpeedRow]) -> dict[str, str]:
         "of peak": _format(row.peak_fraction, "{:.1%}".format),
         "weights (s)": _format(row.least_memory_seconds, "{:.3g}".format),
         "gradients (s)": _format(row.new_gradient_seconds, "{:.3g}".format),
+        "busiest": _format(row.busiest_expert_share, "{:.1%}".format),
         "memory (GiB)": _format(row.peak_memory_gib, "{:.2f}".format),
         "state (MiB)": _format(row.state_bytes, lambda n: f"{n / 2**20:,.2f}"),
         "MoxE ÷ it": _format(moxe_ratio(row, rows), "{:.2f}".format),
     }
-
-
-def _format_phase(row: SpeedRow) -> str:
-    parts = [row.phase]
-
-    if row.optimizer:
-        parts.append("+ AdamW")
-    if row.checkpoint_layers:
-        parts.append("(checkpointed)")
-
-    return " ".join(parts)
 
 
 def _format(value: _T | None, formatted: Callable[[_T], str]) -> str:

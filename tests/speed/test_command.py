@@ -13,7 +13,7 @@ from moxe_plugin.cli import moxe_main
 from moxe_plugin.report.files import read_json
 from moxe_plugin.speed.records import SpeedRow
 from moxe_plugin.speed.suites import SUITES
-from moxe_plugin.speed.table import moxe_ratio, write_speed_table
+from moxe_plugin.speed.table import write_speed_table
 
 _RECORDS = Path(__file__).parents[2] / "results" / "speed"
 
@@ -51,6 +51,7 @@ def test_table_shows_every_number_and_a_dash_for_none(tmp_path: Path) -> None:
         "moxe",
         1500.0,
         **{"seconds": 2.0, "seconds_all": [1.5, 2.5], "useful_gflop": 1234.56},
+        **{"busiest_expert_share": 0.256, "router_skew": 1.5},
         **{"least_memory_seconds": 0.0567, "new_gradient_seconds": 0.678},
         **{"peak_fraction": 0.4567, "peak_memory_gib": 3.456, "state_bytes": 3 * 2**20},
         **{"optimizer": True, "overrides": {"num_experts": 16}},
@@ -64,12 +65,15 @@ def test_table_shows_every_number_and_a_dash_for_none(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
 
     assert _cells(text, "moxe") == [
-        *("`moxe` `340m` `num_experts=16`", "train + AdamW (checkpointed)"),
+        *(
+            "`moxe` `340m` `num_experts=16` `router_skew=1.5`",
+            "train + AdamW (checkpointed)",
+        ),
         *("float32", "4", "256"),
         *("1,500.0", "2", "1.5 – 2.5", "1,234.6", "45.7%"),  # noqa: RUF001  # a range
-        *("0.0567", "0.678", "3.46", "3.00", "1.00"),
+        *("0.0567", "0.678", "25.6%", "3.46", "3.00", "1.00"),
     ]
-    assert _cells(text, "gemma2")[5:] == ["—"] * 10
+    assert _cells(text, "gemma2")[5:] == ["—"] * 11
     assert "99 GFLOP/s in float32 (torch 99)" in text
     assert "from `cpu.json`" in text
     assert "The environment set `MALLOC_ARENA_MAX=1`." in text
@@ -104,20 +108,6 @@ def test_every_record_can_be_printed(file: Path, tmp_path: Path) -> None:
     assert [f"{row.tokens_per_s:,.1f}" for row in rows] == [
         line.split("|")[6].strip() for line in text.splitlines() if "| `" in line
     ]
-
-
-def test_ratio_is_to_moxe_at_the_same_setting() -> None:
-    moxe, longer, xlstm = (
-        _row("moxe", 300.0),
-        _row("moxe", 900.0, length=512),
-        _row("xlstm", 200.0),
-    )
-    rows = [longer, moxe, xlstm, _row("moxe", 1.0, arch="340m_dense")]
-
-    assert moxe_ratio(xlstm, rows) == pytest.approx(1.5)
-    assert moxe_ratio(rows[3], rows) == pytest.approx(300.0)
-    assert moxe_ratio(xlstm, [longer, xlstm]) is None
-    assert moxe_ratio(_row("gemma2", None), rows) is None
 
 
 def test_command_writes_rows_of_all_suites(
@@ -168,6 +158,7 @@ def test_command_prints_json(
         ("--threads 9999", "`threads` must be at most the number of cores"),
         ("--name a/b", "`name` must be the name of a file, but is 'a/b'"),
         ("--suite length --tokens 100", "`tokens` must be a multiple of every"),
+        ("--router-skew -1", "`router_skew` must be finite and greater than"),
         ("--warm-up -1", "`warm_up` must be greater than or equal to 0"),
     ],
     ids=lambda text: text.split()[0] if text.startswith("--") else "",

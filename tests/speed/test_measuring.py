@@ -122,6 +122,26 @@ def test_only_training_moves_gradients(device: torch.device) -> None:
     assert decode.new_gradient_seconds is None
 
 
+@pytest.mark.parametrize("phase", ["train", "prefill", "decode"])
+def test_routers_can_be_made_uneven(phase: Phase, device: torch.device) -> None:
+    even, uneven = (
+        _measure(_case("moxe", phase), device, router_skew=skew) for skew in (0.0, 50.0)
+    )
+
+    assert (even.router_skew, uneven.router_skew) == (0.0, 50.0)
+    assert even.busiest_expert_share is not None
+    # Offsets this large leave a token no choice; two experts share the load.
+    assert uneven.busiest_expert_share == pytest.approx(0.5)
+    assert even.useful_gflop == uneven.useful_gflop
+
+
+def test_other_systems_have_no_routers_to_skew(device: torch.device) -> None:
+    row = _measure(_case("qwen_moe", "decode"), device, router_skew=50.0)
+
+    assert row.router_skew == 0.0
+    assert row.busiest_expert_share is None
+
+
 def test_experts_can_be_added(device: torch.device) -> None:
     few, many = (
         _measure(_case("moxe", "train", overrides={"num_experts": n}), device)
@@ -192,10 +212,12 @@ def test_machine_is_described(device: torch.device) -> None:
         ({"precision": "fp8"}, "`dtype` must be one of float32, .*, but is 'fp8'"),
         ({"repeats": 0}, "`repeats` must be greater than or equal to 1, but is 0"),
         ({"warm_up": -1}, "`warm_up` must be greater than or equal to 0, but is -1"),
+        ({"router_skew": -0.5}, "`router_skew` must be finite and .*, but is -0.5"),
+        ({"router_skew": float("nan")}, "`router_skew` must be finite .* is nan"),
         ({"copy_bytes": 0}, "`copy_bytes` must be greater than or equal to 1"),
         ({"device": torch.device("meta")}, "`device` must be cpu or cuda, .* 'meta'"),
     ],
-    ids=["dtype", "repeats", "warm_up", "copy", "device"],
+    ids=["dtype", "repeats", "warm_up", "negative_skew", "no_skew", "copy", "device"],
 )
 def test_mistakes_are_named(kwargs: dict[str, Any], message: str) -> None:
     options = MeasureOptions(**{"device": torch.device("cpu"), **kwargs})

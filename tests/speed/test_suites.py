@@ -41,6 +41,19 @@ def test_table_1_has_the_paper_s_four_models_with_and_without_optimizer() -> Non
     assert {(c.batch, c.length) for c in cases} == {(4, 256)}
 
 
+def test_systems_of_transformers_are_measured_again_with_our_products() -> None:
+    cases = list_cases("table1", SuiteOptions(swap_linear=True))
+    own = [case for case in cases if case.linear == "own"]
+
+    assert own == list_cases("table1", SuiteOptions())
+    assert [(c.family, c.linear) for c in cases[:6]] == [
+        *(("moxe", "own"), ("xlstm", "own")),
+        *(("gemma2", "own"), ("gemma2", "swapped")),
+        *(("qwen_moe", "own"), ("qwen_moe", "swapped")),
+    ]
+    assert len(cases) == 12
+
+
 @pytest.mark.parametrize(("tokens", "expected"), [(None, 8192), (16_384, 16_384)])
 def test_steps_of_every_length_have_the_same_number_of_tokens(
     tokens: int | None, expected: int
