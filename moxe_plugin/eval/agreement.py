@@ -25,6 +25,10 @@ class Agreement(NamedTuple):
     max_difference_nats: float
     """The largest difference of a log-likelihood."""
 
+    max_relative_difference: float
+    """The largest difference over the size of the first log-likelihood, or over a nat
+    where that is less."""
+
     num_other_greedy: int
     """Requests of which only one finds the continuation to be the greedy one."""
 
@@ -136,6 +140,7 @@ def compare_scores(
     return Agreement(
         len(both),
         max(abs(a - b) for (a, _), (b, _) in both),
+        max(abs(a - b) / max(1.0, abs(a)) for (a, _), (b, _) in both),
         sum(bool(a) != bool(b) for (_, a), (_, b) in both),
     )
 

@@ -7,75 +7,19 @@ words of passages.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from moxe_plugin.speed.sharing_records import SharingRow, write_sharing
 
 if TYPE_CHECKING:
     from moxe_plugin.eval.checkpoints import LoadedModel
 
-TOLERANCE_NATS: Final = 1e-4
-"""The largest difference of a summed log-likelihood that float32 explains."""
-
 _DEFAULT_OUT: Final = Path("results") / "speed"
-
-_PAGE: Final = """\
-# Shared beginnings: {name}
-
-Written by `python -m moxe_plugin.speed.sharing`, from `{name}.json`; nothing is typed
-by hand. A checkpoint of {family}, {num_parameters:,} parameters, {precision}; {model},
-{num_threads} of {num_cores} cores, torch {torch}.
-
-{table}
-
-- **tokens**: what the model read, by itself per request (*alone*) and with beginnings
-  that requests have in common read once (*shared*).
-- **s**: seconds of scoring all requests, once, tokenization included.
-- **difference**: the largest of a log-likelihood, in nats; **greedy**: requests of
-  which only one way finds the continuation to be the greedy one.
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharingRow:
-    """One file's requests, scored both ways."""
-
-    file: str
-    """The file's name."""
-
-    kind: str
-    """``multiple_choice`` or ``last_word``."""
-
-    num_requests: int
-    """Pairs of context and continuation."""
-
-    tokens_alone: int
-    """Tokens that were read without sharing."""
-
-    tokens_shared: int
-    """Tokens that were read with sharing."""
-
-    seconds_alone: float
-    """Seconds without sharing."""
-
-    seconds_shared: float
-    """Seconds with sharing."""
-
-    max_difference_nats: float
-    """The largest difference of a log-likelihood."""
-
-    num_other_greedy: int
-    """Requests of which only one way finds the greedy continuation."""
-
-    @property
-    def agrees(self) -> bool:
-        """Whether both ways have the same scores, but for rounding."""
-        return self.max_difference_nats <= TOLERANCE_NATS and self.num_other_greedy == 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(
             f"{verdict}: {row.file}: {row.tokens_alone / row.tokens_shared:.2f} times "
             f"fewer tokens, {row.seconds_alone / row.seconds_shared:.2f} times faster, "
-            f"{row.max_difference_nats:.2g} nats apart at most\n"
+            f"{row.max_difference_nats:.2g} nats apart at most, "
+            f"{row.max_relative_difference:.2g} of a log-likelihood\n"
         )
 
     return 0 if all(row.agrees for row in rows) else 1
@@ -137,6 +82,7 @@ def measure_sharing(
         tokens.append(int(lm.get_model_info()["num_tokens_computed"]) - before)
 
     agreement = compare_scores(*scores)
+    lengths = [len(lm._encode_pair(*pair)[1]) for pair in pairs]
 
     return SharingRow(
         file=file,
@@ -147,6 +93,11 @@ def measure_sharing(
         seconds_alone=seconds[0],
         seconds_shared=seconds[1],
         max_difference_nats=agreement.max_difference_nats,
+        max_relative_difference=agreement.max_relative_difference,
+        max_difference_per_token_nats=max(
+            abs(a - b) / length
+            for (a, _), (b, _), length in zip(*scores, lengths, strict=True)
+        ),
         num_other_greedy=agreement.num_other_greedy,
     )
 
@@ -199,69 +150,9 @@ def _measure(args: Any) -> list[SharingRow]:
 
     rows = [measure_sharing(loaded, *request) for request in requests]
 
-    _write(args.out, args.name, loaded, rows)
+    write_sharing(args.out, args.name, loaded, rows)
 
     return rows
-
-
-def _write(
-    out: Path, name: str | None, loaded: LoadedModel, rows: Sequence[SharingRow]
-) -> None:
-    import pandas as pd
-    import torch
-
-    from moxe_plugin.bench.machine import describe_code, describe_hardware
-    from moxe_plugin.report.files import write_json, write_text
-
-    parameter = next(loaded.model.parameters())
-    device = parameter.device
-
-    gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    num_threads = torch.get_num_threads()
-
-    machine = {
-        **asdict(describe_hardware(device.type, gpu_name, num_threads, 1)),
-        "num_cores": len(os.sched_getaffinity(0)),
-        "code": asdict(describe_code()),
-        "torch": torch.__version__.partition("+")[0],
-    }
-    model = {
-        "checkpoint": loaded.name,
-        "family": loaded.provenance.get("model_family"),
-        "num_parameters": sum(p.numel() for p in loaded.model.parameters()),
-        "precision": str(parameter.dtype).removeprefix("torch."),
-    }
-    name = name or f"sharing_{machine['name']}_{model['family']}"
-
-    out.mkdir(parents=True, exist_ok=True)
-
-    write_json(
-        out / f"{name}.json",
-        {"machine": machine, "model": model, "rows": [asdict(row) for row in rows]},
-    )
-
-    table = pd.DataFrame([_format_cells(row) for row in rows]).to_markdown(
-        index=False, disable_numparse=True, colalign=["left", *["right"] * 9]
-    )
-    write_text(
-        out / f"{name}.md",
-        _PAGE.format(**(machine | model | {"name": name, "table": table})),
-    )
-
-
-def _format_cells(row: SharingRow) -> dict[str, str]:
-    return {
-        "requests from": row.file,
-        "requests": f"{row.num_requests:,}",
-        "tokens alone": f"{row.tokens_alone:,}",
-        "shared": f"{row.tokens_shared:,}",
-        "ratio": f"{row.tokens_alone / row.tokens_shared:.2f}",
-        "s alone": f"{row.seconds_alone:.1f}",
-        "shared ": f"{row.seconds_shared:.1f}",
-        "ratio ": f"{row.seconds_alone / row.seconds_shared:.2f}",
-        "difference": f"{row.max_difference_nats:.1e}",
-        "greedy": str(row.num_other_greedy),
-    }
 
 
 def _create_parser() -> ArgumentParser:

@@ -11,7 +11,7 @@ import torch
 from moxe_plugin.eval.agreement import read_last_words
 from moxe_plugin.eval.checkpoints import LoadedModel
 from moxe_plugin.report.files import read_json
-from moxe_plugin.speed import sharing
+from moxe_plugin.speed import sharing, sharing_records
 from moxe_plugin.speed.sharing import measure_sharing, read_questions
 from tests.common import ByteTokenizer
 from tests.models.families import create_model
@@ -83,6 +83,34 @@ def test_sharing_computes_each_beginning_once(
     assert row.agrees
     assert row.seconds_alone > 0.0
 
+    # No answer has fewer tokens than a blank and "Here", and none is likelier than 1.
+    assert row.max_difference_per_token_nats <= row.max_difference_nats / 5
+    assert row.max_relative_difference <= row.max_difference_nats
+
+
+def test_differences_are_told_absolutely_relatively_and_per_token(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A token is a byte.
+    pairs = [("a", " 23456789"), ("a", " 2")]
+    scores = {
+        False: [(-300.0, False), (-0.5, True)],
+        True: [(-309.0, False), (-4, True)],
+    }
+
+    monkeypatch.setattr(
+        "moxe_plugin.eval.agreement.score_pairs",
+        lambda lm, _: scores[lm.get_model_info()["share_prefixes"]],
+    )
+
+    row = measure_sharing(loaded, "", "multiple_choice", pairs)
+
+    assert row.max_difference_nats == pytest.approx(9.0)
+    # 3.5 of a nat, and 9 of 300; 3.5 of 2 tokens, and 9 of 9.
+    assert row.max_relative_difference == pytest.approx(3.5)
+    assert row.max_difference_per_token_nats == pytest.approx(1.75)
+    assert not row.agrees
+
 
 def test_command_writes_what_it_measured(
     loaded: LoadedModel,
@@ -119,6 +147,7 @@ def test_command_writes_what_it_measured(
 
     page = (tmp_path / "speed" / "both.md").read_text(encoding="utf-8")
     for row in record["rows"]:
+        assert f"| {row['max_relative_difference']:.1e} |" in " ".join(page.split())
         assert f"| {row['tokens_alone']:,} | {row['tokens_shared']:,} |" in " ".join(
             page.split()
         )
@@ -134,7 +163,7 @@ def test_other_scores_are_told(
     monkeypatch.setattr(
         "moxe_plugin.eval.checkpoints.load_checkpoint", lambda _: loaded
     )
-    monkeypatch.setattr(sharing, "TOLERANCE_NATS", -1.0)
+    monkeypatch.setattr(sharing_records, "TOLERANCE", -1.0)
 
     status = sharing.main(
         ["run", "--questions", str(questions), "--out", str(tmp_path)]
