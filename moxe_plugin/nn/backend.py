@@ -68,7 +68,7 @@ def resolve_backend(
             f"but is 'native' with a tensor on '{seqs.device}'."
         )
 
-    if reason := why_not_loaded():
+    if reason := why_not_loaded("slstm_scan"):
         raise NativeLibraryError(
             f"`backend` must be 'auto' or 'torch' on this machine, but is 'native': "
             f"{reason}."
@@ -115,7 +115,7 @@ def _check_triton(seqs: Tensor) -> None:
 
 @cache
 def _choose_for_cpu() -> Literal["torch", "native"]:
-    reason = why_not_loaded()
+    reason = why_not_loaded("slstm_scan")
 
     if reason is None:
         _log.info("The sLSTM cell runs in C++.")

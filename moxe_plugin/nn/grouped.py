@@ -11,6 +11,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
+from moxe_plugin.nn.products import Product, multiply_all
+
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
     """Multiply the rows of each expert by the expert's weight.
@@ -86,14 +88,18 @@ class _GroupedProduct(Function):
             grad_weight = torch.empty_like(
                 weight, memory_format=torch.contiguous_format
             )
-            for grad, x, y in zip(
-                grad_weight,
-                rows.split(ctx.counts),
-                grad_output.split(ctx.counts),
-                strict=True,
-            ):
-                # A product over no row is 0.
-                torch.bmm(_by_group(x, weight).mT, _by_group(y, weight), out=grad)
+            # A product over no row is 0.
+            multiply_all(
+                [
+                    Product(x.mT, y, grad)
+                    for x, y, grad in zip(
+                        _by_group(rows, weight, ctx.counts),
+                        _by_group(grad_output, weight, ctx.counts),
+                        grad_weight,
+                        strict=True,
+                    )
+                ]
+            )
 
         return grad_rows, grad_weight, None
 
@@ -102,21 +108,27 @@ def _multiply(rows: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
     num_groups, _, out_dim = weight.shape[1:]
     out = rows.new_empty(rows.size(0), num_groups * out_dim)
 
-    for x, w, y in zip(rows.split(counts), weight, out.split(counts), strict=True):
-        if not x.size(0):
-            continue
-
-        if num_groups == 1:
-            torch.mm(x, w[0], out=y)
-        else:
-            _by_group(y, weight).copy_(torch.bmm(_by_group(x, weight), w))
+    multiply_all(
+        [
+            Product(x, w, y)
+            for x, w, y in zip(
+                _by_group(rows, weight, counts),
+                weight,
+                _by_group(out, weight, counts),
+                strict=True,
+            )
+            if x.size(1) > 0
+        ]
+    )
 
     return out
 
 
-def _by_group(rows: Tensor, weight: Tensor) -> Tensor:
-    # (C,G*D) -> (G,C,D)
-    return torch.unflatten(rows, 1, (weight.size(1), -1)).transpose(0, 1)
+def _by_group(rows: Tensor, weight: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
+    # (C,G*D) -> E times (G,C_e,D)
+    groups = torch.unflatten(rows, 1, (weight.size(1), -1)).transpose(0, 1)
+
+    return list(groups.split(counts, dim=1))
 
 
 class _Spread(Function):

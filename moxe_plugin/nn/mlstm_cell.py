@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moxe_plugin.nn.padding import EMPTY, close_gates, valid_positions, widen
+from moxe_plugin.nn.products import matmul
 
 NORMALIZER_EPS = 1e-6
 
@@ -131,14 +132,14 @@ def mlstm_parallel(
         1
     )
     log_weights = log_weight[..., None, :] - peak[..., None]
-    weights = torch.exp(log_weights.masked_fill(future, EMPTY)) * (q @ k.mT)
+    weights = torch.exp(log_weights.masked_fill(future, EMPTY)) * matmul(q, k.mT)
 
-    numerator = weights.to(v.dtype) @ v
+    numerator = matmul(weights.to(v.dtype), v)
     denominator = weights.sum(-1)
 
     if memory is not None:
         kept = torch.exp(memory.m[..., None] - peak)
-        numerator = numerator + kept[..., None] * (q @ memory.c.to(q.dtype))
+        numerator = numerator + kept[..., None] * matmul(q, memory.c.to(q.dtype))
         from_memory = (q @ memory.n[..., None].to(q.dtype)).squeeze(-1)
         denominator = denominator + kept * from_memory
 
@@ -152,7 +153,7 @@ def mlstm_parallel(
 
     # How each key is weighed after the last position.
     added = k * torch.exp(log_weight - peak[..., -1:])[..., None].to(k.dtype)
-    c, n = widen(added.mT @ v), widen(added).sum(-2)
+    c, n = widen(matmul(added.mT, v)), widen(added).sum(-2)
 
     if memory is not None:
         c = c + kept[..., -1:, None] * memory.c

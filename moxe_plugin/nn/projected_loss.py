@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.padding import widen
+from moxe_plugin.nn.products import add_product, multiply
 
 CHUNK_SIZE = 256
 """How many tokens are projected at a time."""
@@ -69,7 +69,7 @@ class _ProjectedCrossEntropy(Function):
 
         for begin in range(0, len(rows), CHUNK_SIZE):
             chunk = slice(begin, begin + CHUNK_SIZE)
-            logits = widen(F.linear(rows[chunk], table))
+            logits = widen(multiply(rows[chunk], table.mT))
             index = targets[chunk].unsqueeze(-1)
             weights = target_weights[chunk].to(logits.dtype)
 
@@ -87,12 +87,11 @@ class _ProjectedCrossEntropy(Function):
             logits.scatter_add_(-1, index, -weights.unsqueeze(-1))
 
             grad = logits.to(dtype)
-            grad_hidden[chunk] = grad @ table
-            product = grad.mT @ rows[chunk]
+            grad_hidden[chunk] = multiply(grad, table)
             if grad_weight is None:
-                grad_weight = widen(product)
+                grad_weight = widen(multiply(grad.mT, rows[chunk]))
             else:
-                grad_weight += product
+                add_product(grad_weight, grad.mT, rows[chunk])
 
         if wants_grad and grad_weight is None:
             grad_weight = torch.zeros_like(weight)

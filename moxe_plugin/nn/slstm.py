@@ -21,6 +21,7 @@ from moxe_plugin.nn.layers import (
     small_init_std,
 )
 from moxe_plugin.nn.padding import EMPTY, widen
+from moxe_plugin.nn.products import matmul
 from moxe_plugin.nn.rows import Rows, find_rows, last_rows, pack, unpack
 from moxe_plugin.nn.slstm_cell import SLSTMMemory
 from moxe_plugin.nn.slstm_recurrence import SLSTMCell
@@ -235,7 +236,7 @@ class SLSTMBlock(Module):
         for x, weight in self._zip_gates(convolved, normed):
             # ([E,]N,S,M) -> ([E,]H,N*S,in) -> ([E,]H,N,S,gate*out)
             heads = torch.unflatten(x, -1, (self.num_heads, -1)).flatten(-4, -3)
-            product = heads.transpose(-3, -2) @ weight
+            product = matmul(heads.transpose(-3, -2), weight)
             halves.append(torch.unflatten(product, -2, x.shape[-3:-1]))
 
         return halves

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from moxe_plugin.nn.grouped import grouped_head_product, grouped_product, spread
+from moxe_plugin.nn.products import matmul
 
 
 def expert_parameter(num_experts: int | None, *shape: int) -> Parameter:
@@ -45,7 +46,7 @@ def project(
     if counts is not None:
         return grouped_product(seqs, weight, counts)
 
-    product = seqs.flatten(-3, -2) @ weight
+    product = matmul(seqs.flatten(-3, -2), weight)
 
     return torch.unflatten(product, -2, seqs.shape[-3:-1])
 
@@ -68,7 +69,7 @@ def project_head_wise(
 
     # ([E,]N,S,G*in) -> ([E,]G,N*S,in)
     groups = torch.unflatten(seqs.flatten(-3, -2), -1, (num_groups, group_dim))
-    product = groups.transpose(-3, -2) @ weight
+    product = matmul(groups.transpose(-3, -2), weight)
 
     return torch.unflatten(product.transpose(-3, -2).flatten(-2), -2, seqs.shape[-3:-1])
 

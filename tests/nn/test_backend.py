@@ -20,7 +20,8 @@ from moxe_plugin.nn.native.library import (
 from moxe_plugin.nn.slstm import SLSTMBlock, SLSTMState
 
 needs_compiler = pytest.mark.skipif(
-    why_not_loaded() is not None, reason=f"no C++ here: {why_not_loaded()}"
+    why_not_loaded("slstm_scan") is not None,
+    reason=f"no C++ here: {why_not_loaded('slstm_scan')}",
 )
 
 
@@ -152,7 +153,7 @@ def test_compiled_library_is_found_again(
 ) -> None:
     monkeypatch.setenv("MOXE_CACHE_DIR", str(tmp_path))
     load_library.cache_clear()
-    load_library()
+    load_library("slstm_scan")
     [path] = (tmp_path / "native").iterdir()
 
     def refuse(*_: object) -> None:
@@ -160,6 +161,6 @@ def test_compiled_library_is_found_again(
 
     monkeypatch.setattr(library, "_compile", refuse)
     load_library.cache_clear()
-    load_library()
+    load_library("slstm_scan")
 
     assert path.suffix == ".so"

@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import torch
 
-_SOURCE: Final = Path(__file__).with_name("slstm_scan.cpp")
+NativeSource: TypeAlias = Literal["products", "slstm_scan"]
+"""The C++ files, without their ending."""
 
 _AVX2: Final = ("-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c")
 _AVX512: Final = (
@@ -34,11 +35,13 @@ class NativeLibraryError(RuntimeError):
 
 
 @cache
-def load_library() -> ctypes.CDLL:
-    """Compile the C++ code, unless a cache holds it already, and load it.
+def load_library(source: NativeSource) -> ctypes.CDLL:
+    """Compile a C++ file, unless a cache holds it already, and load it.
 
     The cache is ``native/`` in ``MOXE_CACHE_DIR``, by default that of the user. The
     compiler is ``$CXX``, by default ``g++``.
+
+    :param source: Which file.
 
     :returns: The library.
 
@@ -50,10 +53,11 @@ def load_library() -> ctypes.CDLL:
     compiler = get_cxx_compiler()
     command = [compiler, *_flags()]
 
-    path = _cache_dir() / f"slstm_scan-{_digest(command)}.so"
+    code = Path(__file__).with_name(f"{source}.cpp")
+    path = _cache_dir() / f"{source}-{_digest(command, code)}.so"
 
     if not path.is_file():
-        _compile(command, path)
+        _compile(command, code, path)
 
     try:
         return ctypes.CDLL(str(path))
@@ -62,13 +66,15 @@ def load_library() -> ctypes.CDLL:
 
 
 @cache
-def why_not_loaded() -> str | None:
-    """Tell why the library is of no use here.
+def why_not_loaded(source: NativeSource) -> str | None:
+    """Tell why a library is of no use here.
+
+    :param source: Which C++ file.
 
     :returns: The reason; ``None`` if it can be used.
     """
     try:
-        load_library()
+        load_library(source)
     except NativeLibraryError as ex:
         return str(ex)
 
@@ -90,10 +96,10 @@ def _flags() -> list[str]:
     ]
 
 
-def _digest(command: Sequence[str]) -> str:
+def _digest(command: Sequence[str], code: Path) -> str:
     text = "\n".join([torch.__version__, *command])
 
-    return hashlib.sha256(text.encode() + _SOURCE.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(text.encode() + code.read_bytes()).hexdigest()[:16]
 
 
 def _cache_dir() -> Path:
@@ -105,7 +111,7 @@ def _cache_dir() -> Path:
     return Path(base) / "moxe_plugin" / "native"
 
 
-def _compile(command: Sequence[str], path: Path) -> None:
+def _compile(command: Sequence[str], code: Path, path: Path) -> None:
     from torch.utils.cpp_extension import library_paths
 
     libraries = [f"-L{directory}" for directory in library_paths("cpu")]
@@ -119,7 +125,7 @@ def _compile(command: Sequence[str], path: Path) -> None:
             built = Path(directory) / path.name
             subprocess.run(
                 [
-                    *(*command, str(_SOURCE), "-o", str(built)),
+                    *(*command, str(code), "-o", str(built)),
                     *(*libraries, "-ltorch_cpu", "-lc10"),
                 ],
                 check=True,

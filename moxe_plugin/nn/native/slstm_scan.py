@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.native.library import load_library
+from moxe_plugin.nn.products import multiply
 
 _SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 
@@ -130,7 +131,7 @@ class _SLSTMScan(Function):
         old = old.permute(0, 3, 4, 1, 2).flatten(-2)
 
         halves = [x.flatten(2, 3) for x in (grad_if, grad_zo)]
-        grad_weight = torch.cat([old @ x for x in halves], dim=-1)
+        grad_weight = torch.cat([multiply(old, x) for x in halves], dim=-1)
         grad_bias = torch.cat([x.sum(dim=2) for x in halves], dim=-1)
 
         return (
@@ -150,7 +151,7 @@ def _call(
     *tensors: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    function = load_library()[f"moxe_slstm_{direction}_{_SUFFIXES[dtype]}"]
+    function = load_library("slstm_scan")[f"moxe_slstm_{direction}_{_SUFFIXES[dtype]}"]
 
     # Each of `tensors` lives until the call returns: the caller holds them.
     pointers = [

@@ -1,0 +1,333 @@
+// Products of float32 matrices for CPUs with AVX-512; see products.py for what it computes.
+//
+// As in Goto's algorithm, blocks of both factors are copied into panels that the innermost
+// loop reads one after the other, whatever the factors' layout is, and the sums of a small
+// tile stay in registers. All products of a call share the threads, so that many
+// small ones (experts, heads) are as fast as one large one. Each element is summed in an order
+// that depends on nothing but the inner dimension.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace {
+
+constexpr int kWidth = 16;              // floats of a vector
+constexpr int kRows = 14;               // rows of a tile,
+constexpr int kVecs = 2;                // and its vectors: 28 of 32 registers hold sums
+constexpr int kCols = kVecs * kWidth;
+constexpr int64_t kDepth = 256;         // of a block: a panel of kCols fits the first cache
+constexpr int64_t kBlockRows = 30 * kRows;  // of the left factor, which fit the second
+constexpr int64_t kMaxCols = 512;       // of a block of the right factor, which fits it too
+constexpr int64_t kMinCols = 2 * kCols;
+constexpr int64_t kMaxPacked = 1 << 21;  // floats of left factors that are packed at a time
+constexpr double kMinWork = 1e6;        // multiply-adds below which a task is not divided
+
+// `count` products (m,k) @ (k,n); strides are in floats. Read as 15 int64 by products.py.
+struct Product {
+  int64_t count, m, n, k;
+  const float* lhs;
+  int64_t lhs_next, lhs_row, lhs_col;
+  const float* rhs;
+  int64_t rhs_next, rhs_row, rhs_col;
+  float* out;
+  int64_t out_next, out_row;
+};
+static_assert(sizeof(Product) == 15 * sizeof(int64_t), "a product is 15 numbers");
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__mmask16 first(int64_t count) {
+  return count >= kWidth ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
+}
+
+// out (Rows,kCols) = or += lhs (depth,Rows)^T @ rhs (depth,kCols)
+template <int Rows>
+void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __restrict rhs,
+                   float* __restrict out, int64_t out_row, bool adds) {
+  __m512 sums[Rows][kVecs];
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < kVecs; ++v) {
+      sums[r][v] = _mm512_setzero_ps();
+      __builtin_prefetch(out + r * out_row + v * kWidth, 1);
+    }
+
+  for (int64_t i = 0; i < depth; ++i) {
+    __m512 weights[kVecs];
+    for (int v = 0; v < kVecs; ++v)
+      weights[v] = _mm512_loadu_ps(rhs + i * kCols + v * kWidth);
+    for (int r = 0; r < Rows; ++r) {
+      const __m512 value = _mm512_set1_ps(lhs[i * Rows + r]);
+      for (int v = 0; v < kVecs; ++v)
+        sums[r][v] = _mm512_fmadd_ps(value, weights[v], sums[r][v]);
+    }
+  }
+
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < kVecs; ++v) {
+      float* to = out + r * out_row + v * kWidth;
+      _mm512_storeu_ps(
+          to, adds ? _mm512_add_ps(sums[r][v], _mm512_loadu_ps(to)) : sums[r][v]);
+    }
+}
+
+using MultiplyTile = void (*)(int64_t, const float*, const float*, float*, int64_t, bool);
+constexpr MultiplyTile kMultiplyTile[kRows + 1] = {
+    nullptr,           multiply_tile<1>,  multiply_tile<2>,  multiply_tile<3>,
+    multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,  multiply_tile<7>,
+    multiply_tile<8>,  multiply_tile<9>,  multiply_tile<10>, multiply_tile<11>,
+    multiply_tile<12>, multiply_tile<13>, multiply_tile<14>};
+
+// out[c] = column c of the matrix (num_rows,num_cols), both at most 16, padded with 0.
+void transpose(const float* from, int64_t row, int64_t num_rows, int64_t num_cols,
+               __m512* out) {
+  const __mmask16 mask = first(num_cols);
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i)
+    a[i] = i < num_rows ? _mm512_maskz_loadu_ps(mask, from + i * row)
+                        : _mm512_setzero_ps();
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int half = 0; half < 2; ++half) {
+      const __m512d low = _mm512_castps_pd(b[i + half]),
+                    high = _mm512_castps_pd(b[i + 2 + half]);
+      a[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  for (int c = 0; c < 4; ++c)
+    for (int i = 0; i < 16; i += 8) {
+      b[i + c] = _mm512_shuffle_f32x4(a[i + c], a[i + 4 + c], 0x88);
+      b[i + 4 + c] = _mm512_shuffle_f32x4(a[i + c], a[i + 4 + c], 0xdd);
+    }
+  for (int c = 0; c < 8; ++c) {
+    out[c] = _mm512_shuffle_f32x4(b[c], b[8 + c], 0x88);
+    out[8 + c] = _mm512_shuffle_f32x4(b[c], b[8 + c], 0xdd);
+  }
+}
+
+// out[i * width + j] = from[i * outer + j * inner] for `depth` i and `count` j, then 0 up to
+// `width`, at most kCols.
+void pack(const float* from, int64_t outer, int64_t inner, int64_t depth, int64_t count,
+          int64_t width, float* out) {
+  if (outer == 1) {
+    for (int64_t i = 0; i < depth; i += 16)
+      for (int64_t j = 0; j < width; j += 16) {
+        __m512 columns[16];
+        const int64_t num_cols = std::min<int64_t>(16, depth - i);
+        transpose(from + i + j * inner, inner, count - j, num_cols, columns);
+        for (int64_t c = 0; c < num_cols; ++c)
+          _mm512_mask_storeu_ps(out + (i + c) * width + j, first(width - j), columns[c]);
+      }
+  } else if (inner == 1) {
+    for (int64_t i = 0; i < depth; ++i)
+      for (int64_t j = 0; j < width; j += 16)
+        _mm512_mask_storeu_ps(out + i * width + j, first(width - j),
+                              _mm512_maskz_loadu_ps(first(count - j), from + i * outer + j));
+  } else {
+    for (int64_t i = 0; i < depth; ++i)
+      for (int64_t j = 0; j < width; ++j)
+        out[i * width + j] = j < count ? from[i * outer + j * inner] : 0.0f;
+  }
+}
+
+// Memory that is kept for the next call.
+class Buffer {
+ public:
+  float* reserve(int64_t size) {
+    if (size > capacity_) {
+      const int64_t bytes = divide_up(size * sizeof(float), 4096) * 4096;
+      memory_.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+      capacity_ = size;
+    }
+
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t capacity_ = 0;
+};
+
+// Some rows of a product, whose left factor is packed once, for all threads: by blocks of
+// `depth`, in panels of `panel_rows`.
+struct Part {
+  const Product* product;
+  int64_t index, row, num_rows, depth, panel_rows;
+  float* packed;
+
+  int64_t num_panels() const { return divide_up(num_rows, panel_rows); }
+  int64_t rows_of(int64_t panel) const {
+    return std::min(panel_rows, num_rows - panel * panel_rows);
+  }
+  int64_t size() const { return num_rows * product->k; }
+};
+
+struct PackTask {
+  const Part* part;
+  int64_t begin, panel;
+};
+
+struct Task {
+  const Part* part;
+  int64_t col, num_cols;
+};
+
+void run(const PackTask& task) {
+  const Part& part = *task.part;
+  const Product& p = *part.product;
+  const int64_t count = std::min(part.depth, p.k - task.begin);
+  const int64_t row = task.panel * part.panel_rows, rows = part.rows_of(task.panel);
+
+  const float* lhs = p.lhs + part.index * p.lhs_next + (part.row + row) * p.lhs_row;
+  pack(lhs + task.begin * p.lhs_col, p.lhs_col, p.lhs_row, count, rows, rows,
+       part.packed + task.begin * part.num_rows + row * count);
+}
+
+void run(const Task& task, bool adds, Buffer& buffer) {
+  const Part& part = *task.part;
+  const Product& p = *part.product;
+  const int64_t num_col_panels = divide_up(task.num_cols, kCols);
+
+  float* panels = buffer.reserve((part.depth * num_col_panels + kRows) * kCols);
+  float* edge = panels + part.depth * num_col_panels * kCols;
+
+  const float* rhs = p.rhs + part.index * p.rhs_next + task.col * p.rhs_col;
+  float* out = p.out + part.index * p.out_next + part.row * p.out_row + task.col;
+
+  if (p.k == 0 && !adds)
+    for (int64_t r = 0; r < part.num_rows; ++r)
+      std::fill_n(out + r * p.out_row, task.num_cols, 0.0f);
+
+  for (int64_t begin = 0; begin < p.k; begin += part.depth, adds = true) {
+    const int64_t count = std::min(part.depth, p.k - begin);
+
+    for (int64_t j = 0; j < num_col_panels; ++j)
+      pack(rhs + begin * p.rhs_row + j * kCols * p.rhs_col, p.rhs_row, p.rhs_col, count,
+           std::min<int64_t>(kCols, task.num_cols - j * kCols), kCols,
+           panels + j * kCols * count);
+
+    const int64_t block = std::max<int64_t>(1, kBlockRows / part.panel_rows);
+    for (int64_t first = 0; first < part.num_panels(); first += block)
+      for (int64_t j = 0; j < num_col_panels; ++j) {
+        const int64_t cols = std::min<int64_t>(kCols, task.num_cols - j * kCols);
+        const float* right = panels + j * kCols * count;
+
+        for (int64_t i = first; i < std::min(first + block, part.num_panels()); ++i) {
+          const int64_t row = i * part.panel_rows, rows = part.rows_of(i);
+          const float* left = part.packed + begin * part.num_rows + row * count;
+          float* to = out + row * p.out_row + j * kCols;
+
+          if (cols == kCols) {
+            kMultiplyTile[rows](count, left, right, to, p.out_row, adds);
+            continue;
+          }
+
+          kMultiplyTile[rows](count, left, right, edge, kCols, false);
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = 0; c < cols; ++c) {
+              float& x = to[r * p.out_row + c];
+              x = adds ? edge[r * kCols + c] + x : edge[r * kCols + c];
+            }
+        }
+      }
+  }
+}
+
+// All products, cut into parts; `num_col_blocks` gets what each is divided into.
+std::vector<Part> cut(int64_t num_products, const Product* products, int num_threads,
+                      std::vector<int64_t>& num_col_blocks) {
+  double work = 0;
+  for (int64_t i = 0; i < num_products; ++i) {
+    const Product& p = products[i];
+    work += double(p.count) * p.m * p.n * p.k;
+  }
+  // Some tasks a thread, so that none waits for long.
+  const double limit = std::max(work / (4.0 * num_threads), kMinWork);
+
+  std::vector<Part> parts;
+  for (int64_t i = 0; i < num_products; ++i) {
+    const Product& p = products[i];
+    if (p.m == 0 || p.n == 0) continue;
+
+    const int64_t num_tasks = 1 + int64_t(double(p.m) * p.n * p.k / limit);
+    const int64_t cols = std::max(std::min(num_tasks, divide_up(p.n, kMinCols)),
+                                  divide_up(p.n, kMaxCols));
+    const int64_t packed_rows = std::max<int64_t>(
+        kRows, std::min<int64_t>(kMaxPacked / std::max<int64_t>(p.k, 1),
+                                 divide_up(p.m, divide_up(num_tasks, cols))));
+    const int64_t rows = divide_up(packed_rows, kRows) * kRows;
+    const int64_t depth =
+        std::max<int64_t>(1, divide_up(p.k, std::max<int64_t>(1, divide_up(p.k, kDepth))));
+
+    for (int64_t index = 0; index < p.count; ++index)
+      for (int64_t row = 0; row < p.m; row += rows) {
+        const int64_t num_rows = std::min(rows, p.m - row);
+        // Even, since a panel of few rows is slow.
+        const int64_t panel_rows = divide_up(num_rows, divide_up(num_rows, kRows));
+        parts.push_back({&p, index, row, num_rows, depth, panel_rows, nullptr});
+        num_col_blocks.push_back(cols);
+      }
+  }
+
+  return parts;
+}
+
+}  // namespace
+
+extern "C" void moxe_multiply(int64_t num_products, const Product* products, int adds,
+                              int num_threads) {
+  static thread_local Buffer packed;
+
+  std::vector<int64_t> num_col_blocks;
+  std::vector<Part> parts = cut(num_products, products, num_threads, num_col_blocks);
+  std::vector<PackTask> pack_tasks;
+  std::vector<Task> tasks;
+
+  for (size_t begin = 0, end = 0; begin < parts.size(); begin = end) {
+    int64_t size = 0;
+    for (end = begin; end < parts.size(); ++end) {
+      if (end > begin && size + parts[end].size() > kMaxPacked) break;
+      size += parts[end].size();
+    }
+
+    float* memory = packed.reserve(size);
+    pack_tasks.clear();
+    tasks.clear();
+
+    for (size_t i = begin; i < end; ++i) {
+      Part& part = parts[i];
+      part.packed = memory;
+      memory += part.size();
+
+      for (int64_t k = 0; k < part.product->k; k += part.depth)
+        for (int64_t panel = 0; panel < part.num_panels(); ++panel)
+          pack_tasks.push_back({&part, k, panel});
+
+      const int64_t n = part.product->n;
+      const int64_t cols = divide_up(divide_up(n, num_col_blocks[i]), kCols) * kCols;
+      for (int64_t col = 0; col < n; col += cols)
+        tasks.push_back({&part, col, std::min(cols, n - col)});
+    }
+
+    const int64_t num_pack_tasks = pack_tasks.size(), num_tasks = tasks.size();
+#pragma omp parallel num_threads(num_threads) if (num_tasks > 1)
+    {
+      static thread_local Buffer buffer;
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < num_pack_tasks; ++i) run(pack_tasks[i]);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < num_tasks; ++i) run(tasks[i], adds != 0, buffer);
+    }
+  }
+}

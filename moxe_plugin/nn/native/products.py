@@ -1,0 +1,69 @@
+"""Products of float32 matrices on CPUs with AVX-512, in C++.
+
+torch's own go through MKL, which on processors of other makers than Intel uses vectors
+of half the width. Beyond that, all products of a call share the threads, factors and
+results may lie in rows of larger matrices, and each element is summed in an order that
+depends on the inner dimension alone: not on how many rows there are, nor on the number
+of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moxe_plugin.nn.native.library import load_library
+
+
+class Product(NamedTuple):
+    """What is multiplied: matrices, or B of them each. Float32, on the CPU."""
+
+    lhs: Tensor
+    """*Shape:* ``([B,]m,k)``, any strides."""
+
+    rhs: Tensor
+    """*Shape:* ``([B,]k,n)``, any strides."""
+
+    out: Tensor
+    """Where the result goes. *Shape:* ``([B,]m,n)``, its last stride 1."""
+
+
+def multiply_all(products: Sequence[Product], *, adds: bool = False) -> None:
+    """Compute products, all at once.
+
+    :param products: What to multiply.
+    :param adds: Whether to add to ``out`` what is computed.
+
+    :raises NativeLibraryError: The C++ code cannot be compiled here.
+    """
+    numbers = array("q")
+
+    for lhs, rhs, out in products:
+        numbers.extend(
+            (
+                lhs.size(0) if lhs.ndim == 3 else 1,
+                *(lhs.size(-2), rhs.size(-1), lhs.size(-1)),
+                *_describe(lhs),
+                *_describe(rhs),
+                *_describe(out)[:-1],
+            )
+        )
+
+    # The tensors live until the call returns: `products` holds them.
+    load_library("products")["moxe_multiply"](
+        ctypes.c_int64(len(products)),
+        ctypes.c_void_p(numbers.buffer_info()[0]),
+        ctypes.c_int(adds),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+
+
+def _describe(x: Tensor) -> tuple[int, int, int, int]:
+    next_stride = x.stride(0) if x.ndim == 3 else 0
+
+    return x.data_ptr(), next_stride, x.stride(-2), x.stride(-1)

@@ -1,0 +1,204 @@
+"""Products of matrices: in C++ where that is faster than torch's, else torch's.
+
+The choice is the process's, not a model's; :func:`why_torch` tells what it is, and why.
+The environment variable ``MOXE_PRODUCTS`` makes it. ``auto``, the default, takes C++ on
+processors with AVX-512 that are not Intel's (whose MKL uses AVX-512 itself) if there is
+a C++ compiler; ``native`` asks for C++, ``torch`` for torch. It concerns float32 on CPUs;
+all else is torch's. Both compute the same up to rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from typing_extensions import override
+
+from moxe_plugin.nn.native import products as native
+from moxe_plugin.nn.native.library import NativeLibraryError, why_not_loaded
+from moxe_plugin.nn.native.products import Product
+
+_CHOICES: Final = ("auto", "native", "torch")
+
+_log: Final = logging.getLogger(__name__)
+
+
+def matmul(lhs: Tensor, rhs: Tensor) -> Tensor:
+    """Multiply matrices, with a gradient.
+
+    Under autocast it computes in autocast's type, as ``@`` does.
+
+    :param lhs: *Shape:* ``(…,m,k)``.
+    :param rhs: With the same leading dimensions. *Shape:* ``(…,k,n)``.
+
+    :returns: *Shape:* ``(…,m,n)``.
+    """
+    if torch.is_autocast_enabled(lhs.device.type) or not runs_native(lhs, rhs):
+        return lhs @ rhs
+
+    return _Matmul.apply(lhs, rhs)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+
+
+def multiply(lhs: Tensor, rhs: Tensor) -> Tensor:
+    """Multiply matrices, without a gradient.
+
+    :param lhs: *Shape:* ``(…,m,k)``.
+    :param rhs: With the same leading dimensions. *Shape:* ``(…,k,n)``.
+
+    :returns: *Shape:* ``(…,m,n)``.
+    """
+    if not runs_native(lhs, rhs):
+        return lhs @ rhs
+
+    *batch, num_rows = lhs.shape[:-1]
+    out = lhs.new_empty(*batch, num_rows, rhs.size(-1))
+
+    # (…,m,n) -> (B,m,n)
+    native.multiply_all(
+        [Product(*(x.flatten(0, -3) if batch else x for x in (lhs, rhs, out)))]
+    )
+
+    return out
+
+
+def add_product(out: Tensor, lhs: Tensor, rhs: Tensor) -> None:
+    """Add a product to a matrix in place, without a gradient.
+
+    :param out: Its last stride is 1. *Shape:* ``(m,n)``.
+    :param lhs: *Shape:* ``(m,k)``.
+    :param rhs: *Shape:* ``(k,n)``.
+    """
+    if runs_native(lhs, rhs) and out.dtype == torch.float32:
+        native.multiply_all([Product(lhs, rhs, out)], adds=True)
+    elif out.dtype == lhs.dtype:
+        out.addmm_(lhs, rhs)
+    else:
+        out += lhs @ rhs
+
+
+def multiply_all(products: Sequence[Product]) -> None:
+    """Compute products of any sizes, without a gradient.
+
+    :param products: What to multiply, and where the results go.
+    """
+    if all(runs_native(lhs, rhs) for lhs, rhs, _ in products):
+        native.multiply_all(products)
+
+        return
+
+    for lhs, rhs, out in products:
+        if lhs.ndim == 3 and lhs.size(0) == 1:
+            # Of several, some libraries make a loop.
+            torch.mm(lhs[0], rhs[0], out=out[0])
+        elif out.is_contiguous():
+            torch.matmul(lhs, rhs, out=out)
+        else:
+            out.copy_(lhs @ rhs)
+
+
+def runs_native(*tensors: Tensor) -> bool:
+    """Tell whether the product of some tensors runs in C++.
+
+    :param tensors: The factors.
+
+    :returns: Whether it does.
+
+    :raises NativeLibraryError: It was asked for, and cannot run here.
+    :raises ValueError: ``MOXE_PRODUCTS`` has another value.
+    """
+    return (
+        all(
+            x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in _PLAIN
+            for x in tensors
+        )
+        and not torch.compiler.is_compiling()
+        and why_torch() is None
+    )
+
+
+# Others (DTensor, FakeTensor …) have no memory to point to.
+_PLAIN: Final = (Tensor, torch.nn.Parameter)
+
+
+@cache
+def why_torch() -> str | None:
+    """Tell why products of float32 matrices on the CPU are torch's.
+
+    :returns: The reason; ``None`` if they run in C++.
+
+    :raises NativeLibraryError: C++ was asked for, and cannot run here.
+    :raises ValueError: ``MOXE_PRODUCTS`` has another value.
+    """
+    choice = os.environ.get("MOXE_PRODUCTS") or "auto"
+
+    if choice not in _CHOICES:
+        raise ValueError(
+            f"`MOXE_PRODUCTS` must be one of {', '.join(_CHOICES)}, but is '{choice}' "
+            "instead."
+        )
+
+    if choice == "torch":
+        return "`MOXE_PRODUCTS` is 'torch'"
+
+    capability = torch.backends.cpu.get_cpu_capability()
+
+    reason: str | None = None
+    if capability != "AVX512":
+        reason = f"they need AVX512, and torch uses {capability} here"
+    elif choice == "auto" and _find_vendor() == "GenuineIntel":
+        reason = "the processor is Intel's, for which MKL is made"
+    else:
+        reason = why_not_loaded("products")
+
+    if reason is None:
+        _log.info("Products of float32 matrices run in C++.")
+    elif choice == "native":
+        raise NativeLibraryError(
+            "`MOXE_PRODUCTS` must be 'auto' or 'torch' on this machine, but is "
+            f"'native': {reason}."
+        )
+    else:
+        _log.info("Products of float32 matrices are torch's: %s.", reason)
+
+    return reason
+
+
+def _find_vendor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return None
+
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")),
+        None,
+    )
+
+
+class _Matmul(Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, lhs: Tensor, rhs: Tensor) -> Tensor:
+        ctx.save_for_backward(lhs, rhs)
+
+        return multiply(lhs, rhs)
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        lhs, rhs = ctx.saved_tensors
+        needs_lhs, needs_rhs = ctx.needs_input_grad
+
+        return (
+            multiply(grad, rhs.mT) if needs_lhs else None,
+            multiply(lhs.mT, grad) if needs_rhs else None,
+        )
