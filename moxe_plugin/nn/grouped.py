@@ -11,7 +11,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.products import Product, multiply_all
+from moxe_plugin.nn.native.products import Product
+from moxe_plugin.nn.products import multiply_all
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:

@@ -3,8 +3,8 @@
 The choice is the process's, not a model's; :func:`why_torch` tells what it is, and why.
 The environment variable ``MOXE_PRODUCTS`` makes it. ``auto``, the default, takes C++ on
 processors with AVX-512 that are not Intel's (whose MKL uses AVX-512 itself) if there is
-a C++ compiler; ``native`` asks for C++, ``torch`` for torch. It concerns float32 on CPUs;
-all else is torch's. Both compute the same up to rounding.
+a C++ compiler; ``native`` asks for C++, ``torch`` for torch. It concerns float32 on
+CPUs; all else is torch's. Both compute the same up to rounding.
 """
 
 from __future__ import annotations
