@@ -32,11 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     # torch and fairseq2 take seconds to import; `--help` must not.
     from rich.console import Console
 
+    from moxe_plugin.nn.native.library import NativeLibraryError
+
     console, error_console = Console(soft_wrap=True), Console(stderr=True)
 
     try:
         _measure(args, console)
-    except (ValueError, OSError) as ex:
+    except (ValueError, OSError, NativeLibraryError) as ex:
         error_console.print(
             f"error: {ex}", markup=False, highlight=False, soft_wrap=True
         )
@@ -64,6 +66,7 @@ def _measure(args: Namespace, console: Console) -> None:
         length=args.length,
         experts=args.experts,
         tokens=args.tokens,
+        swap_linear=args.swap_linear,
     )
 
     # A suite named twice is measured once.
@@ -125,6 +128,7 @@ def _read_measure_options(args: Namespace) -> MeasureOptions:
     import torch
 
     from moxe_plugin.speed.options import MeasureOptions
+    from moxe_plugin.speed.swapping import check_swap
 
     try:
         device = torch.device(args.device)
@@ -147,6 +151,9 @@ def _read_measure_options(args: Namespace) -> MeasureOptions:
         router_skew=args.router_skew,
     )
     options.check()
+
+    if args.swap_linear:
+        check_swap(device, options.precision)
 
     if args.threads is not None:
         num_cores = len(os.sched_getaffinity(0))
@@ -234,6 +241,12 @@ def _create_parser() -> ArgumentParser:
             help=f"{text} (default: %(default)s)",
         )
 
+    add(
+        "--swap-linear",
+        action="store_true",
+        help="measure systems of transformers a second time, with our products of "
+        "matrices in place of torch's",
+    )
     add(
         "--router-skew",
         metavar="STD",

@@ -10,6 +10,7 @@ import torch
 from fairseq2.nn import Embedding
 from torch import Tensor, nn
 
+from moxe_plugin.nn import products
 from moxe_plugin.speed.clock import measure_copy, measure_matmul, measure_new_memory
 from moxe_plugin.speed.options import MeasureOptions
 
@@ -32,10 +33,12 @@ def measure_limits(options: MeasureOptions) -> dict[str, Any]:
 
     :param options: Where to measure, and with which sizes.
 
-    :returns: Plain values: ``matmul_size``; ``matmul_by_library``, GFLOP/s by data type
-        and library; ``matmul_gflop_per_s``, the best of a data type; ``copy_bytes``;
-        ``copy_gb_per_s``, what copies read and write; ``new_memory_gb_per_s``, what is
-        written into memory that the allocator has just handed out.
+    :returns: Plain values: ``why_torch_products``, why our models do not multiply
+        float32 by our own products, ``None`` if they do; ``matmul_size``;
+        ``matmul_by_library``, GFLOP/s by data type and library; ``matmul_gflop_per_s``,
+        the best of a data type; ``copy_bytes``; ``copy_gb_per_s``, what copies read and
+        write; ``new_memory_gb_per_s``, what is written into memory that the allocator
+        has just handed out.
     """
     device = options.device
 
@@ -51,6 +54,7 @@ def measure_limits(options: MeasureOptions) -> dict[str, Any]:
     num_bytes = min(options.copy_bytes, _count_memory(device) // _MEMORY_SHARE)
 
     return {
+        "why_torch_products": _find_reason(device),
         "matmul_size": options.matmul_size,
         "matmul_by_library": by_library,
         "matmul_gflop_per_s": {
@@ -72,15 +76,20 @@ def list_products(dtype: torch.dtype, device: torch.device) -> dict[str, Product
     :param dtype: The data type of the matrices.
     :param device: Where they are.
 
-    :returns: Products by the name of their library: ``torch``, and ``onednn`` for
-        float32 on a CPU where torch has it.
+    :returns: Products by the name of their library: ``torch``, and for float32 on a CPU
+        ``onednn`` where torch has it, and our own, ``moxe_plugin``, where they run.
     """
-    products: dict[str, Product] = {"torch": torch.mm}
+    listed: dict[str, Product] = {"torch": torch.mm}
 
-    if dtype == torch.float32 and device.type == "cpu" and _has_onednn():
-        products["onednn"] = _multiply_by_onednn
+    if (dtype, device.type) != (torch.float32, "cpu"):
+        return listed
 
-    return products
+    if _has_onednn():
+        listed["onednn"] = _multiply_by_onednn
+    if products.why_torch() is None:
+        listed["moxe_plugin"] = products.multiply
+
+    return listed
 
 
 def least_memory_seconds(model: nn.Module, limits: Mapping[str, Any]) -> float:
@@ -129,6 +138,13 @@ def new_gradient_seconds(model: nn.Module, limits: Mapping[str, Any]) -> float:
 
 def _count_bytes(parameter: Tensor) -> int:
     return parameter.numel() * parameter.element_size()
+
+
+def _find_reason(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"ours are for CPUs, and this is {device.type}"
+
+    return products.why_torch()
 
 
 def _has_onednn() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ from moxe_plugin.speed.options import MeasureOptions
 from moxe_plugin.speed.records import SpeedRow
 from moxe_plugin.speed.routers import ExpertLoads, skew_routers
 from moxe_plugin.speed.suites import SpeedCase
+from moxe_plugin.speed.swapping import swapped_linear
 from moxe_plugin.speed.workloads import PARAMETER_DTYPES, prepare_workload
 
 _COMPUTE_DTYPES: Final = {
@@ -100,8 +102,11 @@ def measure_case(
         router_skew=options.router_skew if case.family == MOXE_FAMILY else 0.0,
     )
 
+    swap = swapped_linear() if case.linear == "swapped" else nullcontext()
+
     try:
-        row = _time(row, case, config, machine, options)
+        with swap:
+            row = _time(row, case, config, machine, options)
     except torch.OutOfMemoryError:
         return row
     finally:

@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 _PREAMBLE: Final = """\
 Written by `moxe speed`, from `{name}.json`; nothing is typed by hand. {model},
 {num_threads} of {num_cores} cores, torch {torch}; a product of two {matmul_size:,} by
-{matmul_size:,} matrices reaches {peaks}.{memory}{allocator}"""
+{matmul_size:,} matrices reaches {peaks}.{products}{memory}{allocator}"""
 
 _COLUMNS: Final = """\
 - **phase**: `train` is a forward and a backward pass, `+ AdamW` with clipping of the
@@ -71,6 +71,7 @@ def write_speed_table(
             name=file.stem,
             torch=machine["versions"]["torch"],
             peaks=_format_peaks(machine),
+            products=_format_products(machine),
             memory=_format_memory(machine),
             allocator=_format_allocator(machine.get("allocator", {})),
             **{
@@ -105,6 +106,17 @@ def _format_peaks(machine: Mapping[str, Any]) -> str:
         peaks.append(f"{gflop:,.0f} GFLOP/s in {dtype} ({libraries})")
 
     return ", ".join(peaks)
+
+
+def _format_products(machine: Mapping[str, Any]) -> str:
+    if "why_torch_products" not in machine:
+        return ""
+
+    reason = machine["why_torch_products"]
+    if reason is None:
+        return "\nMoxE and xLSTM multiply float32 by our own products."
+
+    return f"\nMoxE and xLSTM multiply by torch's products: {reason}."
 
 
 def _format_memory(machine: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from moxe_plugin.cli import moxe_main
+from moxe_plugin.nn.native.library import NativeLibraryError
 from moxe_plugin.report.files import read_json
 from moxe_plugin.speed.records import SpeedRow
 from moxe_plugin.speed.suites import SUITES
@@ -94,6 +95,22 @@ def test_table_names_the_libraries_and_the_speed_of_memory(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("reason", "expected"),
+    [(None, "by our own products."), ("it rains", "by torch's products: it rains.")],
+    ids=["ours", "torch"],
+)
+def test_table_tells_whose_products_our_models_use(
+    reason: str | None, expected: str, tmp_path: Path
+) -> None:
+    machine = {**_MACHINE, "why_torch_products": reason}
+    write_speed_table(tmp_path / "a.md", machine, [_row("moxe", 1.0)])
+
+    text = (tmp_path / "a.md").read_text(encoding="utf-8")
+
+    assert expected in text
+
+
+@pytest.mark.parametrize(
     "file",
     [f for f in sorted(_RECORDS.glob("*.json")) if f.name.split("_")[0] in SUITES],
     ids=lambda file: file.stem,
@@ -132,6 +149,27 @@ def test_command_writes_rows_of_all_suites(
     assert "Written: a.b.json, a.b.md" in capsys.readouterr().out
 
 
+def test_systems_of_transformers_can_have_our_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where our products do not run, the swap is refused, since they are torch's.
+    monkeypatch.setattr("moxe_plugin.speed.swapping.check_swap", lambda *_: None)
+
+    argv = "speed --suite decode --size tiny --length 8 --batch 1 --repeats 1"
+    options = f"{_QUICK} --decode-tokens 2 --swap-linear --name a --out {tmp_path}"
+
+    assert moxe_main([*argv.split(), *options.split()]) == 0
+
+    rows = read_json(tmp_path / "a.json")["rows"]
+    assert [(row["family"], row["linear"]) for row in rows] == [
+        *(("moxe", "own"), ("gemma2", "own"), ("gemma2", "swapped"))
+    ]
+
+    page = (tmp_path / "a.md").read_text(encoding="utf-8")
+    assert "| `gemma2` `tiny` `linear=swapped`" in page
+    assert "- `gemma2` `tiny`, decode, 1 x 8: MoxE is " in page
+
+
 def test_command_prints_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +197,7 @@ def test_command_prints_json(
         ("--name a/b", "`name` must be the name of a file, but is 'a/b'"),
         ("--suite length --tokens 100", "`tokens` must be a multiple of every"),
         ("--router-skew -1", "`router_skew` must be finite and greater than"),
+        ("--swap-linear --dtype bfloat16", "`swap_linear` needs `device` cpu and"),
         ("--warm-up -1", "`warm_up` must be greater than or equal to 0"),
     ],
     ids=lambda text: text.split()[0] if text.startswith("--") else "",
@@ -169,6 +208,21 @@ def test_mistakes_of_the_user_are_explained(
     assert moxe_main(["speed", *options.split(), "--out", str(tmp_path)]) == 2
 
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_products_that_cannot_run_are_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail() -> None:
+        raise NativeLibraryError("`MOXE_PRODUCTS` must be 'auto' or 'torch'.")
+
+    monkeypatch.setattr("moxe_plugin.nn.products.why_torch", fail)
+
+    argv = f"speed --suite decode --size tiny {_QUICK} --swap-linear --out {tmp_path}"
+    assert moxe_main(argv.split()) == 2
+
+    assert "error: `MOXE_PRODUCTS` must be" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

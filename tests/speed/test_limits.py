@@ -9,6 +9,7 @@ import torch
 from fairseq2.nn import StandardEmbedding, TiedProjection
 from torch import nn
 
+from moxe_plugin.nn import products
 from moxe_plugin.speed import limits
 from moxe_plugin.speed.limits import (
     least_memory_seconds,
@@ -25,12 +26,22 @@ _CPU = torch.device("cpu")
 def test_every_library_multiplies() -> None:
     lhs, rhs = torch.randn(5, 7), torch.randn(7, 3)
 
-    products = list_products(torch.float32, _CPU)
+    listed = list_products(torch.float32, _CPU)
 
-    assert next(iter(products)) == "torch"
-    for product in products.values():
+    assert next(iter(listed)) == "torch"
+    for product in listed.values():
         with torch.no_grad():
             torch.testing.assert_close(product(lhs, rhs), lhs @ rhs)
+
+
+@pytest.mark.parametrize("reason", [None, "it rains"], ids=["ours", "torch"])
+def test_our_products_are_measured_where_they_run(
+    reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "why_torch", lambda: reason)
+
+    assert ("moxe_plugin" in list_products(torch.float32, _CPU)) == (reason is None)
+    assert "moxe_plugin" not in list_products(torch.bfloat16, _CPU)
 
 
 def test_onednn_is_measured_where_torch_has_it() -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointWrapper,
 )
 
 from moxe_plugin.models.flops import forward_flops_per_token
+from moxe_plugin.nn import products
 from moxe_plugin.speed import measuring, memory
 from moxe_plugin.speed.measuring import describe_machine, measure_case
 from moxe_plugin.speed.options import MeasureOptions
@@ -140,6 +142,27 @@ def test_other_systems_have_no_routers_to_skew(device: torch.device) -> None:
 
     assert row.router_skew == 0.0
     assert row.busiest_expert_share is None
+
+
+def test_our_products_are_in_place_while_a_case_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_products = []
+    original = products.multiply
+
+    def multiply(lhs: Tensor, rhs: Tensor) -> Tensor:
+        num_products.append(1)
+
+        return original(lhs, rhs)
+
+    monkeypatch.setattr(products, "multiply", multiply)
+
+    cpu = torch.device("cpu")
+    assert _measure(_case("gemma2", "train"), cpu).linear == "own"
+    assert not num_products
+
+    assert _measure(_case("gemma2", "train", linear="swapped"), cpu).linear == "swapped"
+    assert num_products
 
 
 def test_experts_can_be_added(device: torch.device) -> None:
