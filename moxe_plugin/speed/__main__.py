@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(args: Namespace, console: Console) -> None:
+    from moxe_plugin.allocator import keep_freed_memory
     from moxe_plugin.speed.measuring import describe_machine, measure_case
     from moxe_plugin.speed.records import write_speed_json
     from moxe_plugin.speed.suites import SuiteOptions, list_cases
@@ -74,6 +75,11 @@ def _measure(args: Namespace, console: Console) -> None:
     cases = [case for suite in suites for case in list_cases(suite, suite_options)]
 
     options = _read_measure_options(args)
+
+    not_kept = None
+    if options.allocator == "kept" and options.device.type == "cpu":
+        not_kept = keep_freed_memory()
+
     machine = describe_machine(options)
 
     name = args.name or f"{machine['name']}_{options.precision}"
@@ -87,6 +93,9 @@ def _measure(args: Namespace, console: Console) -> None:
         Stages(is_timing=True) as stages,
         stages.start("Measuring", total=len(cases)) as stage,
     ):
+        if not_kept is not None:
+            stages.show(f"`allocator` has no effect: {not_kept}.")
+
         for case in stage.over(cases):
             row = measure_case(case, machine, options)
             rows.append(row)
@@ -147,6 +156,7 @@ def _read_measure_options(args: Namespace) -> MeasureOptions:
         matmul_size=args.matmul_size or (8192 if device.type == "cuda" else 2048),
         copy_bytes=args.copy_mib * 2**20,
         seed=args.seed,
+        allocator=args.allocator,
         checkpoint_layers=args.checkpoint_layers,
         router_skew=args.router_skew,
     )
@@ -202,6 +212,13 @@ def _create_parser() -> ArgumentParser:
         default="float32",
         help="float32 (default), bfloat16, or autocast: float32 parameters, products "
         "in bfloat16",
+    )
+    add(
+        "--allocator",
+        metavar="WHICH",
+        default="kept",
+        help="kept (default): the process keeps freed memory, as in training on a CPU; "
+        "system: as the environment says",
     )
     add("--threads", metavar="N", type=_positive, help="threads of an operation")
 

@@ -14,6 +14,7 @@ from fairseq2.gang import create_fake_gangs
 from fairseq2.models import ModelFamily
 from fairseq2.runtime.dependency import get_dependency_resolver
 
+from moxe_plugin.allocator import is_freed_memory_kept
 from moxe_plugin.bench.machine import describe_code, describe_hardware, list_versions
 from moxe_plugin.models.clm import AuxLossCausalLM
 from moxe_plugin.models.flops import forward_flops_per_token
@@ -49,7 +50,8 @@ def describe_machine(options: MeasureOptions) -> dict[str, Any]:
 
     :returns: Plain values: as :class:`~moxe_plugin.report.records.Hardware`, and
         ``num_cores``, ``versions``, ``code``, ``allocator`` (what the environment says
-        to it), and what :func:`~moxe_plugin.speed.limits.measure_limits` returns.
+        to it), ``freed_memory`` (``kept`` or ``returned``, as was tried), and what
+        :func:`~moxe_plugin.speed.limits.measure_limits` returns.
     """
     device = options.device
 
@@ -64,8 +66,9 @@ def describe_machine(options: MeasureOptions) -> dict[str, Any]:
         "allocator": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith("MALLOC_") or name == "LD_PRELOAD"
+            if name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD")
         },
+        "freed_memory": "kept" if is_freed_memory_kept() else "returned",
         **measure_limits(options),
     }
 
@@ -186,6 +189,9 @@ def _time(
         decode_tokens=options.decode_tokens,
         chunk_len=options.chunk_len,
     )
+
+    # Freed memory that is kept would show in the peak.
+    memory.release_memory(device)
 
     loads = ExpertLoads(model)
     with loads.counted():

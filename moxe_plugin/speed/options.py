@@ -42,6 +42,10 @@ class MeasureOptions:
     seed: int = 1
     """Seeds parameters and token ids."""
 
+    allocator: str = "kept"
+    """Whether freed memory of the CPU is ``kept`` in the process, as in training, or
+    goes to the ``system`` as the environment says."""
+
     checkpoint_layers: bool = False
     """Whether training keeps the inputs of layers only, and computes the rest again."""
 
@@ -62,6 +66,12 @@ class MeasureOptions:
             raise ValueError(
                 f"`dtype` must be one of {', '.join(PARAMETER_DTYPES)}, but is "
                 f"'{self.precision}' instead."
+            )
+
+        if self.allocator not in ("kept", "system"):
+            raise ValueError(
+                f"`allocator` must be kept or system, but is '{self.allocator}' "
+                "instead."
             )
 
         if self.device.type not in ("cpu", "cuda"):

@@ -26,6 +26,12 @@ Written by `moxe speed`, from `{name}.json`; nothing is typed by hand. {model},
 {num_threads} of {num_cores} cores, torch {torch}; a product of two {matmul_size:,} by
 {matmul_size:,} matrices reaches {peaks}.{products}{memory}{allocator}"""
 
+_FREED_MEMORY: Final = {
+    "kept": "\nThe process kept freed memory of the CPU.",
+    "returned": "\nFreed memory of the CPU went back to the system.",
+}
+"""What the page says, by what the description of the machine says."""
+
 _COLUMNS: Final = """\
 - **phase**: `train` is a forward and a backward pass, `+ AdamW` with clipping of the
   gradient and a step of the optimizer, `(checkpointed)` with layers computed again in
@@ -45,7 +51,8 @@ _COLUMNS: Final = """\
   has just handed out.
 - **busiest**: the share of its layer's load that the busiest expert of MoxE gets.
 - **memory**: the most that was in use in the timed calls: the whole process on the CPU,
-  with its libraries; allocated tensors on an accelerator.
+  with its libraries and, if freed memory is kept, with what the warm-up has freed;
+  allocated tensors on an accelerator.
 - **state**: what `length` tokens leave for the next one, of the whole batch.
 - **MoxE ÷ it**: tokens a second of MoxE, the first row of the same phase, batch and
   length, over those of the row: above 1, MoxE is faster.
@@ -73,7 +80,7 @@ def write_speed_table(
             peaks=_format_peaks(machine),
             products=_format_products(machine),
             memory=_format_memory(machine),
-            allocator=_format_allocator(machine.get("allocator", {})),
+            allocator=_format_allocator(machine),
             **{
                 name: machine[name]
                 for name in ("model", "num_threads", "num_cores", "matmul_size")
@@ -129,13 +136,18 @@ def _format_memory(machine: Mapping[str, Any]) -> str:
     )
 
 
-def _format_allocator(settings: Mapping[str, str]) -> str:
-    if not settings:
-        return ""
+def _format_allocator(machine: Mapping[str, Any]) -> str:
+    lines = []
 
-    words = ", ".join(f"`{name}={value}`" for name, value in settings.items())
+    if settings := machine.get("allocator"):
+        words = ", ".join(f"`{name}={value}`" for name, value in settings.items())
+        lines.append(f"\nThe environment set {words}.")
 
-    return f"\nThe environment set {words}."
+    # Records from before it was tried say nothing about it.
+    if "freed_memory" in machine:
+        lines.append(_FREED_MEMORY[machine["freed_memory"]])
+
+    return "".join(lines)
 
 
 def _format_table(rows: Sequence[SpeedRow]) -> str:

@@ -94,6 +94,11 @@ class TrainConfig(Validatable):
     few more collectives per layer. With gradient accumulation, either way, each forward
     pass has losses of its own."""
 
+    keep_freed_memory: bool = True
+    """Whether a process that trains on a CPU keeps the memory that a step has freed for
+    the next one; see :func:`~moxe_plugin.allocator.keep_freed_memory`. It changes no
+    result, and means nothing on a GPU."""
+
     optimizer: OptimizerSection = field(
         default_factory=lambda: OptimizerSection(
             config=AdamWConfig(lr=2e-4, betas=(0.9, 0.999), weight_decay=1e-3)

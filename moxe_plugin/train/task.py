@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 from fairseq2.data.tokenizers import Tokenizer
 from fairseq2.datasets import DataReader, SequenceBatch
+from fairseq2.logging import log
 from fairseq2.recipe import RecipeContext
 from fairseq2.trainer import Trainer
 from torch.nn import Module
 
+from moxe_plugin.allocator import keep_freed_memory
 from moxe_plugin.models.clm import AuxLossCausalLM
 from moxe_plugin.train.checks import (
     check_gangs,
@@ -64,6 +66,9 @@ def prepare_model(context: RecipeContext, seq_len: int) -> PreparedModel:
     check_resumed_checkpoint(context)
     check_topology(context)
 
+    if config.keep_freed_memory and context.gangs.root.device.type == "cpu":
+        _keep_freed_memory()
+
     with refuse_other_model(context):
         dp_model = context.get_data_parallel_model()
 
@@ -78,6 +83,15 @@ def prepare_model(context: RecipeContext, seq_len: int) -> PreparedModel:
         balance_over_processes(model, context.gangs)
 
     return PreparedModel(dp_model, model, tokenizer)
+
+
+def _keep_freed_memory() -> None:
+    reason = keep_freed_memory()
+
+    if reason is None:
+        log.info("Freed memory stays in the process, for the next step.")
+    else:
+        log.info("`keep_freed_memory` has no effect: {}.", reason)
 
 
 def create_lm_trainer(

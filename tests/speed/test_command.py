@@ -61,6 +61,7 @@ def test_table_shows_every_number_and_a_dash_for_none(tmp_path: Path) -> None:
     page = tmp_path / "tables" / "cpu.md"
 
     machine = {**_MACHINE, "allocator": {"MALLOC_ARENA_MAX": "1"}}
+    machine["freed_memory"] = "returned"
     write_speed_table(page, machine, [measured, _row("gemma2", None)])
 
     text = page.read_text(encoding="utf-8")
@@ -77,7 +78,10 @@ def test_table_shows_every_number_and_a_dash_for_none(tmp_path: Path) -> None:
     assert _cells(text, "gemma2")[5:] == ["—"] * 11
     assert "99 GFLOP/s in float32 (torch 99)" in text
     assert "from `cpu.json`" in text
-    assert "The environment set `MALLOC_ARENA_MAX=1`." in text
+    assert (
+        "The environment set `MALLOC_ARENA_MAX=1`.\nFreed memory of the CPU went"
+        in text
+    )
 
 
 def test_table_names_the_libraries_and_the_speed_of_memory(tmp_path: Path) -> None:
@@ -186,6 +190,29 @@ def test_command_prints_json(
     assert "[2/2] decode: " in output.err
 
 
+def test_command_keeps_freed_memory_unless_told_otherwise(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    argv = "speed --suite decode --size tiny --length 8 --batch 1 --repeats 1"
+    quick = "--matmul-size 16 --copy-mib 1 --decode-tokens 2 --warm-up 0"
+    options = f"{quick} --name a --out {tmp_path}"
+    measure = [*argv.split(), *options.split()]
+    left = "`allocator` has no effect: the environment sets `MALLOC_MMAP_MAX_`."
+
+    assert moxe_main(measure) == 0
+    assert "`allocator`" not in capsys.readouterr().err
+    assert read_json(tmp_path / "a.json")["machine"]["freed_memory"] == "kept"
+    assert "\nThe process kept freed memory" in (tmp_path / "a.md").read_text("utf-8")
+
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "9")
+
+    for which, is_told in (("kept", True), ("system", False)):
+        assert moxe_main([*measure, "--allocator", which]) == 0
+        assert (left in capsys.readouterr().err) == is_told
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -193,6 +220,7 @@ def test_command_prints_json(
         ("--size 7b", "`size` must be one of 340m"),
         ("--dtype fp8", "`dtype` must be one of float32"),
         ("--device abacus", "`device` must be cpu or cuda, but is 'abacus'"),
+        ("--allocator pool", "`allocator` must be kept or system, but is 'pool'"),
         ("--threads 9999", "`threads` must be at most the number of cores"),
         ("--name a/b", "`name` must be the name of a file, but is 'a/b'"),
         ("--suite length --tokens 100", "`tokens` must be a multiple of every"),

@@ -14,7 +14,7 @@ from fairseq2.recipe.error import RecipeError
 from fairseq2.utils.validation import ValidationError
 
 from moxe_plugin.train.units import CausalLMTrainUnit
-from tests.train.tiny_data import TinyData, pretrain, read_metrics
+from tests.train.tiny_data import TWO_STEPS, TinyData, pretrain, read_metrics
 
 _VARYING = ("Time", "per Second")
 """Parts of the names of metrics that two equal runs do not share."""
@@ -53,6 +53,46 @@ def test_log_has_no_environment_variables(pretrained_dir: Path) -> None:
     text = pretrained_dir.joinpath("logs", "rank_0.log").read_text()
 
     assert "Environment Variables" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "lines"),
+    [
+        ({}, {}, ["Freed memory stays in the process, for the next step."]),
+        (
+            {},
+            {"MALLOC_MMAP_MAX_": "9"},
+            [
+                "`keep_freed_memory` has no effect: the environment sets "
+                "`MALLOC_MMAP_MAX_`."
+            ],
+        ),
+        ({"keep_freed_memory": False}, {}, []),
+    ],
+    ids=["kept", "left to the environment", "off"],
+)
+def test_log_tells_whether_freed_memory_is_kept(
+    tiny_data: TinyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, object],
+    environment: dict[str, str],
+    lines: list[str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    options = {**TWO_STEPS, "dataset.valid_split": None, **options}
+    pretrain(tiny_data, tmp_path, options, quiet=False)
+
+    text = tmp_path.joinpath("logs", "rank_0.log").read_text()
+
+    assert "Running on 1 process(es)." in text
+    assert [
+        line.partition(" - ")[2]
+        for line in text.splitlines()
+        if "reed memory" in line or "`keep_freed_memory`" in line
+    ] == lines
 
 
 def _pretrain_until_killed(data: TinyData, output_dir: Path) -> None:

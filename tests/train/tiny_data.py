@@ -140,13 +140,18 @@ def train_tokenizer(path: Path) -> Tokenizer:
 
 
 def pretrain(
-    data: TinyData, output_dir: Path, overrides: Mapping[str, object] | None = None
+    data: TinyData,
+    output_dir: Path,
+    overrides: Mapping[str, object] | None = None,
+    *,
+    quiet: bool = True,
 ) -> None:
     """Train a tiny MoxE for 8 steps.
 
     :param data: The data.
     :param output_dir: The output directory.
     :param overrides: Further configuration values.
+    :param quiet: Whether its log has only warnings.
     """
     config = load_preset(
         "smoke",
@@ -162,7 +167,7 @@ def pretrain(
         },
     )
 
-    run_recipe("lm/pretrain", config, output_dir, quiet=True)
+    run_recipe("lm/pretrain", config, output_dir, quiet=quiet)
 
 
 def read_metrics(output_dir: Path, category: str) -> list[dict[str, Any]]:
