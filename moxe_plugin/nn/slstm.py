@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,9 @@ from moxe_plugin.nn.layers import (
     small_init_std,
 )
 from moxe_plugin.nn.padding import EMPTY, widen
-from moxe_plugin.nn.products import matmul
-from moxe_plugin.nn.rows import Rows, find_rows, last_rows, pack, unpack
+from moxe_plugin.nn.rows import find_rows, last_rows, pack, unpack
 from moxe_plugin.nn.slstm_cell import SLSTMMemory
-from moxe_plugin.nn.slstm_recurrence import SLSTMCell
+from moxe_plugin.nn.slstm_recurrence import GateRows, SLSTMCell
 from moxe_plugin.nn.stacked import expert_parameter
 
 
@@ -197,21 +197,25 @@ class SLSTMBlock(Module):
 
             normed = self.norm(flat, rows.counts)
             convolved = self.conv.convolve_rows(normed, rows, state.conv)
-            gates = self._project_rows(F.silu(convolved), normed, rows)
+            gates = self._project_gates(F.silu(convolved), normed, rows.counts)
 
-            hidden, memory = cell.apply(gates, seq_lens, memory)
+            hidden, memory = cell.apply(
+                GateRows(gates, seqs.shape[:-1], seq_lens, rows), memory
+            )
 
-            flat = self._feed_forward(flat, pack(hidden, rows), rows.counts)
+            flat = self._feed_forward(flat, hidden, rows.counts)
             seqs = unpack(flat, rows)
             window = last_rows(normed, rows, state.conv) if return_state else None
         else:
             normed = self.norm(seqs)
             convolved, window = self.conv(normed, state.conv, seq_lens)
-            gates = self._project_gates(F.silu(convolved), normed)
+            gates = self._project_gates(F.silu(convolved), normed, None)
 
-            hidden, memory = cell.apply(gates, seq_lens, memory)
+            hidden, memory = cell.apply(
+                GateRows(gates, seqs.shape[:-1], seq_lens, None), memory
+            )
 
-            seqs = self._feed_forward(seqs, hidden, None)
+            seqs = self._feed_forward(seqs, hidden.view(seqs.shape), None)
 
         if not return_state:
             return seqs, None
@@ -229,35 +233,17 @@ class SLSTMBlock(Module):
 
         return output
 
-    def _project_gates(self, convolved: Tensor, normed: Tensor) -> list[Tensor]:
-        # i and f see the convolution, z and o do not.
-        halves = []
-
-        for x, weight in self._zip_gates(convolved, normed):
-            # ([E,]N,S,M) -> ([E,]H,N*S,in) -> ([E,]H,N,S,gate*out)
-            heads = torch.unflatten(x, -1, (self.num_heads, -1)).flatten(-4, -3)
-            product = matmul(heads.transpose(-3, -2), weight)
-            halves.append(torch.unflatten(product, -2, x.shape[-3:-1]))
-
-        return halves
-
-    def _project_rows(
-        self, convolved: Tensor, normed: Tensor, rows: Rows
+    def _project_gates(
+        self, convolved: Tensor, normed: Tensor, counts: Sequence[int] | None
     ) -> list[Tensor]:
-        # (C,M) -> (C,H*gate*out) -> (E,N,S,H*gate*out) -> (E,H,N,S,gate*out)
+        weight = self.gate_proj if self.num_experts else self.gate_proj.unsqueeze(0)
+
+        if counts is None:
+            # All positions of all experts alike.
+            counts = [math.prod(normed.shape[-3:-1])] * weight.size(0)
+
+        # i and f see the convolution, z and o do not: (…,M) -> (C,M) -> (C,H*2*D)
         return [
-            torch.unflatten(
-                unpack(grouped_head_product(x, weight, rows.counts), rows),
-                -1,
-                (self.num_heads, -1),
-            ).movedim(-2, 1)
-            for x, weight in self._zip_gates(convolved, normed)
+            grouped_head_product(x.flatten(0, -2), half.flatten(-2), counts)
+            for x, half in zip((convolved, normed), weight.chunk(2, -2), strict=True)
         ]
-
-    def _zip_gates(
-        self, convolved: Tensor, normed: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        # ([E,]H,in,gate,out) -> two of ([E,]H,in,gate*out)
-        weights = (x.flatten(-2) for x in self.gate_proj.chunk(2, -2))
-
-        return zip((convolved, normed), weights, strict=True)

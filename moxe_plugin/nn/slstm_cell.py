@@ -39,6 +39,32 @@ class SLSTMMemory(NamedTuple):
     """The last output, which recurs; 0 before the first step."""
 
 
+class SLSTMScanInputs(NamedTuple):
+    """What a scan of whole batches reads: see ``moxe_plugin.nn.triton``."""
+
+    gates_if: Tensor
+    """The inputs' share of the pre-activations of i and f. *Shape:* ``(E,H,N,S,2D)``.
+    """
+
+    gates_zo: Tensor
+    """The same of z and o. *Shape:* ``(E,H,N,S,2D)``."""
+
+    bias: Tensor
+    """The bias of i, f, z, o. *Shape:* ``(E,H,4,D)``."""
+
+    recurrent_weight: Tensor
+    """R, input first. *Shape:* ``(E,H,D,4,D)``."""
+
+    c: Tensor
+    """See :class:`SLSTMMemory`. *Shape:* ``(E,N,H,D)``."""
+
+    log_n: Tensor
+    """As ``c``."""
+
+    y: Tensor
+    """As ``c``."""
+
+
 def slstm_step(
     gate_inputs: Tensor, recurrent_weight: Tensor, memory: SLSTMMemory
 ) -> tuple[Tensor, SLSTMMemory]:

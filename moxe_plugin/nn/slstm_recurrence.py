@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.slstm_scan import SLSTMScanInputs, slstm_scan
+from moxe_plugin.nn.native.slstm_scan import RowBounds, RowScanInputs
+from moxe_plugin.nn.native.slstm_scan import slstm_scan as scan_rows
 from moxe_plugin.nn.padding import close_gates, valid_positions, widen
-from moxe_plugin.nn.slstm_cell import SLSTMMemory, slstm_sequence
+from moxe_plugin.nn.rows import Rows, pack, unpack
+from moxe_plugin.nn.slstm_cell import SLSTMMemory, SLSTMScanInputs, slstm_sequence
+
+
+class GateRows(NamedTuple):
+    """What the inputs contribute to the gates, and where its rows are in a batch."""
+
+    gates: Sequence[Tensor]
+    """The pre-activations of i and f, and those of z and o. *Shape:* ``(C,H*2D)`` each.
+    """
+
+    grid_shape: tuple[int, ...]
+    """``([E,]N,S)``."""
+
+    seq_lens: Tensor | None
+    """Where right padding begins; ``None`` without padding. *Shape:* ``([E,]N)``."""
+
+    rows: Rows | None
+    """The rows, if they leave out padding; ``None`` if they are the whole batch."""
 
 
 class SLSTMCell(NamedTuple):
@@ -26,22 +46,65 @@ class SLSTMCell(NamedTuple):
     """What :func:`~moxe_plugin.nn.backend.resolve_backend` chose."""
 
     def apply(
-        self, gates: Sequence[Tensor], seq_lens: Tensor | None, memory: SLSTMMemory
+        self, inputs: GateRows, memory: SLSTMMemory
     ) -> tuple[Tensor, SLSTMMemory]:
         """Run the cells over a batch.
 
-        :param gates: What the inputs contribute to the pre-activations of i and f, and
-            to those of z and o. *Shape:* ``([E,]H,N,S,2D)`` each.
-        :param seq_lens: Where right padding begins; ``None`` without padding. *Shape:*
-            ``([E,]N)``.
+        :param inputs: The gates.
         :param memory: The memory before the first position. *Shape:* ``([E,]N,H,D)``
             each.
 
-        :returns: The outputs ``([E,]N,S,H*D)``, and the memory after each row's last
-            valid position.
+        :returns: The outputs ``(C,H*D)``, and the memory after each row's last valid
+            position.
         """
-        if self.backend == "torch":
-            return self._step(gates, seq_lens, memory)
+        if self.backend == "native":
+            return self._scan_rows(inputs, memory)
+
+        # (C,H*2D) -> ([E,]N,S,H*2D) -> ([E,]H,N,S,2D)
+        gates = [
+            torch.unflatten(
+                x.view(*inputs.grid_shape, x.size(-1))
+                if inputs.rows is None
+                else unpack(x, inputs.rows),
+                -1,
+                (self.gate_bias.size(-3), -1),
+            ).movedim(-2, -4)
+            for x in inputs.gates
+        ]
+
+        run = self._step if self.backend == "torch" else self._scan_grid
+        hidden, memory = run(gates, inputs.seq_lens, memory)
+
+        if inputs.rows is None:
+            return hidden.flatten(0, -2), memory
+
+        return pack(hidden, inputs.rows), memory
+
+    def _scan_rows(
+        self, inputs: GateRows, memory: SLSTMMemory
+    ) -> tuple[Tensor, SLSTMMemory]:
+        bias = widen(self.gate_bias)
+        leaders = [bias, self.recurrent_weight.to(bias.dtype), *memory]
+
+        is_single = bias.ndim == 3
+        if is_single:
+            leaders = [x.unsqueeze(0) for x in leaders]
+
+        results = scan_rows(
+            RowScanInputs(*(x.to(bias.dtype) for x in inputs.gates), *leaders),
+            _find_bounds(inputs, leaders[-1].shape[:2]),
+        )
+        outputs, *last = results
+        if is_single:
+            last = [x.squeeze(0) for x in last]
+
+        return outputs, SLSTMMemory(*last)
+
+    def _scan_grid(
+        self, gates: Sequence[Tensor], seq_lens: Tensor | None, memory: SLSTMMemory
+    ) -> tuple[Tensor, SLSTMMemory]:
+        # Imports Triton, which not every machine has.
+        from moxe_plugin.nn.triton.slstm_scan import slstm_scan
 
         bias = widen(self.gate_bias)
         inputs = [
@@ -50,18 +113,11 @@ class SLSTMCell(NamedTuple):
         ]
 
         is_single = bias.ndim == 3
-
         if is_single:
             inputs = [x.unsqueeze(0) for x in inputs]
             seq_lens = None if seq_lens is None else seq_lens.unsqueeze(0)
 
-        if self.backend == "triton":
-            # Imports Triton, which not every machine has.
-            from moxe_plugin.nn.triton.slstm_scan import slstm_scan as scan
-        else:
-            scan = slstm_scan
-
-        results = scan(SLSTMScanInputs(*inputs), seq_lens)
+        results = slstm_scan(SLSTMScanInputs(*inputs), seq_lens)
         outputs, *last = (x.squeeze(0) for x in results) if is_single else results
 
         return outputs.flatten(-2), SLSTMMemory(*last)
@@ -113,6 +169,35 @@ class SLSTMCell(NamedTuple):
         heads = self.gate_bias.shape[:-2]
 
         return torch.unflatten(x, -3, heads).movedim(-1, -3)
+
+
+def _find_bounds(inputs: GateRows, leading: Sequence[int]) -> RowBounds:
+    num_experts, num_seqs = leading
+    length = inputs.grid_shape[-1]
+    rows = inputs.rows
+
+    if rows is not None:
+        begins = [0, *accumulate(rows.seq_lens)][:-1]
+
+        return RowBounds(
+            rows.counts,
+            torch.tensor(begins).view(num_experts, num_seqs),
+            torch.tensor(rows.seq_lens).view(num_experts, num_seqs),
+            padded_len=0,
+        )
+
+    begins_by_seq = torch.arange(num_experts * num_seqs) * length
+    if inputs.seq_lens is None:
+        lens = torch.full_like(begins_by_seq, length)
+    else:
+        lens = inputs.seq_lens.long().clamp(0, length)
+
+    return RowBounds(
+        [num_seqs * length] * num_experts,
+        begins_by_seq.view(num_experts, num_seqs),
+        lens.contiguous().view(num_experts, num_seqs),
+        padded_len=length,
+    )
 
 
 def _last_output(hidden: Tensor, y: Tensor, seq_lens: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moxe_plugin.nn import mlstm_cell, slstm_cell
-from moxe_plugin.nn.native.slstm_scan import SLSTMScanInputs
 from moxe_plugin.nn.padding import EMPTY
+from moxe_plugin.nn.slstm_cell import SLSTMScanInputs
 from moxe_plugin.speed.kernel_cases import KernelCase
 
 Results: TypeAlias = Sequence[Tensor]

@@ -82,13 +82,16 @@ void multiply(const T* weight, int64_t num_in, int64_t num_out, const T* x, T* o
   }
 }
 
+// Rows of the batch and their channels. A row is a run of positions from begins[row] on;
+// `steps` positions are its own, of which those from lens[row] on are padding.
 struct Shape {
   int64_t experts, heads, rows, steps, dim;
+  const int64_t *begins, *lens;
 };
 
 template <typename T>
 struct Task {
-  Task(const Shape& s, int64_t task, const int64_t* lens)
+  Task(const Shape& s, int64_t task)
       : blocks((s.rows + kRows - 1) / kRows),
         head(task / blocks),
         expert(head / s.heads),
@@ -96,28 +99,24 @@ struct Task {
         first(task % blocks * kRows),
         rows(static_cast<int>(std::min<int64_t>(kRows, s.rows - first))) {
     for (int r = 0; r < rows; ++r) {
-      len[r] = lens ? std::clamp<int64_t>(lens[expert * s.rows + first + r], 0, s.steps)
-                    : s.steps;
+      begin[r] = s.begins[expert * s.rows + first + r];
+      len[r] = s.lens[expert * s.rows + first + r];
       max_len = std::max(max_len, len[r]);
     }
   }
 
-  // Into what is laid out (E,H,N,S), in positions.
+  // Into what is laid out (C,H).
   int64_t position(const Shape& s, int r, int64_t t) const {
-    return (head * s.rows + first + r) * s.steps + t;
+    return (begin[r] + t) * s.heads + head_in_expert;
   }
-  // Into (E,N,S,H,D), and (E,N,H,D).
-  int64_t output(const Shape& s, int r, int64_t t) const {
-    return (((expert * s.rows + first + r) * s.steps + t) * s.heads + head_in_expert) *
-           s.dim;
-  }
+  // Into (E,N,H,D).
   int64_t state(const Shape& s, int r) const {
     return ((expert * s.rows + first + r) * s.heads + head_in_expert) * s.dim;
   }
 
   int64_t blocks, head, expert, head_in_expert, first;
   int rows;
-  int64_t len[kRows] = {};
+  int64_t begin[kRows] = {}, len[kRows] = {};
   int64_t max_len = 0;
 };
 
@@ -148,8 +147,8 @@ struct Sigmoid {
 };
 
 template <typename T>
-void scan_forward(const Shape& s, const int64_t* lens, const T* gates_if,
-                  const T* gates_zo, const T* bias, const T* weight, const T* c0,
+void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
+                  const T* bias, const T* weight, const T* c0,
                   const T* log_n0, const T* y0, T* outputs, T* activations, T* cs,
                   T* c_last, T* log_n_last, T* y_last, int num_threads) {
   const int64_t dim = s.dim;
@@ -158,7 +157,7 @@ void scan_forward(const Shape& s, const int64_t* lens, const T* gates_if,
 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
   for (int64_t id = 0; id < num_tasks; ++id) {
-    const Task<T> task(s, id, lens);
+    const Task<T> task(s, id);
     std::vector<T> gates(kRows * 4 * dim), y(kRows * dim, T(0)), c(kRows * dim),
         log_n(kRows * dim);
 
@@ -171,6 +170,8 @@ void scan_forward(const Shape& s, const int64_t* lens, const T* gates_if,
 
     for (int64_t t = 0; t < task.max_len; ++t) {
       for (int r = 0; r < task.rows; ++r) {
+        if (t >= task.len[r]) continue;
+
         const int64_t at = task.position(s, r, t) * 2 * dim;
         T* gate = &gates[r * 4 * dim];
         const T* b = bias + task.head * 4 * dim;
@@ -190,7 +191,7 @@ void scan_forward(const Shape& s, const int64_t* lens, const T* gates_if,
         const int64_t at = task.position(s, r, t) * dim;
         const T* gate = &gates[r * 4 * dim];
         T *yr = &y[r * dim], *cr = &c[r * dim], *nr = &log_n[r * dim];
-        T* out = outputs + task.output(s, r, t);
+        T* out = outputs + at;
 
         for_each_vector<T>(dim, [&](int64_t d, int64_t n) {
           const Vec<T> i = load(gate + d, n), f = load(gate + dim + d, n);
@@ -231,14 +232,14 @@ void scan_forward(const Shape& s, const int64_t* lens, const T* gates_if,
       std::copy_n(&log_n[r * dim], dim, log_n_last + to);
 
       for (int64_t t = task.len[r]; t < s.steps; ++t)
-        std::fill_n(outputs + task.output(s, r, t), dim, T(0));
+        std::fill_n(outputs + task.position(s, r, t) * dim, dim, T(0));
     }
   }
 }
 
 template <typename T>
-void scan_backward(const Shape& s, const int64_t* lens, const T* transposed_weight,
-                   const T* c0, const T* outputs, const T* activations, const T* cs,
+void scan_backward(const Shape& s, const T* transposed_weight, const T* c0,
+                   const T* outputs, const T* activations, const T* cs,
                    const T* grad_outputs, const T* grad_c_last, const T* grad_log_n_last,
                    const T* grad_y_last, T* grad_if, T* grad_zo, T* grad_c0,
                    T* grad_log_n0, T* grad_y0, int num_threads) {
@@ -248,7 +249,7 @@ void scan_backward(const Shape& s, const int64_t* lens, const T* transposed_weig
 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
   for (int64_t id = 0; id < num_tasks; ++id) {
-    const Task<T> task(s, id, lens);
+    const Task<T> task(s, id);
     std::vector<T> gates(kRows * 4 * dim, T(0)), grad_y(kRows * dim, T(0)),
         grad_c(kRows * dim), grad_log_n(kRows * dim);
 
@@ -272,8 +273,8 @@ void scan_backward(const Shape& s, const int64_t* lens, const T* transposed_weig
         T *gate = &gates[r * 4 * dim], *gy = &grad_y[r * dim], *gc = &grad_c[r * dim],
           *gn = &grad_log_n[r * dim];
         const T* saved = activations + 4 * at;
-        const T* old_cs = t > 0 ? cs + at - dim : c0 + task.state(s, r);
-        const int64_t out = task.output(s, r, t);
+        const T* old_cs =
+            t > 0 ? cs + at - s.heads * dim : c0 + task.state(s, r);
         if (t == task.len[r] - 1)
           std::copy_n(grad_y_last + task.state(s, r), dim, gy);
 
@@ -282,7 +283,7 @@ void scan_backward(const Shape& s, const int64_t* lens, const T* transposed_weig
                        z = load(saved + 2 * dim + d, n), o = load(saved + 3 * dim + d, n);
           const Vec<T> kept = one - w;
 
-          const Vec<T> dy = load(gy + d, n) + load(grad_outputs + out + d, n);
+          const Vec<T> dy = load(gy + d, n) + load(grad_outputs + at + d, n);
           const Vec<T> dc = at::vec::fmadd(dy, o, load(gc + d, n));
           const Vec<T> old_dn = load(gn + d, n);
 
@@ -293,7 +294,7 @@ void scan_backward(const Shape& s, const int64_t* lens, const T* transposed_weig
           di.store(gate + d, n);
           (dn * not_f).store(gate + dim + d, n);
           (dc * w * (one - z * z)).store(gate + 2 * dim + d, n);
-          (dy * load(outputs + out + d, n) * (one - o)).store(gate + 3 * dim + d, n);
+          (dy * load(outputs + at + d, n) * (one - o)).store(gate + 3 * dim + d, n);
           (dc * kept).store(gc + d, n);
           dn.store(gn + d, n);
         });
@@ -321,21 +322,21 @@ void scan_backward(const Shape& s, const int64_t* lens, const T* transposed_weig
 
 #define MOXE_SLSTM_SCAN(T, SUFFIX)                                                       \
   extern "C" void moxe_slstm_forward_##SUFFIX(                                           \
-      const int64_t* shape, int num_threads, const int64_t* lens, const T* gates_if,     \
-      const T* gates_zo, const T* bias, const T* weight, const T* c0, const T* log_n0,   \
-      const T* y0, T* outputs, T* activations, T* cs, T* c_last, T* log_n_last,          \
-      T* y_last) {                                                                       \
-    scan_forward<T>({shape[0], shape[1], shape[2], shape[3], shape[4]}, lens, gates_if,  \
-                    gates_zo, bias, weight, c0, log_n0, y0, outputs, activations, cs,    \
-                    c_last, log_n_last, y_last, num_threads);                            \
+      const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \
+      const T* gates_if, const T* gates_zo, const T* bias, const T* weight, const T* c0, \
+      const T* log_n0, const T* y0, T* outputs, T* activations, T* cs, T* c_last,        \
+      T* log_n_last, T* y_last) {                                                        \
+    scan_forward<T>({shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens},    \
+                    gates_if, gates_zo, bias, weight, c0, log_n0, y0, outputs,           \
+                    activations, cs, c_last, log_n_last, y_last, num_threads);           \
   }                                                                                      \
   extern "C" void moxe_slstm_backward_##SUFFIX(                                          \
-      const int64_t* shape, int num_threads, const int64_t* lens,                        \
+      const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \
       const T* transposed_weight, const T* c0, const T* outputs, const T* activations,   \
       const T* cs, const T* grad_outputs, const T* grad_c_last,                          \
       const T* grad_log_n_last, const T* grad_y_last, T* grad_if, T* grad_zo,            \
       T* grad_c0, T* grad_log_n0, T* grad_y0) {                                          \
-    scan_backward<T>({shape[0], shape[1], shape[2], shape[3], shape[4]}, lens,           \
+    scan_backward<T>({shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens},   \
                      transposed_weight, c0, outputs, activations, cs, grad_outputs,      \
                      grad_c_last, grad_log_n_last, grad_y_last, grad_if, grad_zo,        \
                      grad_c0, grad_log_n0, grad_y0, num_threads);                        \

@@ -1,13 +1,14 @@
-"""The sLSTM cell over a whole sequence, in C++.
+"""The sLSTM cell over whole sequences, in C++.
 
 The same function as :func:`~moxe_plugin.nn.slstm_cell.slstm_sequence`, whose docstrings
-have the equations, but with the tensors laid out as the products around it make them,
-and with padding left out instead of gates that are closed.
+have the equations, but on rows without padding, which the products around it make and
+read as they are.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,20 +17,20 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.native.library import load_library
-from moxe_plugin.nn.products import multiply
+from moxe_plugin.nn.native.products import Product
+from moxe_plugin.nn.products import multiply_all
 
 _SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 
 
-class SLSTMScanInputs(NamedTuple):
+class RowScanInputs(NamedTuple):
     """What the scan reads, all of one dtype, float32 or float64, on the CPU."""
 
     gates_if: Tensor
-    """The inputs' share of the pre-activations of i and f. *Shape:* ``(E,H,N,S,2D)``.
-    """
+    """The inputs' share of the pre-activations of i and f. *Shape:* ``(C,H*2D)``."""
 
     gates_zo: Tensor
-    """The same of z and o. *Shape:* ``(E,H,N,S,2D)``."""
+    """The same of z and o. *Shape:* ``(C,H*2D)``."""
 
     bias: Tensor
     """The bias of i, f, z, o. *Shape:* ``(E,H,4,D)``."""
@@ -47,53 +48,65 @@ class SLSTMScanInputs(NamedTuple):
     """As ``c``."""
 
 
+class RowBounds(NamedTuple):
+    """Where sequences stand in the C rows: expert by expert, without a gap."""
+
+    counts: list[int]
+    """The rows of each expert, C in all."""
+
+    begins: Tensor
+    """The first row of each sequence, int64. *Shape:* ``(E,N)``."""
+
+    lens: Tensor
+    """The length of each, 0 allowed, int64. *Shape:* ``(E,N)``."""
+
+    padded_len: int
+    """If each sequence has this many rows, of which those from its length on are
+    padding: how many. Else 0."""
+
+
 def slstm_scan(
-    inputs: SLSTMScanInputs, seq_lens: Tensor | None
+    inputs: RowScanInputs, bounds: RowBounds
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the cells over all steps.
 
     :param inputs: Gates and memory.
-    :param seq_lens: Where right padding begins; ``None`` without padding. *Shape:*
-        ``(E,N)``.
+    :param bounds: Which rows are a sequence.
 
-    :returns: The outputs ``(E,N,S,H,D)``, 0 at padding, and ``c``, ``log_n`` and ``y``
+    :returns: The outputs ``(C,H*D)``, 0 at padding, and ``c``, ``log_n`` and ``y``
         after the last valid position, ``(E,N,H,D)`` each.
 
     :raises NativeLibraryError: The C++ code cannot be compiled here.
     """
-    lens = None if seq_lens is None else seq_lens.long().contiguous()
-
-    return _SLSTMScan.apply(lens, *inputs)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+    return _SLSTMScan.apply(bounds, *inputs)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
 
 class _SLSTMScan(Function):
     @staticmethod
-    def forward(ctx: Any, lens: Tensor | None, *args: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, bounds: RowBounds, *args: Tensor) -> tuple[Tensor, ...]:
         gates_if, gates_zo, bias, weight, *memory = (x.contiguous() for x in args)
-        num_experts, num_heads, num_rows, num_steps, _ = gates_if.shape
-        head_dim = bias.size(-1)
+        num_rows = gates_if.size(0)
+        num_heads, _, head_dim = bias.shape[1:]
 
-        outputs = gates_if.new_empty(
-            num_experts, num_rows, num_steps, num_heads, head_dim
-        )
+        outputs = gates_if.new_empty(num_rows, num_heads * head_dim)
         last = [torch.empty_like(x) for x in memory]
         # w, 1 - sigmoid(f), tanh(z), sigmoid(o); and c
         activations, cs = None, None
         if any(ctx.needs_input_grad):
-            positions = (num_experts, num_heads, num_rows, num_steps)
-            activations = gates_if.new_empty(*positions, 4, head_dim)
-            cs = gates_if.new_empty(*positions, head_dim)
+            activations = gates_if.new_empty(num_rows, num_heads, 4, head_dim)
+            cs = gates_if.new_empty(num_rows, num_heads, head_dim)
+
+        c, _, y = memory
 
         _call(
             "forward",
-            (num_experts, num_heads, num_rows, num_steps, head_dim),
-            *(lens, gates_if, gates_zo, bias, weight, *memory),
+            (c, bounds),
+            *(gates_if, gates_zo, bias, weight, *memory),
             *(outputs, activations, cs, *last),
-            dtype=gates_if.dtype,
         )
 
-        c, _, y = memory
-        ctx.save_for_backward(lens, weight, c, y, outputs, activations, cs)
+        ctx.save_for_backward(weight, c, y, outputs, activations, cs)
+        ctx.bounds = bounds
 
         return outputs, *last
 
@@ -106,11 +119,11 @@ class _SLSTMScan(Function):
         grad_log_n: Tensor,
         grad_y: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        lens, weight, c, y, outputs, activations, cs = ctx.saved_tensors
-        num_experts, num_rows, num_steps, num_heads, head_dim = outputs.shape
-        positions = (num_experts, num_heads, num_rows, num_steps)
+        weight, c, y, outputs, activations, cs = ctx.saved_tensors
+        bounds: RowBounds = ctx.bounds
+        num_heads, head_dim = c.shape[2:]
 
-        grad_if = outputs.new_empty(*positions, 2 * head_dim)
+        grad_if = outputs.new_empty(outputs.size(0), 2 * num_heads * head_dim)
         grad_zo = torch.empty_like(grad_if)
         grad_memory = [torch.empty_like(c) for _ in range(3)]
 
@@ -119,43 +132,90 @@ class _SLSTMScan(Function):
 
         _call(
             "backward",
-            (*positions, head_dim),
-            *(lens, transposed, c, outputs, activations, cs),
+            (c, bounds),
+            *(transposed, c, outputs, activations, cs),
             *(x.contiguous() for x in (grad_outputs, grad_c, grad_log_n, grad_y)),
             *(grad_if, grad_zo, *grad_memory),
-            dtype=outputs.dtype,
         )
 
-        # (E,N,S,H,D) -> (E,H,N*S,D): the outputs that each step reads
-        old = torch.cat([y.unsqueeze(2), outputs], dim=2)[:, :, :num_steps]
-        old = old.permute(0, 3, 4, 1, 2).flatten(-2)
-
-        halves = [x.flatten(2, 3) for x in (grad_if, grad_zo)]
-        grad_weight = torch.cat([multiply(old, x) for x in halves], dim=-1)
-        grad_bias = torch.cat([x.sum(dim=2) for x in halves], dim=-1)
+        halves = (grad_if, grad_zo)
 
         return (
             None,
-            grad_if,
-            grad_zo,
-            grad_bias.unflatten(-1, (4, head_dim)),
-            grad_weight.unflatten(-1, (4, head_dim)),
+            *halves,
+            _sum_bias_gradients(halves, weight, bounds.counts),
+            _multiply_old_outputs(_shift(outputs, y, bounds), halves, weight, bounds),
             *grad_memory,
         )
 
 
+def _shift(outputs: Tensor, y: Tensor, bounds: RowBounds) -> Tensor:
+    # What each step reads: the output before it, or the memory's.
+    old = torch.empty_like(outputs)
+    old[1:] = outputs[:-1]
+
+    has_rows = bounds.lens > 0
+    old[bounds.begins[has_rows]] = y.flatten(-2)[has_rows]
+
+    return old
+
+
+def _multiply_old_outputs(
+    old: Tensor, halves: Sequence[Tensor], weight: Tensor, bounds: RowBounds
+) -> Tensor:
+    grad_weight = torch.empty_like(weight)
+    num_heads = weight.size(1)
+
+    products = []
+    for half, grads in zip(halves, grad_weight.chunk(2, dim=3), strict=True):
+        # (C,H*…) -> E times (H,C_e,…)
+        xs, ys = (
+            torch.unflatten(x, 1, (num_heads, -1))
+            .transpose(0, 1)
+            .split(bounds.counts, dim=1)
+            for x in (old, half)
+        )
+        # (E,H,D,2,D) -> (E,H,D,2*D)
+        outs = grads.flatten(-2)
+        products += [
+            Product(x.mT, y, out) for x, y, out in zip(xs, ys, outs, strict=True)
+        ]
+
+    multiply_all(products)
+
+    return grad_weight
+
+
+def _sum_bias_gradients(
+    halves: Sequence[Tensor], weight: Tensor, counts: Sequence[int]
+) -> Tensor:
+    num_heads, head_dim = weight.shape[1:3]
+
+    sums = [
+        torch.stack([x.sum(dim=0) for x in half.split(list(counts))]).view(
+            -1, num_heads, 2, head_dim
+        )
+        for half in halves
+    ]
+
+    return torch.cat(sums, dim=2)
+
+
 def _call(
-    direction: str,
-    shape: tuple[int, ...],
-    lens: Tensor | None,
-    *tensors: Tensor | None,
-    dtype: torch.dtype,
+    direction: str, layout: tuple[Tensor, RowBounds], *tensors: Tensor | None
 ) -> None:
-    function = load_library("slstm_scan")[f"moxe_slstm_{direction}_{_SUFFIXES[dtype]}"]
+    c, bounds = layout
+    num_experts, num_seqs, num_heads, head_dim = c.shape
+    shape = (num_experts, num_heads, num_seqs, bounds.padded_len, head_dim)
+
+    function = load_library("slstm_scan")[
+        f"moxe_slstm_{direction}_{_SUFFIXES[c.dtype]}"
+    ]
 
     # Each of `tensors` lives until the call returns: the caller holds them.
     pointers = [
-        ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (lens, *tensors)
+        ctypes.c_void_p(None if x is None else x.data_ptr())
+        for x in (bounds.begins, bounds.lens, *tensors)
     ]
 
     function(

@@ -1,10 +1,8 @@
 """The sLSTM cell over a whole sequence, as one Triton kernel for each direction.
 
-The same function, of the same inputs, as the C++ of
-:func:`moxe_plugin.nn.native.slstm_scan.slstm_scan`, and the equations of
-:mod:`moxe_plugin.nn.slstm_cell`: that signature knows the length of each row, so a row
-costs nothing after its end, while :func:`~moxe_plugin.nn.slstm_cell.slstm_sequence`
-wants gates that are closed there.
+The equations of :mod:`moxe_plugin.nn.slstm_cell`; but a row costs nothing after its
+end, while :func:`~moxe_plugin.nn.slstm_cell.slstm_sequence` wants gates that are closed
+there.
 
 Verified by Triton's interpreter on a CPU, and compiled for compute capability 8.0 and
 9.0; neither run nor measured on a GPU yet.
@@ -19,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from moxe_plugin.nn.native.slstm_scan import SLSTMScanInputs
+from moxe_plugin.nn.slstm_cell import SLSTMScanInputs
 from moxe_plugin.nn.triton.slstm_launch import scan_backward, scan_forward
 
 

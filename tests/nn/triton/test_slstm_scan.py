@@ -12,8 +12,8 @@ from moxe_plugin.nn.backend import (
     TritonMissingError,
     resolve_backend,
 )
-from moxe_plugin.nn.native.slstm_scan import SLSTMScanInputs
 from moxe_plugin.nn.slstm import SLSTMBlock, SLSTMState
+from moxe_plugin.nn.slstm_cell import SLSTMScanInputs
 
 pytest.importorskip("triton")
 
