@@ -25,7 +25,9 @@ constexpr int64_t kDepth = 256;         // of a block: a panel of kCols fits the
 constexpr int64_t kBlockRows = 30 * kRows;  // of the left factor, which fit the second
 constexpr int64_t kMaxCols = 512;       // of a block of the right factor, which fits it too
 constexpr int64_t kMinCols = 2 * kCols;
+constexpr int64_t kMaxInner = 4096;     // of the inner dimension at a time
 constexpr int64_t kMaxPacked = 1 << 21;  // floats of left factors that are packed at a time
+constexpr int64_t kPanelsAtOnce = 8;
 constexpr double kMinWork = 1e6;        // multiply-adds below which a task is not divided
 
 // `count` products (m,k) @ (k,n); strides are in floats. Read as 15 int64 by products.py.
@@ -113,28 +115,53 @@ void transpose(const float* from, int64_t row, int64_t num_rows, int64_t num_col
   }
 }
 
-// out[i * width + j] = from[i * outer + j * inner] for `depth` i and `count` j, then 0 up to
-// `width`, at most kCols.
+// Stores the channels of `row` from `j` on, of which there are `width`. What follows in the
+// panel is overwritten, as it comes later: a masked store is slow.
+void store(float* panel, int64_t row, int64_t depth, int64_t j, int64_t width, __m512 x) {
+  float* to = panel + row * width + j;
+  if (row * width + j + kWidth <= depth * width)
+    _mm512_storeu_ps(to, x);
+  else
+    _mm512_mask_storeu_ps(to, first(width - j), x);
+}
+
+// A panel: out[i * width + j] = from[i * outer + j * inner] for `depth` i and `count` j, then
+// 0 up to `width`, at most kCols. Panels follow each other in `out`, `count` in `from`.
 void pack(const float* from, int64_t outer, int64_t inner, int64_t depth, int64_t count,
           int64_t width, float* out) {
-  if (outer == 1) {
-    for (int64_t i = 0; i < depth; i += 16)
-      for (int64_t j = 0; j < width; j += 16) {
-        __m512 columns[16];
-        const int64_t num_cols = std::min<int64_t>(16, depth - i);
-        transpose(from + i + j * inner, inner, count - j, num_cols, columns);
-        for (int64_t c = 0; c < num_cols; ++c)
-          _mm512_mask_storeu_ps(out + (i + c) * width + j, first(width - j), columns[c]);
-      }
-  } else if (inner == 1) {
-    for (int64_t i = 0; i < depth; ++i)
-      for (int64_t j = 0; j < width; j += 16)
-        _mm512_mask_storeu_ps(out + i * width + j, first(width - j),
-                              _mm512_maskz_loadu_ps(first(count - j), from + i * outer + j));
-  } else {
-    for (int64_t i = 0; i < depth; ++i)
-      for (int64_t j = 0; j < width; ++j)
-        out[i * width + j] = j < count ? from[i * outer + j * inner] : 0.0f;
+  const int64_t num_panels = divide_up(count, width);
+
+  if (inner == 1) {
+    // Rows of several panels, as the next row is on another page of memory.
+    for (int64_t begin = 0; begin < num_panels; begin += kPanelsAtOnce)
+      for (int64_t i = 0; i < depth; ++i)
+        for (int64_t p = begin; p < std::min(begin + kPanelsAtOnce, num_panels); ++p)
+          for (int64_t j = 0; j < width; j += kWidth)
+            store(out + p * width * depth, i, depth, j, width,
+                  _mm512_maskz_loadu_ps(first(count - p * width - j),
+                                        from + i * outer + p * width + j));
+    return;
+  }
+
+  for (int64_t p = 0; p < num_panels; ++p) {
+    const float* panel_from = from + p * width * inner;
+    float* panel = out + p * width * depth;
+    const int64_t num_filled = std::min(width, count - p * width);
+
+    if (outer == 1) {
+      for (int64_t i = 0; i < depth; i += kWidth)
+        for (int64_t j = 0; j < width; j += kWidth) {
+          __m512 columns[kWidth];
+          const int64_t num_cols = std::min<int64_t>(kWidth, depth - i);
+          transpose(panel_from + i + j * inner, inner, num_filled - j, num_cols, columns);
+          for (int64_t c = 0; c < num_cols; ++c)
+            store(panel, i + c, depth, j, width, columns[c]);
+        }
+    } else {
+      for (int64_t i = 0; i < depth; ++i)
+        for (int64_t j = 0; j < width; ++j)
+          panel[i * width + j] = j < num_filled ? panel_from[i * outer + j * inner] : 0.0f;
+    }
   }
 }
 
@@ -159,23 +186,23 @@ class Buffer {
   int64_t capacity_ = 0;
 };
 
-// Some rows of a product, whose left factor is packed once, for all threads: by blocks of
-// `depth`, in panels of `panel_rows`.
+// Some rows of a product, and `inner` of its inner dimension from `first` on. Its left factor
+// is packed once, for all threads: by blocks of `depth`, in panels of `panel_rows`.
 struct Part {
   const Product* product;
-  int64_t index, row, num_rows, depth, panel_rows;
+  int64_t index, row, num_rows, first, inner, depth, panel_rows;
   float* packed;
 
   int64_t num_panels() const { return divide_up(num_rows, panel_rows); }
   int64_t rows_of(int64_t panel) const {
     return std::min(panel_rows, num_rows - panel * panel_rows);
   }
-  int64_t size() const { return num_rows * product->k; }
+  int64_t size() const { return num_rows * inner; }
 };
 
 struct PackTask {
   const Part* part;
-  int64_t begin, panel;
+  int64_t begin, panel, num_panels;
 };
 
 struct Task {
@@ -186,12 +213,20 @@ struct Task {
 void run(const PackTask& task) {
   const Part& part = *task.part;
   const Product& p = *part.product;
-  const int64_t count = std::min(part.depth, p.k - task.begin);
-  const int64_t row = task.panel * part.panel_rows, rows = part.rows_of(task.panel);
+  const int64_t begin = task.begin, count = std::min(part.depth, part.inner - begin);
+  const int64_t row = task.panel * part.panel_rows;
+  const int64_t num_rows =
+      std::min(task.num_panels * part.panel_rows, part.num_rows - row);
+  const float* lhs = p.lhs + part.index * p.lhs_next + (part.row + row) * p.lhs_row +
+                     (part.first + begin) * p.lhs_col;
+  float* packed = part.packed + begin * part.num_rows + row * count;
 
-  const float* lhs = p.lhs + part.index * p.lhs_next + (part.row + row) * p.lhs_row;
-  pack(lhs + task.begin * p.lhs_col, p.lhs_col, p.lhs_row, count, rows, rows,
-       part.packed + task.begin * part.num_rows + row * count);
+  // The last panel may have fewer rows.
+  const int64_t num_even = num_rows / part.panel_rows * part.panel_rows;
+  pack(lhs, p.lhs_col, p.lhs_row, count, num_even, part.panel_rows, packed);
+  if (num_even < num_rows)
+    pack(lhs + num_even * p.lhs_row, p.lhs_col, p.lhs_row, count, num_rows - num_even,
+         num_rows - num_even, packed + num_even * count);
 }
 
 void run(const Task& task, bool adds, Buffer& buffer) {
@@ -202,20 +237,20 @@ void run(const Task& task, bool adds, Buffer& buffer) {
   float* panels = buffer.reserve((part.depth * num_col_panels + kRows) * kCols);
   float* edge = panels + part.depth * num_col_panels * kCols;
 
-  const float* rhs = p.rhs + part.index * p.rhs_next + task.col * p.rhs_col;
+  const float* rhs = p.rhs + part.index * p.rhs_next + part.first * p.rhs_row +
+                     task.col * p.rhs_col;
   float* out = p.out + part.index * p.out_next + part.row * p.out_row + task.col;
 
   if (p.k == 0 && !adds)
     for (int64_t r = 0; r < part.num_rows; ++r)
       std::fill_n(out + r * p.out_row, task.num_cols, 0.0f);
 
-  for (int64_t begin = 0; begin < p.k; begin += part.depth, adds = true) {
-    const int64_t count = std::min(part.depth, p.k - begin);
+  adds = adds || part.first > 0;
+  for (int64_t begin = 0; begin < part.inner; begin += part.depth, adds = true) {
+    const int64_t count = std::min(part.depth, part.inner - begin);
 
-    for (int64_t j = 0; j < num_col_panels; ++j)
-      pack(rhs + begin * p.rhs_row + j * kCols * p.rhs_col, p.rhs_row, p.rhs_col, count,
-           std::min<int64_t>(kCols, task.num_cols - j * kCols), kCols,
-           panels + j * kCols * count);
+    pack(rhs + begin * p.rhs_row, p.rhs_row, p.rhs_col, count, task.num_cols, kCols,
+         panels);
 
     const int64_t block = std::max<int64_t>(1, kBlockRows / part.panel_rows);
     for (int64_t first = 0; first < part.num_panels(); first += block)
@@ -244,38 +279,49 @@ void run(const Task& task, bool adds, Buffer& buffer) {
   }
 }
 
-// All products, cut into parts; `num_col_blocks` gets what each is divided into.
-std::vector<Part> cut(int64_t num_products, const Product* products, int num_threads,
-                      std::vector<int64_t>& num_col_blocks) {
+// The products, cut into parts, for the inner dimension from `first` on; `num_col_blocks`
+// gets what each is divided into.
+std::vector<Part> cut(int64_t num_products, const Product* products, int64_t first,
+                      int num_threads, std::vector<int64_t>& num_col_blocks) {
+  const auto inner_of = [&](const Product& p) {
+    return p.m == 0 || p.n == 0 || (first > 0 && first >= p.k)
+               ? int64_t(-1)
+               : std::min(kMaxInner, p.k - first);
+  };
+
   double work = 0;
   for (int64_t i = 0; i < num_products; ++i) {
     const Product& p = products[i];
-    work += double(p.count) * p.m * p.n * p.k;
+    work += double(p.count) * p.m * p.n * std::max<int64_t>(inner_of(p), 0);
   }
   // Some tasks a thread, so that none waits for long.
   const double limit = std::max(work / (4.0 * num_threads), kMinWork);
 
   std::vector<Part> parts;
+  num_col_blocks.clear();
   for (int64_t i = 0; i < num_products; ++i) {
     const Product& p = products[i];
-    if (p.m == 0 || p.n == 0) continue;
+    const int64_t inner = inner_of(p);
+    if (inner < 0) continue;
 
-    const int64_t num_tasks = 1 + int64_t(double(p.m) * p.n * p.k / limit);
+    const int64_t num_tasks = 1 + int64_t(double(p.m) * p.n * inner / limit);
     const int64_t cols = std::max(std::min(num_tasks, divide_up(p.n, kMinCols)),
                                   divide_up(p.n, kMaxCols));
-    const int64_t packed_rows = std::max<int64_t>(
-        kRows, std::min<int64_t>(kMaxPacked / std::max<int64_t>(p.k, 1),
-                                 divide_up(p.m, divide_up(num_tasks, cols))));
-    const int64_t rows = divide_up(packed_rows, kRows) * kRows;
-    const int64_t depth =
-        std::max<int64_t>(1, divide_up(p.k, std::max<int64_t>(1, divide_up(p.k, kDepth))));
+    const int64_t max_rows =
+        std::min(kMaxPacked / std::max<int64_t>(inner, 1),
+                 divide_up(p.m, divide_up(num_tasks, cols)));
+    const int64_t rows = divide_up(max_rows, kRows) * kRows;
+    // Depends on k alone, as the order of sums does.
+    const int64_t depth = std::max<int64_t>(
+        1, divide_up(inner, std::max<int64_t>(1, divide_up(inner, kDepth))));
 
     for (int64_t index = 0; index < p.count; ++index)
       for (int64_t row = 0; row < p.m; row += rows) {
         const int64_t num_rows = std::min(rows, p.m - row);
         // Even, since a panel of few rows is slow.
         const int64_t panel_rows = divide_up(num_rows, divide_up(num_rows, kRows));
-        parts.push_back({&p, index, row, num_rows, depth, panel_rows, nullptr});
+        parts.push_back(
+            {&p, index, row, num_rows, first, inner, depth, panel_rows, nullptr});
         num_col_blocks.push_back(cols);
       }
   }
@@ -283,51 +329,62 @@ std::vector<Part> cut(int64_t num_products, const Product* products, int num_thr
   return parts;
 }
 
+// Parts that are packed together.
+void run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bool adds,
+         int num_threads) {
+  static thread_local Buffer packed;
+  float* memory = packed.reserve(size);
+
+  std::vector<PackTask> pack_tasks;
+  std::vector<Task> tasks;
+
+  for (Part* part = begin; part < end; ++part, ++num_col_blocks) {
+    part->packed = memory;
+    memory += part->size();
+
+    for (int64_t k = 0; k < part->inner; k += part->depth)
+      for (int64_t panel = 0; panel < part->num_panels(); panel += kPanelsAtOnce)
+        pack_tasks.push_back({part, k, panel, kPanelsAtOnce});
+
+    const int64_t n = part->product->n;
+    const int64_t cols = divide_up(divide_up(n, *num_col_blocks), kCols) * kCols;
+    for (int64_t col = 0; col < n; col += cols)
+      tasks.push_back({part, col, std::min(cols, n - col)});
+  }
+
+  const int64_t num_pack_tasks = pack_tasks.size(), num_tasks = tasks.size();
+#pragma omp parallel num_threads(num_threads) if (num_tasks > 1)
+  {
+    static thread_local Buffer buffer;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < num_pack_tasks; ++i) run(pack_tasks[i]);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_tasks; ++i) run(tasks[i], adds, buffer);
+  }
+}
+
 }  // namespace
 
 extern "C" void moxe_multiply(int64_t num_products, const Product* products, int adds,
                               int num_threads) {
-  static thread_local Buffer packed;
+  int64_t max_inner = 1;
+  for (int64_t i = 0; i < num_products; ++i)
+    max_inner = std::max(max_inner, products[i].k);
 
   std::vector<int64_t> num_col_blocks;
-  std::vector<Part> parts = cut(num_products, products, num_threads, num_col_blocks);
-  std::vector<PackTask> pack_tasks;
-  std::vector<Task> tasks;
+  for (int64_t first = 0; first < max_inner; first += kMaxInner) {
+    std::vector<Part> parts =
+        cut(num_products, products, first, num_threads, num_col_blocks);
 
-  for (size_t begin = 0, end = 0; begin < parts.size(); begin = end) {
-    int64_t size = 0;
-    for (end = begin; end < parts.size(); ++end) {
-      if (end > begin && size + parts[end].size() > kMaxPacked) break;
-      size += parts[end].size();
-    }
+    for (size_t begin = 0, end = 0; begin < parts.size(); begin = end) {
+      int64_t size = 0;
+      for (end = begin; end < parts.size(); ++end) {
+        if (end > begin && size + parts[end].size() > kMaxPacked) break;
+        size += parts[end].size();
+      }
 
-    float* memory = packed.reserve(size);
-    pack_tasks.clear();
-    tasks.clear();
-
-    for (size_t i = begin; i < end; ++i) {
-      Part& part = parts[i];
-      part.packed = memory;
-      memory += part.size();
-
-      for (int64_t k = 0; k < part.product->k; k += part.depth)
-        for (int64_t panel = 0; panel < part.num_panels(); ++panel)
-          pack_tasks.push_back({&part, k, panel});
-
-      const int64_t n = part.product->n;
-      const int64_t cols = divide_up(divide_up(n, num_col_blocks[i]), kCols) * kCols;
-      for (int64_t col = 0; col < n; col += cols)
-        tasks.push_back({&part, col, std::min(cols, n - col)});
-    }
-
-    const int64_t num_pack_tasks = pack_tasks.size(), num_tasks = tasks.size();
-#pragma omp parallel num_threads(num_threads) if (num_tasks > 1)
-    {
-      static thread_local Buffer buffer;
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < num_pack_tasks; ++i) run(pack_tasks[i]);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < num_tasks; ++i) run(tasks[i], adds != 0, buffer);
+      run(&parts[begin], parts.data() + end, &num_col_blocks[begin], size, adds != 0,
+          num_threads);
     }
   }
 }
