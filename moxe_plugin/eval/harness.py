@@ -8,6 +8,7 @@ from typing import Any, Final, final
 
 import torch
 
+from moxe_plugin.allocator import keep_freed_memory
 from moxe_plugin.eval.adapter import LoadedModelLM
 from moxe_plugin.eval.checkpoints import load_checkpoint
 
@@ -24,6 +25,9 @@ _DTYPES: Final = {
 @final
 class MoxeHarnessLM(LoadedModelLM):
     """Loads a checkpoint and scores it: ``--model moxe --model_args checkpoint=DIR``.
+
+    On a CPU, the process keeps freed memory from then on, unless the environment says
+    something else to its allocator: :func:`~moxe_plugin.allocator.keep_freed_memory`.
 
     :param checkpoint: As ``path_or_asset`` of
         :func:`~moxe_plugin.eval.checkpoints.load_checkpoint`.
@@ -86,6 +90,9 @@ class MoxeHarnessLM(LoadedModelLM):
         if device.startswith("cuda") and not torch.cuda.is_available():
             _log.warning("`device` is '%s', but CUDA is not available: cpu.", device)
             device = "cpu"
+
+        if torch.device(device).type == "cpu":
+            keep_freed_memory()
 
         loaded = load_checkpoint(
             str(path_or_asset),

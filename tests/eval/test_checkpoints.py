@@ -12,6 +12,7 @@ from fairseq2.nn import BatchLayout
 from fairseq2.utils.structured import StandardValueConverter
 from ruamel.yaml import YAML
 
+from moxe_plugin.allocator import is_freed_memory_kept
 from moxe_plugin.data.bpe import train_bpe
 from moxe_plugin.eval.checkpoints import load_checkpoint
 from moxe_plugin.eval.harness import MoxeHarnessLM
@@ -165,3 +166,4 @@ def test_the_command_line_default_of_cuda_falls_back_to_the_cpu(
 
     assert lm.get_model_info()["model_device"] == "cpu"
     assert "CUDA is not available" in caplog.text
+    assert is_freed_memory_kept()
