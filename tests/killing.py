@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final
@@ -51,7 +51,10 @@ def run_killed(
         _run(function, fault, log_file)
 
     if after_s is not None:
-        time.sleep(after_s)
+        end = os.pidfd_open(pid)
+        # Readable as soon as the process has ended.
+        select.select([end], [], [], after_s)
+        os.close(end)
         os.kill(pid, signal.SIGKILL)
 
     _, status = os.waitpid(pid, 0)

@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
         _die_after(module, name, pattern, marker)
 
     replacements: dict[str, Any] = {
-        "PRELOAD": ("moxe_plugin.bench.children",),
+        "PRELOAD": ("moxe_plugin.bench.children", "tests.bench.fake_stages"),
         "resolve_suite": fake_stages.resolve,
         "STAGE_FUNCTIONS": {
             "pretrain": train,
