@@ -22,6 +22,19 @@ _ENVIRONMENT: Final = {
 }
 os.environ.update(_ENVIRONMENT)
 
+_LONGEST: Final = (
+    "docs/test_commands.py",
+    "train/test_random_kills.py",
+    "docs/test_commands_on_a_run.py",
+    "train/test_training_options.py",
+    "train/test_distributed.py",
+    "bench/test_killing.py",
+    "bench/test_smoke_suite.py",
+    "speed/test_command.py",
+)
+"""The files that take longest, longest first. One that begins last keeps a process busy
+while the others have nothing left to do."""
+
 import pytest  # noqa: E402  # after the environment is set
 import torch  # noqa: E402  # after the environment is set
 
@@ -66,6 +79,23 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device").type == "cpu":
         # Triton reads it when it is imported, which no test has done yet.
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Begin with the files that take longest where several processes share the tests.
+
+    :param config: The configuration of pytest.
+    :param items: The tests; put in another order, but never within a file.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+
+    ranks = {Path(__file__).parent / file: i for i, file in enumerate(_LONGEST)}
+
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session")
