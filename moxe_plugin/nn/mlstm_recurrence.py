@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -9,7 +11,20 @@ from torch import Tensor
 
 from moxe_plugin.nn.backend import ScanBackend, check_backend, resolve_backend
 from moxe_plugin.nn.buckets import find_buckets, from_buckets, to_buckets
-from moxe_plugin.nn.mlstm_cell import MLSTMMemory, best_chunk_size, mlstm_chunkwise
+from moxe_plugin.nn.mlstm_cell import (
+    MAX_EXPONENT,
+    NORMALIZER_EPS,
+    MLSTMMemory,
+    best_chunk_size,
+    mlstm_chunkwise,
+)
+from moxe_plugin.nn.native.library import why_not_loaded
+from moxe_plugin.nn.native.mlstm_parallel import (
+    NormalizerLimits,
+    Sequences,
+    mlstm_parallel_rows,
+)
+from moxe_plugin.nn.products import runs_native
 from moxe_plugin.nn.rows import Rows
 
 
@@ -73,6 +88,20 @@ class MLSTMRecurrence(NamedTuple):
 
         :returns: The outputs ``([E,]N,S,I)`` and the memory, or ``None``.
         """
+        seq_len = inputs.q.size(-2)
+
+        if memory is None and not return_memory and self._is_native(inputs, seq_len):
+            batch = inputs.q.shape[:-2]
+            begins = range(0, math.prod(batch) * seq_len, seq_len)
+            lens = [seq_len] * len(begins)
+            if seq_lens is not None:
+                lens = seq_lens.flatten().tolist()
+
+            flat = MLSTMCellInputs(*(x.flatten(0, -2) for x in inputs))
+            output = self._run_native(flat, Sequences(list(begins), lens))
+
+            return output.view(inputs.q.shape), None
+
         # ([E,]N,S,2H) -> two of ([E,]N,H,S)
         input_preact, forget_preact = inputs.gates.mT.chunk(2, dim=-2)
         # ([E,]N,S,I) -> ([E,]N,H,S,D), contiguous as they enter several products
@@ -128,6 +157,11 @@ class MLSTMRecurrence(NamedTuple):
         """
         assert memory is not None or not return_memory
 
+        if memory is None and self._is_native(inputs, max(rows.seq_lens, default=0)):
+            begins = [0, *accumulate(rows.seq_lens)][:-1]
+
+            return self._run_native(inputs, Sequences(begins, rows.seq_lens)), None
+
         buckets = find_buckets(rows)
 
         if not buckets.shapes:
@@ -173,3 +207,25 @@ class MLSTMRecurrence(NamedTuple):
         return hidden, MLSTMMemory(
             *(x.view_as(y) for x, y in zip(memories, memory, strict=True))
         )
+
+    def _is_native(self, inputs: MLSTMCellInputs, max_len: int) -> bool:
+        head_dim = inputs.q.size(-1) // self.num_heads
+
+        # Beyond, chunks are less work.
+        return (
+            self.backend in ("auto", "native")
+            and 0 < max_len <= best_chunk_size(max_len, head_dim)
+            and runs_native(*inputs)
+            and why_not_loaded("mlstm_parallel") is None
+        )
+
+    def _run_native(self, inputs: MLSTMCellInputs, seqs: Sequences) -> Tensor:
+        q, k, v = (torch.unflatten(x, -1, (self.num_heads, -1)) for x in inputs[:3])
+
+        hidden = mlstm_parallel_rows(
+            *(q, k, v, inputs.gates),
+            seqs,
+            NormalizerLimits(MAX_EXPONENT, NORMALIZER_EPS),
+        )
+
+        return hidden.flatten(-2)

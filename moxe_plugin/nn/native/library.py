@@ -14,7 +14,7 @@ from typing import Final, Literal, TypeAlias
 
 import torch
 
-NativeSource: TypeAlias = Literal["products", "slstm_scan"]
+NativeSource: TypeAlias = Literal["mlstm_parallel", "products", "slstm_scan"]
 """The C++ files, without their ending."""
 
 _AVX2: Final = ("-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c")

@@ -40,10 +40,13 @@ def multiply_all(products: Sequence[Product], *, adds: bool = False) -> None:
     :param adds: Whether to add to ``out`` what is computed.
 
     :raises NativeLibraryError: The C++ code cannot be compiled here.
+    :raises ValueError: The shapes of a product do not fit.
     """
     numbers = array("q")
 
     for lhs, rhs, out in products:
+        _check_shapes(lhs, rhs, out)
+
         numbers.extend(
             (
                 lhs.size(0) if lhs.ndim == 3 else 1,
@@ -61,6 +64,21 @@ def multiply_all(products: Sequence[Product], *, adds: bool = False) -> None:
         ctypes.c_int(adds),
         ctypes.c_int(torch.get_num_threads()),
     )
+
+
+def _check_shapes(lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
+    if (
+        lhs.shape[:-2] != rhs.shape[:-2]
+        or lhs.size(-1) != rhs.size(-2)
+        or out.shape != (*lhs.shape[:-1], rhs.size(-1))
+        or lhs.ndim > 3
+    ):
+        lhs_shape, rhs_shape, out_shape = (tuple(x.shape) for x in (lhs, rhs, out))
+
+        raise ValueError(
+            "`lhs`, `rhs` and `out` must be ([B,]m,k), ([B,]k,n) and ([B,]m,n), but "
+            f"are {lhs_shape}, {rhs_shape} and {out_shape} instead."
+        )
 
 
 def _describe(x: Tensor) -> tuple[int, int, int, int]:

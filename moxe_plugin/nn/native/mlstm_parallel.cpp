@@ -1,0 +1,191 @@
+// What the parallel form of the mLSTM cell does between its products, for CPUs; see
+// mlstm_parallel.py for the whole.
+//
+// A sequence of length S has for each head a square (S,S) of weights, of which the rows above
+// the diagonal are not read beyond the block that the diagonal cuts.
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+template <typename T>
+using Vec = at::vec::Vectorized<T>;
+
+struct Shape {
+  int64_t num_seqs, num_heads, block;
+  const int64_t *begins, *lens, *squares;
+};
+
+// Of (C,H), (C,2H) and the squares.
+template <typename T>
+struct Constants {
+  T scale, empty, max_exponent, eps;
+};
+
+template <typename T>
+Vec<T> load(const T* from, int64_t count) {
+  return count == Vec<T>::size() ? Vec<T>::loadu(from) : Vec<T>::loadu(from, count);
+}
+
+template <typename T>
+T sum_of(const Vec<T>& x) {
+  T lanes[Vec<T>::size()];
+  x.store(lanes);
+  T sum = 0;
+  for (T lane : lanes) sum += lane;
+  return sum;
+}
+
+int64_t end_of_block(int64_t t, int64_t len, int64_t block) {
+  return std::min(len, (t / block + 1) * block);
+}
+
+// ln(sigmoid(x))
+template <typename T>
+T log_sigmoid(T x) {
+  return std::min(x, T(0)) - std::log1p(std::exp(-std::abs(x)));
+}
+
+// What one head needs of one sequence.
+template <typename T>
+struct Head {
+  Head(const Shape& s, int64_t task)
+      : seq(task / s.num_heads),
+        head(task % s.num_heads),
+        begin(s.begins[seq]),
+        len(s.lens[seq]),
+        square(s.squares[seq] + head * len * len) {}
+
+  int64_t seq, head, begin, len, square;
+};
+
+// weights: q k^T at first. Writes them, and per position a = i - F, A = the largest a so far,
+// m = F + A, the sum of weights, and what h is divided by; all (C,H).
+template <typename T>
+void weigh(const Shape& s, const Constants<T>& k, const T* gates, T* weights, T* a, T* peak,
+           T* m, T* total, T* normalizer, int num_threads) {
+  const int64_t num_tasks = s.num_seqs * s.num_heads;
+
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+  for (int64_t task = 0; task < num_tasks; ++task) {
+    const Head<T> h(s, task);
+    std::vector<T> log_weight(h.len);
+    T decay = 0, largest = k.empty;
+
+    for (int64_t t = 0; t < h.len; ++t) {
+      const T* gate = gates + (h.begin + t) * 2 * s.num_heads + h.head;
+      const int64_t at = (h.begin + t) * s.num_heads + h.head;
+
+      decay += log_sigmoid(gate[s.num_heads]);
+      log_weight[t] = a[at] = gate[0] - decay;
+      largest = std::max(largest, a[at]);
+      peak[at] = largest;
+      m[at] = decay + largest;
+
+      T* row = weights + h.square + t * h.len;
+      const Vec<T> top(largest), scale(k.scale);
+      Vec<T> sums(T(0));
+      for (int64_t i = 0; i <= t; i += Vec<T>::size()) {
+        const int64_t n = std::min<int64_t>(Vec<T>::size(), t + 1 - i);
+        const Vec<T> w =
+            (load(log_weight.data() + i, n) - top).exp() * scale * load(row + i, n);
+        w.store(row + i, n);
+        sums = sums + Vec<T>::set(Vec<T>(T(0)), w, n);
+      }
+      std::fill(row + t + 1, row + end_of_block(t, h.len, s.block), T(0));
+
+      total[at] = sum_of(sums);
+      const T floor = std::exp(std::min(-m[at], k.max_exponent));
+      normalizer[at] = std::max(std::abs(total[at]), floor) + k.eps;
+    }
+  }
+}
+
+// grads: the gradient of the weights from the numerator at first, then that of q k^T.
+template <typename T>
+void weigh_backward(const Shape& s, const Constants<T>& k, const T* gates,
+                    const T* weights, const T* a, const T* peak, const T* m, const T* total,
+                    const T* grad_normalizer, T* grads, T* grad_gates, int num_threads) {
+  const int64_t num_tasks = s.num_seqs * s.num_heads;
+
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+  for (int64_t task = 0; task < num_tasks; ++task) {
+    const Head<T> h(s, task);
+    std::vector<T> log_weight(h.len), grad_a(h.len, T(0)), grad_m(h.len);
+
+    int64_t largest = -1;
+    for (int64_t t = 0; t < h.len; ++t) {
+      const int64_t at = (h.begin + t) * s.num_heads + h.head;
+      log_weight[t] = a[at];
+      // The last one of the largest, none if no one is above an empty memory's.
+      if (a[at] >= peak[at]) largest = t;
+
+      const T floor = std::exp(std::min(-m[at], k.max_exponent));
+      const bool is_floor = floor > std::abs(total[at]);
+      const T grad_total = is_floor          ? T(0)
+                           : total[at] < T(0) ? -grad_normalizer[at]
+                                              : grad_normalizer[at];
+      grad_m[t] =
+          is_floor && -m[at] <= k.max_exponent ? -floor * grad_normalizer[at] : T(0);
+
+      const T* row = weights + h.square + t * h.len;
+      T* grad_row = grads + h.square + t * h.len;
+      const Vec<T> top(peak[at]), scale(k.scale), of_total(grad_total);
+      Vec<T> sums(T(0));
+      for (int64_t i = 0; i <= t; i += Vec<T>::size()) {
+        const int64_t n = std::min<int64_t>(Vec<T>::size(), t + 1 - i);
+        const Vec<T> grad = load(grad_row + i, n) + of_total;
+        const Vec<T> grad_log = grad * load(row + i, n);
+        (load(grad_a.data() + i, n) + grad_log).store(grad_a.data() + i, n);
+        sums = sums + Vec<T>::set(Vec<T>(T(0)), grad_log, n);
+        (grad * (load(log_weight.data() + i, n) - top).exp() * scale)
+            .store(grad_row + i, n);
+      }
+      std::fill(grad_row + t + 1, grad_row + end_of_block(t, h.len, s.block), T(0));
+
+      if (largest >= 0) grad_a[largest] += grad_m[t] - sum_of(sums);
+    }
+
+    T grad_decay = 0;
+    for (int64_t t = h.len - 1; t >= 0; --t) {
+      const int64_t at = (h.begin + t) * 2 * s.num_heads + h.head;
+      const T f = gates[at + s.num_heads];
+
+      grad_decay += grad_m[t] - grad_a[t];
+      grad_gates[at] = grad_a[t];
+      // Of ln(sigmoid(f)): sigmoid(-f)
+      grad_gates[at + s.num_heads] = grad_decay * std::exp(log_sigmoid(-f));
+    }
+  }
+}
+
+}  // namespace
+
+#define MOXE_MLSTM_PARALLEL(T, SUFFIX)                                                   \
+  extern "C" void moxe_mlstm_weigh_##SUFFIX(                                             \
+      const int64_t* shape, const double* constants, int num_threads,                    \
+      const int64_t* begins, const int64_t* lens, const int64_t* squares,                \
+      const T* gates, T* weights, T* a, T* peak, T* m, T* total, T* normalizer) {        \
+    weigh<T>({shape[0], shape[1], shape[2], begins, lens, squares},                      \
+             {T(constants[0]), T(constants[1]), T(constants[2]), T(constants[3])},       \
+             gates, weights, a, peak, m, total, normalizer, num_threads);                \
+  }                                                                                      \
+  extern "C" void moxe_mlstm_weigh_backward_##SUFFIX(                                    \
+      const int64_t* shape, const double* constants, int num_threads,                    \
+      const int64_t* begins, const int64_t* lens, const int64_t* squares,                \
+      const T* gates, const T* weights, const T* a, const T* peak, const T* m,           \
+      const T* total, const T* grad_normalizer, T* grads, T* grad_gates) {               \
+    weigh_backward<T>({shape[0], shape[1], shape[2], begins, lens, squares},             \
+                      {T(constants[0]), T(constants[1]), T(constants[2]),                \
+                       T(constants[3])},                                                 \
+                      gates, weights, a, peak, m, total, grad_normalizer, grads,         \
+                      grad_gates, num_threads);                                          \
+  }
+
+MOXE_MLSTM_PARALLEL(float, float)
+MOXE_MLSTM_PARALLEL(double, double)
