@@ -280,11 +280,13 @@ class AuxLossCausalLM(CausalLM):
         if self.pad_idx is not None:
             is_counted = is_counted & targets.ne(self.pad_idx)
 
-        nll = projected_cross_entropy(
-            hidden.flatten(0, -2), weight, targets, is_counted
-        )
+        target_weights = is_counted
+        if reduction == "mean":
+            target_weights = is_counted / is_counted.sum()
 
-        return nll if reduction == "sum" else nll / is_counted.sum()
+        return projected_cross_entropy(
+            hidden.flatten(0, -2), weight, targets, target_weights
+        )
 
     if TYPE_CHECKING:
         __call__ = forward

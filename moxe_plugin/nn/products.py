@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import override
 
 from moxe_plugin.nn.native import products as native
@@ -120,6 +121,8 @@ def runs_native(*tensors: Tensor) -> bool:
             for x in tensors
         )
         and not torch.compiler.is_compiling()
+        # It counts FLOPs, or fakes tensors: it must see what is computed.
+        and not is_in_torch_dispatch_mode()
         and why_torch() is None
     )
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from moxe_plugin.nn.padding import widen
 from moxe_plugin.nn.products import add_product, multiply
 
-CHUNK_SIZE = 256
+CHUNK_SIZE = 512
 """How many tokens are projected at a time."""
 
 
@@ -109,8 +109,13 @@ class _ProjectedCrossEntropy(Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
 
+        # The usual case, and a pass over the weights less. On a GPU, looking is dear.
+        if grad_output.device.type != "cpu" or grad_output.item() != 1:
+            grad_hidden = grad_hidden * grad_output.to(grad_hidden.dtype)
+            grad_weight = grad_weight * grad_output
+
         return (
-            grad_hidden * grad_output.to(grad_hidden.dtype) if needs_hidden else None,
-            (grad_weight * grad_output).to(ctx.weight_dtype) if needs_weight else None,
+            grad_hidden if needs_hidden else None,
+            grad_weight.to(ctx.weight_dtype) if needs_weight else None,
             *(None, None, None, None),
         )
