@@ -5,6 +5,8 @@ compiled when it is first needed. ``triton`` is a kernel for GPUs, in float32 or
 ``auto`` takes ``native`` for tensors on a CPU if a C++ compiler is there, else
 ``torch``, and logs once which of the two and why. It never takes ``triton``, which is
 to be asked for until it has been measured on a GPU. All compute the same function.
+
+The blocks' causal convolution runs in C++ where :func:`convolves_natively` says so.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from moxe_plugin.nn.native.library import NativeLibraryError, why_not_loaded
 ScanBackend: TypeAlias = Literal["auto", "torch", "native", "triton"]
 
 SCAN_BACKENDS: Final = ("auto", "torch", "native", "triton")
+
+# Others (DTensor, FakeTensor …) have no memory to point to.
+_PLAIN: Final = (Tensor, torch.nn.Parameter)
 
 _log: Final = logging.getLogger(__name__)
 
@@ -91,6 +96,47 @@ def check_backend(backend: str) -> None:
         )
 
 
+def convolves_natively(backend: ScanBackend, *tensors: Tensor) -> bool:
+    """Tell whether the causal convolution of some tensors runs in C++.
+
+    It does with ``auto`` and ``native``, for plain tensors on a CPU that are all
+    float32 or all float64, neither compiled nor under autocast. ``auto`` also needs a
+    C++ compiler. Everything else is torch's.
+
+    :param backend: The choice.
+    :param tensors: What the convolution reads.
+
+    :returns: Whether it does.
+
+    :raises ValueError: ``backend`` is unknown.
+    :raises NativeLibraryError: ``backend`` is ``native``, and cannot be compiled.
+    """
+    check_backend(backend)
+
+    dtype = tensors[0].dtype
+
+    if (
+        backend not in ("auto", "native")
+        or dtype not in (torch.float32, torch.float64)
+        or any(
+            x.dtype != dtype or not x.is_cpu or type(x) not in _PLAIN for x in tensors
+        )
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
+        return False
+
+    reason = _why_convolution_is_torchs()
+
+    if reason is not None and backend == "native":
+        raise NativeLibraryError(
+            f"`backend` must be 'auto' or 'torch' on this machine, but is 'native': "
+            f"{reason}."
+        )
+
+    return reason is None
+
+
 def _check_triton(seqs: Tensor) -> None:
     if find_spec("triton") is None:
         raise TritonMissingError(
@@ -125,3 +171,15 @@ def _choose_for_cpu() -> Literal["torch", "native"]:
     _log.warning("The sLSTM cell runs as a loop in Python, which is slow: %s.", reason)
 
     return "torch"
+
+
+@cache
+def _why_convolution_is_torchs() -> str | None:
+    reason = why_not_loaded("causal_conv")
+
+    if reason is None:
+        _log.info("The causal convolution runs in C++.")
+    else:
+        _log.warning("The causal convolution is torch's, which is slow: %s.", reason)
+
+    return reason

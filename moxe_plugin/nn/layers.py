@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, init
 
+from moxe_plugin.nn.backend import ScanBackend, convolves_natively
 from moxe_plugin.nn.grouped import spread
+from moxe_plugin.nn.native.causal_conv import causal_conv
 from moxe_plugin.nn.rows import Rows, shift_rows
 from moxe_plugin.nn.stacked import expert_parameter, per_channel, project
 
@@ -85,7 +87,11 @@ class CausalConv(Module):
         init.zeros_(self.bias)
 
     def forward(
-        self, seqs: Tensor, window: Tensor, seq_lens: Tensor | None = None
+        self,
+        seqs: Tensor,
+        window: Tensor,
+        seq_lens: Tensor | None = None,
+        backend: ScanBackend = "auto",
     ) -> tuple[Tensor, Tensor]:
         """Convolve and return the inputs that the next call needs.
 
@@ -93,21 +99,35 @@ class CausalConv(Module):
         :param window: The K-1 inputs before ``seqs``. *Shape:* ``([E,]N,K-1,M)``.
         :param seq_lens: The lengths, 0 allowed; ``None`` if all are S. *Shape:*
             ``([E,]N)``.
+        :param backend: What computes it: see :mod:`moxe_plugin.nn.backend`.
 
         :returns: The result, and the last K-1 inputs of each row, which reach back into
             ``window`` where a row is shorter. *Shapes:* as ``seqs`` and ``window``.
         """
-        seq_len = seqs.size(-2)
-        # Position t of `seqs` is position t+K-1 here.
-        inputs = torch.cat([window.to(seqs.dtype), seqs], dim=-2)
+        window = window.to(seqs.dtype)
+        is_native = self._runs_native(backend, seqs, window)
 
-        out = per_channel(self.bias, seqs)
-        for k in range(self.kernel_size):
-            tap = per_channel(self.weight[..., k, :], seqs)
-            out = torch.addcmul(out, inputs[..., k : k + seq_len, :], tap)
+        # Without lengths, the last inputs are all that C++ leaves to look at.
+        num_kept = seqs.size(-2)
+        if is_native and seq_lens is None:
+            num_kept = min(num_kept, self.kernel_size - 1)
+
+        # Position t of what is kept is position t+K-1 here.
+        kept = seqs[..., seqs.size(-2) - num_kept :, :]
+        inputs = torch.cat([window, kept], dim=-2)
+
+        out = (
+            self._convolve_native(
+                seqs.flatten(0, -2),
+                window.flatten(0, -3),
+                [seqs.size(-2)] * math.prod(seqs.shape[:-2]),
+            ).view(seqs.shape)
+            if is_native
+            else self._convolve(inputs)
+        )
 
         if seq_lens is None:
-            return out, inputs[..., seq_len:, :]
+            return out, inputs[..., num_kept:, :]
 
         taps = torch.arange(self.kernel_size - 1, device=seqs.device)
         # ([E,]N) -> ([E,]N,K-1,M)
@@ -115,16 +135,31 @@ class CausalConv(Module):
 
         return out, inputs.gather(-2, index)
 
-    def convolve_rows(self, flat: Tensor, rows: Rows, window: Tensor | None) -> Tensor:
+    def convolve_rows(
+        self,
+        flat: Tensor,
+        rows: Rows,
+        window: Tensor | None,
+        backend: ScanBackend = "auto",
+    ) -> Tensor:
         """Convolve sequences without padding.
 
         :param flat: *Shape:* ``(C,M)``.
         :param rows: The rows.
         :param window: As in :meth:`forward`; zeros if ``None``. *Shape:*
             ``(E,N,K-1,M)``.
+        :param backend: As in :meth:`forward`.
 
         :returns: *Shape:* ``(C,M)``.
         """
+        if window is not None:
+            window = window.to(flat.dtype)
+
+        if self._runs_native(backend, flat, window):
+            windows = None if window is None else window.flatten(0, 1)
+
+            return self._convolve_native(flat, windows, rows.seq_lens)
+
         out = spread(self.bias, rows.counts)
 
         for num_steps in range(self.kernel_size):
@@ -134,6 +169,32 @@ class CausalConv(Module):
 
             tap = self.weight[:, self.kernel_size - 1 - num_steps]
             out = torch.addcmul(out, inputs, spread(tap, rows.counts))
+
+        return out
+
+    def _runs_native(
+        self, backend: ScanBackend, seqs: Tensor, window: Tensor | None
+    ) -> bool:
+        tensors = (seqs, self.weight, self.bias, *(() if window is None else (window,)))
+
+        return convolves_natively(backend, *tensors)
+
+    def _convolve_native(
+        self, flat: Tensor, windows: Tensor | None, seq_lens: Sequence[int]
+    ) -> Tensor:
+        # A single convolution is that of one expert: ([E,]K,M) -> (E,K,M)
+        weight = self.weight.view(-1, *self.weight.shape[-2:])
+        bias = self.bias.view(-1, self.bias.size(-1))
+
+        return causal_conv(flat, windows, weight, bias, seq_lens)
+
+    def _convolve(self, inputs: Tensor) -> Tensor:
+        seq_len = inputs.size(-2) - (self.kernel_size - 1)
+
+        out = per_channel(self.bias, inputs)
+        for k in range(self.kernel_size):
+            tap = per_channel(self.weight[..., k, :], inputs)
+            out = torch.addcmul(out, inputs[..., k : k + seq_len, :], tap)
 
         return out
 

@@ -56,8 +56,8 @@ class MLSTMBlock(Module):
     :param proj_factor: The inner width I over M, before rounding up to 64.
     :param num_experts: The number of stacked blocks; ``None`` for a single one.
     :param num_blocks: The number of blocks in the model, for the initial ``W_down``.
-    :param backend: ``triton`` computes the cell in Triton, the others in torch: see
-        :mod:`moxe_plugin.nn.backend`.
+    :param backend: ``triton`` computes the cell in Triton, the others in torch, and all
+        choose what computes the convolution: see :mod:`moxe_plugin.nn.backend`.
 
     :raises ValueError: The inner width is not a multiple of ``num_heads`` or of
         ``qkv_block_size``.
@@ -201,7 +201,7 @@ class MLSTMBlock(Module):
             window_shape = *seqs.shape[:-2], self.conv.kernel_size - 1, self.inner_dim
             window = seqs.new_zeros(window_shape)
 
-        convolved, window = self.conv(conv_input, window, seq_lens)
+        convolved, window = self.conv(conv_input, window, seq_lens, self.backend)
         convolved = F.silu(convolved)
 
         cell_inputs = self._cell_inputs(conv_input, convolved, None)
@@ -224,7 +224,9 @@ class MLSTMBlock(Module):
         counts = rows.counts
 
         conv_input, gate = self._project_up(flat, counts)
-        convolved = F.silu(self.conv.convolve_rows(conv_input, rows, window))
+        convolved = F.silu(
+            self.conv.convolve_rows(conv_input, rows, window, self.backend)
+        )
 
         cell_inputs = self._cell_inputs(conv_input, convolved, counts)
 

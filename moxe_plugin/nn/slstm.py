@@ -67,7 +67,7 @@ class SLSTMBlock(Module):
     :param num_experts: The number of stacked blocks; ``None`` for a single one.
     :param block_idx: Where the block stands among ``num_blocks``, for the forget bias.
     :param num_blocks: The number of blocks in the model.
-    :param backend: What computes the loop over time: see
+    :param backend: What computes the loop over time and the convolution: see
         :mod:`moxe_plugin.nn.backend`.
 
     :raises ValueError: ``model_dim`` is not a multiple of ``num_heads``.
@@ -196,7 +196,7 @@ class SLSTMBlock(Module):
             flat = pack(seqs, rows)
 
             normed = self.norm(flat, rows.counts)
-            convolved = self.conv.convolve_rows(normed, rows, state.conv)
+            convolved = self.conv.convolve_rows(normed, rows, state.conv, self.backend)
             gates = self._project_gates(F.silu(convolved), normed, rows.counts)
 
             hidden, memory = cell.apply(
@@ -208,7 +208,7 @@ class SLSTMBlock(Module):
             window = last_rows(normed, rows, state.conv) if return_state else None
         else:
             normed = self.norm(seqs)
-            convolved, window = self.conv(normed, state.conv, seq_lens)
+            convolved, window = self.conv(normed, state.conv, seq_lens, self.backend)
             gates = self._project_gates(F.silu(convolved), normed, None)
 
             hidden, memory = cell.apply(

@@ -14,7 +14,9 @@ from typing import Final, Literal, TypeAlias
 
 import torch
 
-NativeSource: TypeAlias = Literal["mlstm_parallel", "products", "slstm_scan"]
+NativeSource: TypeAlias = Literal[
+    "causal_conv", "mlstm_parallel", "products", "slstm_scan"
+]
 """The C++ files, without their ending."""
 
 _AVX2: Final = ("-DCPU_CAPABILITY_AVX2", "-mavx2", "-mfma", "-mf16c")

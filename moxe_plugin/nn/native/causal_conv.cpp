@@ -1,0 +1,279 @@
+// The causal convolution of moxe_plugin.nn.native for CPUs; see causal_conv.py for what it
+// computes.
+//
+// It is bound by memory, so each row is read and written once, with all taps at a time.
+// Channels do not see each other: the threads share rows on the way forward, and channels on
+// the way back, where each walks all rows of an expert in their order. So no sum depends on
+// the number of threads.
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+template <typename T>
+using Vec = at::vec::Vectorized<T>;
+
+// The rows that a thread takes at a time on the way forward, and that are summed before they
+// are added to the sum of all: the error grows with the length of a sum.
+constexpr int64_t kRows = 64;
+// The fewest channels that a thread takes at a time on the way back: some lines of the cache.
+constexpr int64_t kMinChannels = 64;
+// So many tasks a thread that none waits for long.
+constexpr int64_t kTasksPerThread = 2;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Experts have `runs` runs of rows each, one after the other, of `lens` rows.
+struct Shape {
+  int64_t experts, runs, taps, dim;
+  const int64_t* lens;
+};
+
+// Rows of `dim` channels, `stride` apart.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t stride;
+
+  T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// A run, and what comes before it: `taps - 1` rows of its window, or zeros.
+template <typename T>
+struct Run {
+  Run(const Shape& s, int64_t index, int64_t begin, Rows<const T> x, const T* windows)
+      : index(index),
+        expert(index / s.runs),
+        begin(begin),
+        len(s.lens[index]),
+        x(x),
+        before(s.taps - 1),
+        window(windows == nullptr ? nullptr : windows + index * before * s.dim),
+        dim(s.dim) {}
+
+  // What the first tap meets at `step` is `taps - 1` steps before it, the last tap's is
+  // there. Null where nothing was.
+  const T* input(int64_t step, int64_t tap) const {
+    const int64_t at = step - before + tap;
+    if (at >= 0) return x[begin + at];
+    return window == nullptr ? nullptr : window + (step + tap) * dim;
+  }
+
+  int64_t index, expert, begin, len;
+  Rows<const T> x;
+  int64_t before;
+  const T* window;
+  int64_t dim;
+};
+
+template <typename T>
+std::vector<Run<T>> find_runs(const Shape& s, Rows<const T> x, const T* windows) {
+  std::vector<Run<T>> runs;
+  runs.reserve(s.experts * s.runs);
+  int64_t begin = 0;
+  for (int64_t i = 0; i < s.experts * s.runs; ++i) {
+    runs.emplace_back(s, i, begin, x, windows);
+    begin += s.lens[i];
+  }
+
+  return runs;
+}
+
+// Calls f(offset, count) for each vector of the channels from `begin` to `end`.
+template <typename T, typename F>
+void for_each_vector(int64_t begin, int64_t end, const F& f) {
+  for (int64_t d = begin; d < end; d += Vec<T>::size())
+    f(d, std::min<int64_t>(Vec<T>::size(), end - d));
+}
+
+template <typename T>
+Vec<T> load(const T* from, int64_t count) {
+  return count == Vec<T>::size() ? Vec<T>::loadu(from) : Vec<T>::loadu(from, count);
+}
+
+template <typename T>
+void store(const Vec<T>& x, T* to, int64_t count) {
+  if (count == Vec<T>::size())
+    x.store(to);
+  else
+    x.store(to, count);
+}
+
+// to += from, and from = 0.
+template <typename T>
+void flush(T* from, T* to, int64_t count) {
+  for_each_vector<T>(0, count, [&](int64_t d, int64_t n) {
+    store(load(to + d, n) + load(from + d, n), to + d, n);
+  });
+  std::fill_n(from, count, T(0));
+}
+
+template <typename T>
+void convolve_forward(const Shape& s, Rows<const T> x, const T* windows, const T* weight,
+                      const T* bias, T* out, int num_threads) {
+  struct Task {
+    const Run<T>* run;
+    int64_t first;
+  };
+
+  const std::vector<Run<T>> runs = find_runs(s, x, windows);
+  std::vector<Task> tasks;
+  for (const Run<T>& run : runs)
+    for (int64_t first = 0; first < run.len; first += kRows) tasks.push_back({&run, first});
+  const int64_t num_tasks = tasks.size();
+
+#pragma omp parallel for num_threads(num_threads) if (num_tasks > 1)
+  for (int64_t id = 0; id < num_tasks; ++id) {
+    const Run<T>& run = *tasks[id].run;
+    const T* w = weight + run.expert * s.taps * s.dim;
+    const T* b = bias + run.expert * s.dim;
+    const int64_t end = std::min(tasks[id].first + kRows, run.len);
+    std::vector<const T*> inputs(s.taps);
+
+    for (int64_t t = tasks[id].first; t < end; ++t) {
+      for (int64_t k = 0; k < s.taps; ++k) inputs[k] = run.input(t, k);
+      const int64_t first_tap =
+          std::find_if(inputs.begin(), inputs.end(), [](const T* p) { return p; }) -
+          inputs.begin();
+      T* to = out + (run.begin + t) * s.dim;
+
+      for_each_vector<T>(0, s.dim, [&](int64_t d, int64_t n) {
+        Vec<T> sum = load(b + d, n);
+        for (int64_t k = first_tap; k < s.taps; ++k)
+          sum = at::vec::fmadd(load(inputs[k] + d, n), load(w + k * s.dim + d, n), sum);
+        store(sum, to + d, n);
+      });
+    }
+  }
+}
+
+// What is computed on the way back; null where it is not asked for.
+template <typename T>
+struct Gradients {
+  T *x, *windows, *weight, *bias;
+};
+
+// Channels of an expert.
+struct Block {
+  int64_t expert, begin, end;
+};
+
+// to = the sum over taps of the gradients that the step `at` of a run gets from later ones.
+// Steps below 0 are those of the window.
+template <typename T>
+void sum_taps(const Shape& s, const Run<T>& run, Rows<const T> grad, const T* w, int64_t at,
+              const Block& block, T* to) {
+  // Tap k is met at the step `at + taps - 1 - k` of the run.
+  const int64_t last = at + s.taps - 1;
+  const int64_t first_tap = std::max<int64_t>(0, last - run.len + 1);
+  const int64_t end_tap = std::min(s.taps, last + 1);
+
+  for_each_vector<T>(block.begin, block.end, [&](int64_t d, int64_t n) {
+    Vec<T> sum(T(0));
+    for (int64_t k = first_tap; k < end_tap; ++k)
+      sum = at::vec::fmadd(load(grad[run.begin + last - k] + d, n),
+                           load(w + k * s.dim + d, n), sum);
+    store(sum, to + d, n);
+  });
+}
+
+template <typename T>
+void walk_back(const Shape& s, const std::vector<Run<T>>& runs, Rows<const T> grad,
+               const T* weight, const Gradients<T>& grads, const Block& block) {
+  const int64_t count = block.end - block.begin;
+  const T* w = weight + block.expert * s.taps * s.dim;
+  // Those of the taps, then that of the bias.
+  std::vector<T> sums((s.taps + 1) * count, T(0)), totals(sums);
+  T* bias_sum = &sums[s.taps * count];
+  int64_t num_summed = 0;
+
+  for (int64_t r = block.expert * s.runs; r < (block.expert + 1) * s.runs; ++r) {
+    const Run<T>& run = runs[r];
+
+    if (grads.windows != nullptr)
+      for (int64_t i = 0; i < run.before; ++i)
+        sum_taps(s, run, grad, w, i - run.before, block,
+                 grads.windows + (run.index * run.before + i) * s.dim);
+
+    for (int64_t t = 0; t < run.len; ++t) {
+      const T* g = grad[run.begin + t];
+
+      if (grads.x != nullptr)
+        sum_taps(s, run, grad, w, t, block, grads.x + (run.begin + t) * s.dim);
+
+      if (grads.weight == nullptr) continue;
+
+      for_each_vector<T>(0, count, [&](int64_t d, int64_t n) {
+        store(load(bias_sum + d, n) + load(g + block.begin + d, n), bias_sum + d, n);
+      });
+      for (int64_t k = 0; k < s.taps; ++k)
+        if (const T* input = run.input(t, k)) {
+          T* sum = &sums[k * count];
+          for_each_vector<T>(0, count, [&](int64_t d, int64_t n) {
+            store(at::vec::fmadd(load(g + block.begin + d, n),
+                                 load(input + block.begin + d, n), load(sum + d, n)),
+                  sum + d, n);
+          });
+        }
+
+      if (++num_summed % kRows == 0)
+        flush(sums.data(), totals.data(), static_cast<int64_t>(sums.size()));
+    }
+  }
+
+  if (grads.weight == nullptr) return;
+
+  flush(sums.data(), totals.data(), static_cast<int64_t>(sums.size()));
+  for (int64_t k = 0; k <= s.taps; ++k)
+    std::copy_n(&totals[k * count], count,
+                (k < s.taps ? grads.weight + (block.expert * s.taps + k) * s.dim
+                            : grads.bias + block.expert * s.dim) +
+                    block.begin);
+}
+
+template <typename T>
+void convolve_backward(const Shape& s, Rows<const T> x, const T* windows, const T* weight,
+                       Rows<const T> grad, const Gradients<T>& grads, int num_threads) {
+  const std::vector<Run<T>> runs = find_runs(s, x, windows);
+
+  const int64_t num_blocks = divide_up(kTasksPerThread * num_threads, s.experts);
+  const int64_t width =
+      divide_up(std::max(kMinChannels, divide_up(s.dim, num_blocks)), Vec<T>::size()) *
+      Vec<T>::size();
+
+  std::vector<Block> blocks;
+  for (int64_t expert = 0; expert < s.experts; ++expert)
+    for (int64_t begin = 0; begin < s.dim; begin += width)
+      blocks.push_back({expert, begin, std::min(begin + width, s.dim)});
+  const int64_t num_tasks = blocks.size();
+
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_tasks > 1)
+  for (int64_t id = 0; id < num_tasks; ++id)
+    walk_back(s, runs, grad, weight, grads, blocks[id]);
+}
+
+}  // namespace
+
+// shape: experts, runs of each, taps, channels, strides of x and of the results' gradient.
+#define MOXE_CAUSAL_CONV(T, SUFFIX)                                                      \
+  extern "C" void moxe_conv_forward_##SUFFIX(                                            \
+      const int64_t* shape, int num_threads, const int64_t* lens, const T* x,            \
+      const T* windows, const T* weight, const T* bias, T* out) {                        \
+    convolve_forward<T>({shape[0], shape[1], shape[2], shape[3], lens}, {x, shape[4]},   \
+                        windows, weight, bias, out, num_threads);                        \
+  }                                                                                      \
+  extern "C" void moxe_conv_backward_##SUFFIX(                                           \
+      const int64_t* shape, int num_threads, const int64_t* lens, const T* x,            \
+      const T* windows, const T* weight, const T* grad, T* grad_x, T* grad_windows,      \
+      T* grad_weight, T* grad_bias) {                                                    \
+    convolve_backward<T>({shape[0], shape[1], shape[2], shape[3], lens}, {x, shape[4]},  \
+                         windows, weight, {grad, shape[5]},                              \
+                         {grad_x, grad_windows, grad_weight, grad_bias}, num_threads);   \
+  }
+
+MOXE_CAUSAL_CONV(float, float)
+MOXE_CAUSAL_CONV(double, double)

@@ -1,0 +1,134 @@
+"""The depthwise causal convolution over time, in C++.
+
+The same function as that of :class:`~moxe_plugin.nn.layers.CausalConv`, which has the
+equation. The sums of its gradients are added in an order that depends neither on the
+order of execution nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from typing_extensions import override
+
+from moxe_plugin.nn.native.library import load_library
+
+_SUFFIXES = {torch.float32: "float", torch.float64: "double"}
+
+
+def causal_conv(
+    flat: Tensor,
+    window: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    seq_lens: Sequence[int],
+) -> Tensor:
+    """Convolve sequences that follow each other without a gap, expert by expert.
+
+    All tensors are of one dtype, float32 or float64, and on the CPU.
+
+    :param flat: *Shape:* ``(C,M)``.
+    :param window: The K-1 inputs before each sequence; zeros if ``None``. *Shape:*
+        ``(E*N,K-1,M)``.
+    :param weight: *Shape:* ``(E,K,M)``.
+    :param bias: *Shape:* ``(E,M)``.
+    :param seq_lens: The rows of each sequence, 0 allowed: E * N of them, C in all.
+
+    :returns: *Shape:* ``(C,M)``.
+
+    :raises NativeLibraryError: The C++ code cannot be compiled here.
+    """
+    return _CausalConv.apply(flat, window, weight, bias, array("q", seq_lens))  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+
+
+class _CausalConv(Function):
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        flat: Tensor,
+        window: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        seq_lens: array[int],
+    ) -> Tensor:
+        flat = _join_channels(flat)
+        window = None if window is None else window.contiguous()
+        weight, bias = weight.contiguous(), bias.contiguous()
+        out = flat.new_empty(flat.shape)
+
+        _call("forward", seq_lens, flat, window, weight, bias, out)
+
+        ctx.save_for_backward(flat, window, weight)
+        ctx.seq_lens = seq_lens
+
+        return out
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flat, window, weight = ctx.saved_tensors
+        needs_flat, needs_window, *needs_parameters, _ = ctx.needs_input_grad
+
+        grad_flat = flat.new_empty(flat.shape) if needs_flat else None
+        grad_window = torch.empty_like(window) if needs_window else None
+        grad_weight, grad_bias = None, None
+        if any(needs_parameters):
+            grad_weight = torch.empty_like(weight)
+            grad_bias = weight.new_empty(weight.size(0), weight.size(2))
+
+        _call(
+            "backward",
+            ctx.seq_lens,
+            *(flat, window, weight, _join_channels(grad)),
+            *(grad_flat, grad_window, grad_weight, grad_bias),
+        )
+
+        return grad_flat, grad_window, grad_weight, grad_bias, None
+
+
+def _join_channels(flat: Tensor) -> Tensor:
+    # Rows may lie apart, as those of a chunk do.
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _call(
+    direction: str,
+    seq_lens: array[int],
+    flat: Tensor,
+    window: Tensor | None,
+    weight: Tensor,
+    # The bias, or the gradient of the results.
+    other: Tensor,
+    *outs: Tensor | None,
+) -> None:
+    num_experts, num_taps, dim = weight.shape
+    shape = (
+        *(num_experts, len(seq_lens) // num_experts, num_taps, dim),
+        *(flat.stride(0), other.stride(0)),
+    )
+
+    function = load_library("causal_conv")[
+        f"moxe_conv_{direction}_{_SUFFIXES[flat.dtype]}"
+    ]
+
+    # Each tensor lives until the call returns: the caller holds them.
+    pointers = [
+        ctypes.c_void_p(None if x is None else x.data_ptr())
+        for x in (flat, window, weight, other, *outs)
+    ]
+
+    function(
+        (ctypes.c_int64 * len(shape))(*shape),
+        ctypes.c_int(torch.get_num_threads()),
+        ctypes.c_void_p(seq_lens.buffer_info()[0]),
+        *pointers,
+    )
