@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +11,6 @@ from torch import Tensor
 from torch.nn import Module, init
 
 from moxe_plugin.nn.backend import ScanBackend, resolve_backend
-from moxe_plugin.nn.grouped import grouped_head_product
 from moxe_plugin.nn.layers import (
     CausalConv,
     GatedFeedForward,
@@ -25,7 +23,7 @@ from moxe_plugin.nn.padding import EMPTY, widen
 from moxe_plugin.nn.rows import find_rows, last_rows, pack, unpack
 from moxe_plugin.nn.slstm_cell import SLSTMMemory
 from moxe_plugin.nn.slstm_recurrence import GateRows, SLSTMCell
-from moxe_plugin.nn.stacked import expert_parameter
+from moxe_plugin.nn.stacked import expert_parameter, project_head_wise
 
 
 class SLSTMState(NamedTuple):
@@ -236,14 +234,10 @@ class SLSTMBlock(Module):
     def _project_gates(
         self, convolved: Tensor, normed: Tensor, counts: Sequence[int] | None
     ) -> list[Tensor]:
-        weight = self.gate_proj if self.num_experts else self.gate_proj.unsqueeze(0)
-
-        if counts is None:
-            # All positions of all experts alike.
-            counts = [math.prod(normed.shape[-3:-1])] * weight.size(0)
-
-        # i and f see the convolution, z and o do not: (…,M) -> (C,M) -> (C,H*2*D)
+        # i and f see the convolution, z and o do not: (…,M) -> (…,H*2*D) -> (C,H*2*D)
         return [
-            grouped_head_product(x.flatten(0, -2), half.flatten(-2), counts)
-            for x, half in zip((convolved, normed), weight.chunk(2, -2), strict=True)
+            project_head_wise(x, half.flatten(-2), counts).flatten(0, -2)
+            for x, half in zip(
+                (convolved, normed), self.gate_proj.chunk(2, -2), strict=True
+            )
         ]

@@ -9,6 +9,7 @@ each expert's rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -65,13 +66,14 @@ def project_head_wise(
     if counts is not None:
         return grouped_head_product(seqs, weight, counts)
 
-    num_groups, group_dim = weight.shape[-3:-1]
+    if weight.ndim == 3:
+        weight = weight.unsqueeze(0)
 
-    # ([E,]N,S,G*in) -> ([E,]G,N*S,in)
-    groups = torch.unflatten(seqs.flatten(-3, -2), -1, (num_groups, group_dim))
-    product = matmul(groups.transpose(-3, -2), weight)
+    # All positions of all experts alike.
+    counts = [math.prod(seqs.shape[-3:-1])] * weight.size(0)
+    product = grouped_head_product(seqs.flatten(0, -2), weight, counts)
 
-    return torch.unflatten(product.transpose(-3, -2).flatten(-2), -2, seqs.shape[-3:-1])
+    return product.view(*seqs.shape[:-1], product.size(-1))
 
 
 def per_channel(
