@@ -171,12 +171,13 @@ void sum_taps(const Shape& s, const Run<T>& run, Rows<const T> grad, const T* w,
   const int64_t last = at + s.taps - 1;
   const int64_t first_tap = std::max<int64_t>(0, last - run.len + 1);
   const int64_t end_tap = std::min(s.taps, last + 1);
+  // Copies, which the compiler knows that no store changes.
+  const int64_t from = run.begin + last, dim = s.dim;
 
-  for_each_vector<T>(block.begin, block.end, [&](int64_t d, int64_t n) {
+  for_each_vector<T>(block.begin, block.end, [=](int64_t d, int64_t n) {
     Vec<T> sum(T(0));
     for (int64_t k = first_tap; k < end_tap; ++k)
-      sum = at::vec::fmadd(load(grad[run.begin + last - k] + d, n),
-                           load(w + k * s.dim + d, n), sum);
+      sum = at::vec::fmadd(load(grad[from - k] + d, n), load(w + k * dim + d, n), sum);
     store(sum, to + d, n);
   });
 }
