@@ -25,8 +25,8 @@ constexpr int64_t kDepth = 256;         // of a block: a panel of kCols fits the
 constexpr int64_t kBlockRows = 30 * kRows;  // of the left factor, which fit the second
 constexpr int64_t kMaxCols = 512;       // of a block of the right factor, which fits it too
 constexpr int64_t kMinCols = 2 * kCols;
-constexpr int64_t kMaxInner = 4096;     // of the inner dimension at a time
-constexpr int64_t kMaxPacked = 1 << 21;  // floats of left factors that are packed at a time
+constexpr int64_t kMaxInner = 1024;     // of the inner dimension at a time
+constexpr int64_t kMaxPacked = 1 << 20;  // floats of left factors that are packed at a time
 constexpr int64_t kPanelsAtOnce = 8;
 constexpr double kMinWork = 1e6;        // multiply-adds below which a task is not divided
 
@@ -295,7 +295,7 @@ std::vector<Part> cut(int64_t num_products, const Product* products, int64_t fir
     work += double(p.count) * p.m * p.n * std::max<int64_t>(inner_of(p), 0);
   }
   // Some tasks a thread, so that none waits for long.
-  const double limit = std::max(work / (4.0 * num_threads), kMinWork);
+  const double limit = std::max(work / (8.0 * num_threads), kMinWork);
 
   std::vector<Part> parts;
   num_col_blocks.clear();
