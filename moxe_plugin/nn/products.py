@@ -42,7 +42,7 @@ def matmul(lhs: Tensor, rhs: Tensor) -> Tensor:
 
     :returns: *Shape:* ``(…,m,n)``.
     """
-    if torch.is_autocast_enabled(lhs.device.type) or not runs_native(lhs, rhs):
+    if not runs_native(lhs, rhs) or torch.is_autocast_enabled("cpu"):
         return lhs @ rhs
 
     return _Matmul.apply(lhs, rhs)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
@@ -80,7 +80,8 @@ def add_product(out: Tensor, lhs: Tensor, rhs: Tensor) -> None:
     if runs_native(lhs, rhs) and out.dtype == torch.float32:
         native.multiply_all([Product(lhs, rhs, out)], adds=True)
     elif out.dtype == lhs.dtype:
-        out.addmm_(lhs, rhs)
+        # Counters of FLOPs do not know `addmm_`.
+        torch.addmm(out, lhs, rhs, out=out)
     else:
         out += lhs @ rhs
 

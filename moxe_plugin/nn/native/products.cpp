@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <vector>
 
 namespace {
@@ -168,15 +169,18 @@ void pack(const float* from, int64_t outer, int64_t inner, int64_t depth, int64_
 // Memory that is kept for the next call.
 class Buffer {
  public:
-  float* reserve(int64_t size) {
-    if (size > capacity_) {
-      const int64_t bytes = divide_up(size * sizeof(float), 4096) * 4096;
-      memory_.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
-      capacity_ = size;
-    }
+  // Returns whether there is memory for `size` floats.
+  bool reserve(int64_t size) {
+    if (size <= capacity_) return true;
 
-    return memory_.get();
+    const int64_t bytes = divide_up(size * sizeof(float), 4096) * 4096;
+    memory_.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+    capacity_ = memory_ ? size : 0;
+
+    return memory_ != nullptr;
   }
+
+  float* get() const { return memory_.get(); }
 
  private:
   struct Free {
@@ -208,6 +212,11 @@ struct PackTask {
 struct Task {
   const Part* part;
   int64_t col, num_cols;
+
+  // Panels of the right factor, and a tile.
+  int64_t size() const {
+    return (part->depth * divide_up(num_cols, kCols) + kRows) * kCols;
+  }
 };
 
 void run(const PackTask& task) {
@@ -229,12 +238,11 @@ void run(const PackTask& task) {
          num_rows - num_even, packed + num_even * count);
 }
 
-void run(const Task& task, bool adds, Buffer& buffer) {
+void run(const Task& task, bool adds, float* panels) {
   const Part& part = *task.part;
   const Product& p = *part.product;
   const int64_t num_col_panels = divide_up(task.num_cols, kCols);
 
-  float* panels = buffer.reserve((part.depth * num_col_panels + kRows) * kCols);
   float* edge = panels + part.depth * num_col_panels * kCols;
 
   const float* rhs = p.rhs + part.index * p.rhs_next + part.first * p.rhs_row +
@@ -329,11 +337,12 @@ std::vector<Part> cut(int64_t num_products, const Product* products, int64_t fir
   return parts;
 }
 
-// Parts that are packed together.
-void run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bool adds,
+// Parts that are packed together. Returns whether there was memory for it.
+bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bool adds,
          int num_threads) {
   static thread_local Buffer packed;
-  float* memory = packed.reserve(size);
+  if (!packed.reserve(size)) return false;
+  float* memory = packed.get();
 
   std::vector<PackTask> pack_tasks;
   std::vector<Task> tasks;
@@ -353,20 +362,26 @@ void run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
   }
 
   const int64_t num_pack_tasks = pack_tasks.size(), num_tasks = tasks.size();
-#pragma omp parallel num_threads(num_threads) if (num_tasks > 1)
+  bool done = true;
+#pragma omp parallel num_threads(num_threads) if (num_tasks > 1) reduction(&& : done)
   {
     static thread_local Buffer buffer;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < num_pack_tasks; ++i) run(pack_tasks[i]);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_tasks; ++i) run(tasks[i], adds, buffer);
+    for (int64_t i = 0; i < num_tasks; ++i) {
+      if (buffer.reserve(tasks[i].size()))
+        run(tasks[i], adds, buffer.get());
+      else
+        done = false;
+    }
   }
+
+  return done;
 }
 
-}  // namespace
-
-extern "C" void moxe_multiply(int64_t num_products, const Product* products, int adds,
-                              int num_threads) {
+bool multiply_all(int64_t num_products, const Product* products, bool adds,
+                  int num_threads) {
   int64_t max_inner = 1;
   for (int64_t i = 0; i < num_products; ++i)
     max_inner = std::max(max_inner, products[i].k);
@@ -383,8 +398,23 @@ extern "C" void moxe_multiply(int64_t num_products, const Product* products, int
         size += parts[end].size();
       }
 
-      run(&parts[begin], parts.data() + end, &num_col_blocks[begin], size, adds != 0,
-          num_threads);
+      if (!run(&parts[begin], parts.data() + end, &num_col_blocks[begin], size, adds,
+               num_threads))
+        return false;
     }
+  }
+
+  return true;
+}
+
+}  // namespace
+
+// Returns 0, or 1 if there is no memory for copies of the factors.
+extern "C" int moxe_multiply(int64_t num_products, const Product* products, int adds,
+                             int num_threads) {
+  try {
+    return multiply_all(num_products, products, adds != 0, num_threads) ? 0 : 1;
+  } catch (const std::bad_alloc&) {
+    return 1;
   }
 }

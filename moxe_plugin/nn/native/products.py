@@ -39,13 +39,15 @@ def multiply_all(products: Sequence[Product], *, adds: bool = False) -> None:
     :param products: What to multiply.
     :param adds: Whether to add to ``out`` what is computed.
 
+    :raises MemoryError: There is no memory for copies of factors.
     :raises NativeLibraryError: The C++ code cannot be compiled here.
-    :raises ValueError: The shapes of a product do not fit.
+    :raises ValueError: The shapes of a product do not fit, or ``out`` is of another
+        type or layout.
     """
     numbers = array("q")
 
     for lhs, rhs, out in products:
-        _check_shapes(lhs, rhs, out)
+        _check(lhs, rhs, out)
 
         numbers.extend(
             (
@@ -58,15 +60,18 @@ def multiply_all(products: Sequence[Product], *, adds: bool = False) -> None:
         )
 
     # The tensors live until the call returns: `products` holds them.
-    load_library("products")["moxe_multiply"](
+    is_out_of_memory = load_library("products")["moxe_multiply"](
         ctypes.c_int64(len(products)),
         ctypes.c_void_p(numbers.buffer_info()[0]),
         ctypes.c_int(adds),
         ctypes.c_int(torch.get_num_threads()),
     )
 
+    if is_out_of_memory:
+        raise MemoryError("There is no memory for copies of the factors of a product.")
 
-def _check_shapes(lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
+
+def _check(lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
     if (
         lhs.shape[:-2] != rhs.shape[:-2]
         or lhs.size(-1) != rhs.size(-2)
@@ -78,6 +83,12 @@ def _check_shapes(lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
         raise ValueError(
             "`lhs`, `rhs` and `out` must be ([B,]m,k), ([B,]k,n) and ([B,]m,n), but "
             f"are {lhs_shape}, {rhs_shape} and {out_shape} instead."
+        )
+
+    if out.dtype != torch.float32 or (out.size(-1) > 1 and out.stride(-1) != 1):
+        raise ValueError(
+            "`out` must be float32 with a last stride of 1, but is "
+            f"{out.dtype} with strides {out.stride()} instead."
         )
 
 
