@@ -1,0 +1,352 @@
+"""Tests of `moxe_plugin.nn.native.products`, against products in float64."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import pytest
+import torch
+from torch import Tensor, inf, nan
+from torch.testing import assert_close
+
+from moxe_plugin.nn.native import products
+from moxe_plugin.nn.native.library import why_not_loaded
+from moxe_plugin.nn.native.products import Product, multiply_all
+
+# Around the vectors, tiles, panels and blocks of the C++ code.
+SIZES: Final = (0, 1, 13, 14, 15, 16, 17, 31, 32, 33, 255, 256, 257, 513)
+
+# Beyond what is summed at a time.
+LARGE: Final = (61, 70, 2100)
+
+GUARD: Final = 77.0
+
+
+def find_obstacle() -> str | None:
+    """Return why these products cannot run here."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability != "AVX512":
+        return f"torch uses {capability}, and they need AVX512"
+
+    return why_not_loaded("products")
+
+
+needs_avx512 = pytest.mark.skipif(
+    find_obstacle() is not None, reason=f"no products in C++ here: {find_obstacle()}"
+)
+
+
+@pytest.fixture
+def _restored_threads() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+
+    yield
+
+    torch.set_num_threads(num_threads)
+
+
+def make_columns(*shape: int) -> Tensor:
+    return torch.randn(*shape[:-2], shape[-1], shape[-2]).mT
+
+
+def make_slice(*shape: int) -> Tensor:
+    return torch.randn(*shape[:-2], shape[-2] + 3, shape[-1] + 5)[..., 2:-1, 4:-1]
+
+
+def make_strided(*shape: int) -> Tensor:
+    return torch.randn(*shape[:-2], 2 * shape[-2], 3 * shape[-1])[..., ::2, ::3]
+
+
+def make_equal_rows(*shape: int) -> Tensor:
+    return torch.randn(*shape[:-2], 1, shape[-1]).expand(shape)
+
+
+def make_equal_columns(*shape: int) -> Tensor:
+    return torch.randn(*shape[:-1], 1).expand(shape)
+
+
+def make_equal_matrices(*shape: int) -> Tensor:
+    return torch.randn(shape[-2:]).expand(shape)
+
+
+LAYOUTS: Final[dict[str, Callable[..., Tensor]]] = {
+    "rows": torch.randn,
+    "columns": make_columns,
+    "slice": make_slice,
+    "strided": make_strided,
+    "equal_rows": make_equal_rows,
+    "equal_columns": make_equal_columns,
+    "equal_matrices": make_equal_matrices,
+}
+
+
+def check_product(
+    lhs: Tensor, rhs: Tensor, actual: Tensor, old: Tensor | None = None
+) -> None:
+    """Check a product, or what it was added to, in the bound of any order of sums."""
+    left, right = lhs.double(), rhs.double()
+    expected, size = left @ right, left.abs() @ right.abs()
+    if old is not None:
+        expected, size = expected + old, size + old.abs()
+
+    # Half a unit in the last place for each multiply-add; the factor is for squares.
+    bound = 1.001 * (lhs.size(-1) + 1) * 2.0**-24 * size
+
+    assert actual.shape == expected.shape
+    assert ((actual.double() - expected).abs() <= bound).all()
+
+
+def multiply(lhs: Tensor, rhs: Tensor) -> Tensor:
+    out = torch.full((*lhs.shape[:-1], rhs.size(-1)), nan)
+    multiply_all([Product(lhs, rhs, out)])
+
+    return out
+
+
+def list_sizes(num_steps: int) -> list[tuple[int, int, int]]:
+    """Return m, n and k; with as many steps as sizes, every m meets every n."""
+    num = len(SIZES)
+
+    return [
+        (SIZES[i], SIZES[(i + step) % num], SIZES[(i + 3 * step + 1) % num])
+        for i in range(num)
+        for step in range(num_steps)
+    ]
+
+
+@needs_avx512
+@pytest.mark.parametrize("adds", [False, True], ids=["sets", "adds"])
+@pytest.mark.parametrize("right", ["rows", "columns"])
+@pytest.mark.parametrize("left", ["rows", "columns"])
+def test_products_of_all_sizes_in_one_call(left: str, right: str, adds: bool) -> None:
+    wanted = [
+        Product(LAYOUTS[left](m, k), LAYOUTS[right](k, n), torch.randn(m, n))
+        for m, n, k in [*list_sizes(len(SIZES)), LARGE]
+    ]
+    old = [out.clone() for *_, out in wanted]
+
+    multiply_all(wanted, adds=adds)
+
+    for (lhs, rhs, out), before in zip(wanted, old, strict=True):
+        check_product(lhs, rhs, out, before if adds else None)
+
+
+@needs_avx512
+@pytest.mark.parametrize("right", LAYOUTS)
+@pytest.mark.parametrize("left", LAYOUTS)
+def test_factors_have_any_layout(left: str, right: str) -> None:
+    wanted = [
+        Product(
+            LAYOUTS[left](*batch, m, k),
+            LAYOUTS[right](*batch, k, n),
+            torch.full((*batch, m, n), nan),
+        )
+        for batch in ([], [3])
+        for m, n, k in list_sizes(1)
+    ]
+
+    multiply_all(wanted)
+
+    for lhs, rhs, out in wanted:
+        check_product(lhs, rhs, out)
+
+
+@needs_avx512
+@pytest.mark.parametrize("adds", [False, True], ids=["sets", "adds"])
+def test_nothing_beside_the_result_is_touched(adds: bool) -> None:
+    for m, n, k in list_sizes(3):
+        matrices = torch.full((2, m + 3, n + 21), GUARD)
+        out = matrices[:, 1 : m + 1, 4 : n + 4]
+        lhs, rhs = torch.randn(2, m, k), torch.randn(2, k, n)
+
+        multiply_all([Product(lhs, rhs, out)], adds=adds)
+
+        check_product(lhs, rhs, out, torch.full_like(out, GUARD) if adds else None)
+        out.fill_(GUARD)
+        assert (matrices == GUARD).all()
+
+
+@needs_avx512
+@pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("batch", [(), (2,), (0,)], ids=str)
+def test_products_without_rows_or_columns_leave_others_alone(
+    shape: tuple[int, int, int], batch: tuple[int, ...]
+) -> None:
+    m, n, k = shape
+    lhs, rhs = torch.randn(3, 7), torch.randn(7, 4)
+    out = torch.empty(3, 4)
+    empty = torch.empty(*batch, m, n)
+
+    multiply_all(
+        [
+            Product(torch.randn(*batch, m, k), torch.randn(*batch, k, n), empty),
+            Product(lhs, rhs, out),
+        ]
+    )
+    multiply_all([])
+
+    check_product(lhs, rhs, out)
+
+
+@needs_avx512
+@pytest.mark.parametrize(("adds", "value"), [(False, 0.0), (True, GUARD)])
+def test_product_over_nothing_is_0(adds: bool, value: float) -> None:
+    out = torch.full((2, 33, 40), GUARD)
+
+    multiply_all(
+        [Product(torch.empty(2, 33, 0), torch.empty(2, 0, 40), out)], adds=adds
+    )
+
+    assert (out == value).all()
+
+
+@needs_avx512
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("value", [nan, inf, -inf])
+def test_what_is_not_finite_stays_in_its_row_and_column(
+    value: float, layout: str
+) -> None:
+    lhs, rhs = LAYOUTS[layout](30, 300), LAYOUTS[layout](300, 45)
+    finite = multiply(lhs, rhs)
+
+    lhs[7, 299], rhs[3, 44] = value, value
+    rhs[299, 5] = 0.0
+    actual = multiply(lhs, rhs)
+
+    assert_close(actual, lhs @ rhs, equal_nan=True)
+    # An infinity times 0.
+    assert actual[7, 5].isnan()
+    assert not actual[7].isfinite().any()
+    assert not actual[:, 44].isfinite().any()
+
+    keeps_row, keeps_column = torch.arange(30) != 7, torch.arange(45) != 44
+    keeps_column[5] = False
+    kept = keeps_row.unsqueeze(1) & keeps_column
+    assert torch.equal(actual[kept], finite[kept])
+
+
+@needs_avx512
+@pytest.mark.usefixtures("_restored_threads")
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 16, 257, 1100])
+def test_a_row_depends_on_nothing_but_itself(k: int, num_threads: int) -> None:
+    lhs, rhs = torch.randn(500, k), torch.randn(k, 147)
+    torch.set_num_threads(1)
+    expected = multiply(lhs, rhs)
+
+    torch.set_num_threads(num_threads)
+    assert torch.equal(multiply(lhs, rhs), expected)
+
+    for begin, end in [(0, 1), (499, 500), (3, 16), (10, 25), (37, 370)]:
+        assert torch.equal(multiply(lhs[begin:end], rhs), expected[begin:end])
+
+    # Neither columns beside it, nor how factors and results lie, matter.
+    for begin, end in [(0, 1), (5, 37), (140, 147)]:
+        columns = rhs[:, begin:end].mT.contiguous().mT
+        assert torch.equal(multiply(lhs, columns), expected[:, begin:end])
+    assert torch.equal(multiply(lhs.mT.contiguous().mT, rhs), expected)
+    assert torch.equal(multiply(lhs[::3], rhs), expected[::3])
+
+
+@needs_avx512
+@pytest.mark.usefixtures("_restored_threads")
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_product_does_not_depend_on_others_of_the_call(num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    factors = [
+        (torch.randn(m, k), torch.randn(k, n))
+        for m, n, k in [(1, 40, 300), (350, 70, 64), *list_sizes(2), (3, 33, 1500)]
+    ]
+    expected = [multiply(lhs, rhs) for lhs, rhs in factors]
+
+    outs = [torch.full_like(x, nan) for x in expected]
+    multiply_all([Product(*pair, out) for pair, out in zip(factors, outs, strict=True)])
+    stack = torch.stack([factors[1][0]] * 3), torch.stack([factors[1][1]] * 3)
+
+    assert all(map(torch.equal, outs, expected))
+    for matrix in multiply(*stack):
+        assert torch.equal(matrix, expected[1])
+
+
+@needs_avx512
+@pytest.mark.usefixtures("_restored_threads")
+def test_threads_of_python_multiply_at_once() -> None:
+    torch.set_num_threads(2)
+    factors = [(torch.randn(90 + i, 200), torch.randn(200, 130)) for i in range(40)]
+    expected = [multiply(lhs, rhs) for lhs, rhs in factors]
+
+    with ThreadPoolExecutor(4) as executor:
+        actual = list(executor.map(multiply, *zip(*factors, strict=True)))
+
+    assert all(map(torch.equal, actual, expected))
+
+
+@needs_avx512
+@pytest.mark.usefixtures("_restored_threads")
+def test_forked_process_multiplies_as_workers_of_data_loaders_do() -> None:
+    lhs, rhs = torch.randn(300, 200), torch.randn(200, 130)
+    torch.set_num_threads(2)
+    expected = multiply(lhs, rhs)
+
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)
+        try:
+            # torch does so in every worker: OpenMP's threads are gone.
+            torch.set_num_threads(1)
+            os._exit(0 if torch.equal(multiply(lhs, rhs), expected) else 1)
+        finally:
+            os._exit(2)
+
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@needs_avx512
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "out"),
+    [
+        ((2, 3), (4, 5), (2, 5)),
+        ((2, 3), (3, 5), (2, 6)),
+        ((1, 2, 3), (4, 3, 5), (4, 2, 5)),
+        ((4, 2, 3), (3, 5), (4, 2, 5)),
+        ((2, 2, 2, 3), (2, 2, 3, 5), (2, 2, 2, 5)),
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit_are_refused(
+    lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...]
+) -> None:
+    tensors = (torch.zeros(lhs), torch.zeros(rhs), torch.zeros(out))
+
+    with pytest.raises(ValueError, match=r"`lhs`, `rhs` and `out` must be") as info:
+        multiply_all([Product(*tensors)])
+
+    assert f"{lhs}, {rhs} and {out}" in str(info.value)
+
+
+@needs_avx512
+@pytest.mark.parametrize(
+    ("out", "found"),
+    [
+        (torch.zeros(2, 5, dtype=torch.bfloat16), r"torch\.bfloat16"),
+        (torch.zeros(5, 2).mT, r"strides \(1, 2\)"),
+    ],
+    ids=["type", "strides"],
+)
+def test_results_that_cannot_be_written_are_refused(out: Tensor, found: str) -> None:
+    with pytest.raises(ValueError, match=f"`out` must be float32 .* is .*{found}"):
+        multiply_all([Product(torch.zeros(2, 3), torch.zeros(3, 5), out)])
+
+
+def test_lack_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_library(_: str) -> dict[str, Callable[..., int]]:
+        return {"moxe_multiply": lambda *_: 1}
+
+    monkeypatch.setattr(products, "load_library", load_library)
+
+    with pytest.raises(MemoryError, match="factors of a product"):
+        multiply(torch.zeros(2, 3), torch.zeros(3, 5))
