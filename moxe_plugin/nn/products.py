@@ -91,7 +91,8 @@ def multiply_all(products: Sequence[Product]) -> None:
 
     :param products: What to multiply, and where the results go.
     """
-    if all(runs_native(lhs, rhs) for lhs, rhs, _ in products):
+    # Of none, all would run in C++, and nothing could tell whether it is there.
+    if products and all(runs_native(lhs, rhs) for lhs, rhs, _ in products):
         native.multiply_all(products)
 
         return

@@ -266,6 +266,14 @@ def test_torch_writes_results_where_they_belong(
     assert (matrices[..., n:] == 7.0).all()
 
 
+def test_no_product_asks_for_no_library(
+    native_calls: list[Sequence[Product]],
+) -> None:
+    multiply_all([])
+
+    assert native_calls == []
+
+
 @pytest.mark.usefixtures("chooses")
 @pytest.mark.parametrize(
     ("choice", "capability", "vendor", "obstacle", "reason"),
