@@ -22,6 +22,9 @@ from moxe_plugin.resources import resource_dir
 FINDING_PREFIX: Final = "moxe_plugin.doctor: "
 """Tells the finding of a probe from what libraries print."""
 
+WARNING_PREFIX: Final = "moxe_plugin.doctor warns: "
+"""The same for a finding that is no failure, but should be better."""
+
 _DISTRIBUTION: Final = "moxe-plugin"
 
 # fairseq2 pins fairseq2n, which pins torch.
@@ -48,6 +51,9 @@ class Check:
 
     remedy: str
     """The way out if the check failed; otherwise of no interest."""
+
+    warns: bool = False
+    """Whether it passed, but the installation could be better: slow, for example."""
 
 
 def run_checks(*, fix: bool) -> Iterator[Check]:
@@ -169,6 +175,7 @@ _PROBES: Final = {
     "extension": "fairseq2 does not know our models. If the error names another "
     f"package, that one is at fault; otherwise: {_REINSTALL}",
     "cache": "Set `MOXE_CACHE_DIR` to a directory that can be written.",
+    "native": "Set `MOXE_PRODUCTS` to 'auto', or leave it out.",
     "lm_eval": f"`lm_eval --model moxe` does not work. {_REINSTALL}",
 }
 
@@ -182,9 +189,11 @@ def check_probes() -> Iterator[Check]:
 
     while remaining:
         with TemporaryFile("w+") as errors:
-            for finding in _run_probes(remaining, errors):
+            for finding, warns in _run_probes(remaining, errors):
                 name = remaining.pop(0)
-                yield Check(name=name, passed=True, finding=finding, remedy="")
+                yield Check(
+                    name=name, passed=True, finding=finding, remedy="", warns=warns
+                )
 
             if remaining:
                 errors.seek(0)
@@ -197,7 +206,7 @@ def check_probes() -> Iterator[Check]:
                 )
 
 
-def _run_probes(names: list[str], errors: IO[str]) -> Iterator[str]:
+def _run_probes(names: list[str], errors: IO[str]) -> Iterator[tuple[str, bool]]:
     with subprocess.Popen(
         [*_PROBES_COMMAND, *names],
         # fairseq2 only warns of an extension that fails, unless this is set.
@@ -207,8 +216,9 @@ def _run_probes(names: list[str], errors: IO[str]) -> Iterator[str]:
         text=True,
     ) as child:
         for line in child.stdout or ():
-            if line.startswith(FINDING_PREFIX):
-                yield line.removeprefix(FINDING_PREFIX).strip()
+            for prefix in (FINDING_PREFIX, WARNING_PREFIX):
+                if line.startswith(prefix):
+                    yield line.removeprefix(prefix).strip(), prefix == WARNING_PREFIX
 
 
 def _required_specifier(name: str) -> SpecifierSet:

@@ -40,7 +40,8 @@ def _create_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="moxe doctor",
         description="Check versions, libsndfile, what is registered with fairseq2 and "
-        "lm-evaluation-harness, the files of this package, the cache and the device. "
+        "lm-evaluation-harness, the files of this package, the cache, the device and "
+        "the C++ for CPUs, which is compiled. "
         "Exits with 1 if a check fails.",
     )
 
@@ -55,13 +56,19 @@ def _create_parser() -> ArgumentParser:
     return parser
 
 
+def _mark(check: Check) -> str:
+    if not check.passed:
+        return "[red]FAIL[/]"
+
+    return "[yellow]warn[/]" if check.warns else "[green]ok  [/]"
+
+
 def _print_each(checks: Iterable[Check]) -> Iterator[Check]:
     console = Console(soft_wrap=True, highlight=False)
 
     with console.status("Examining the installation ..."):
         for check in checks:
-            mark = "[green]ok  [/]" if check.passed else "[red]FAIL[/]"
-            console.print(f"{mark} {check.name:<13} {escape(check.finding)}")
+            console.print(f"{_mark(check)} {check.name:<13} {escape(check.finding)}")
             if not check.passed:
                 console.print(f"     {'':<13} -> {escape(check.remedy)}")
             yield check

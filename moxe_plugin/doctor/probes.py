@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Final
 
-from moxe_plugin.doctor.checks import FINDING_PREFIX
+from moxe_plugin.doctor.checks import FINDING_PREFIX, WARNING_PREFIX
+
+
+class Shortcoming(str):
+    """A finding that is no failure, but should be better."""
+
+    __slots__ = ()
 
 
 def probe_extension() -> str:
@@ -88,14 +95,71 @@ def probe_device() -> str:
     return f"{properties.name}, {memory_gib:.0f} GiB, CUDA {torch.version.cuda}"
 
 
+def probe_native() -> str:
+    """Compile and load the C++ for CPUs, and tell what does not run in it, and why.
+
+    :returns: The finding; a shortcoming if there is no C++ at all, which is slow.
+    """
+    from moxe_plugin.nn.native.library import why_not_loaded
+    from moxe_plugin.nn.products import why_torch
+
+    products = why_torch()
+
+    if reason := why_not_loaded("slstm_scan"):
+        return Shortcoming(f"no C++, which is slow on a CPU: {_shorten(reason)}")
+
+    reasons = {
+        "sLSTM": None,
+        "convolution": why_not_loaded("causal_conv"),
+        "float32 products": products,
+        # It multiplies by them.
+        "mLSTM": products or why_not_loaded("mlstm_parallel"),
+    }
+    others: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason is not None:
+            others.setdefault(reason, []).append(name)
+
+    return "; ".join(
+        [
+            f"C++: {', '.join(n for n, reason in reasons.items() if reason is None)}",
+            *(
+                f"torch: {', '.join(names)} ({_shorten(reason)})"
+                for reason, names in others.items()
+            ),
+        ]
+    )
+
+
+def _shorten(reason: str) -> str:
+    # A compiler explains itself on many lines.
+    return " ".join(reason.split())[:_MAX_REASON_LEN]
+
+
+_MAX_REASON_LEN: Final = 200
+"""In characters."""
+
 _PROBES: Final = {
     "device": probe_device,
     "extension": probe_extension,
     "cache": probe_cache,
+    "native": probe_native,
     "lm_eval": probe_lm_eval,
 }
 
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
+
+def main(names: Sequence[str]) -> None:
+    """Run probes, until one raises an error.
+
+    :param names: Which ones.
+    """
+    for name in names:
+        finding = _PROBES[name]()
+        prefix = WARNING_PREFIX if isinstance(finding, Shortcoming) else FINDING_PREFIX
+
         # Read by the parent process, as soon as it is known.
-        print(FINDING_PREFIX + _PROBES[name](), flush=True)  # noqa: T201
+        print(prefix + finding, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
