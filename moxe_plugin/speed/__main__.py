@@ -67,6 +67,7 @@ def _measure(args: Namespace, console: Console) -> None:
         experts=args.experts,
         tokens=args.tokens,
         swap_linear=args.swap_linear,
+        nxai_xlstm=args.nxai_xlstm,
     )
 
     # A suite named twice is measured once.
@@ -135,6 +136,7 @@ def _describe_row(row: SpeedRow) -> str:
 def _read_measure_options(args: Namespace) -> MeasureOptions:
     import torch
 
+    from moxe_plugin.speed.nxai import check_nxai
     from moxe_plugin.speed.options import MeasureOptions
     from moxe_plugin.speed.swapping import check_swap
 
@@ -163,6 +165,8 @@ def _read_measure_options(args: Namespace) -> MeasureOptions:
 
     if args.swap_linear:
         check_swap(device, options.precision)
+    if args.nxai_xlstm:
+        check_nxai(device)
 
     if args.threads is not None:
         num_cores = len(os.sched_getaffinity(0))

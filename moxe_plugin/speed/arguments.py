@@ -102,6 +102,11 @@ def create_parser() -> ArgumentParser:
         "matrices in place of torch's",
     )
     add(
+        "--nxai-xlstm",
+        action="store_true",
+        help="measure training of xLSTM a second time, in NX-AI's package xlstm",
+    )
+    add(
         "--router-skew",
         metavar="STD",
         type=float,

@@ -13,6 +13,7 @@ import torch
 from fairseq2.gang import create_fake_gangs
 from fairseq2.models import ModelFamily
 from fairseq2.runtime.dependency import get_dependency_resolver
+from torch import nn
 
 from moxe_plugin.allocator import is_freed_memory_kept
 from moxe_plugin.bench.machine import describe_code, describe_hardware, list_versions
@@ -26,6 +27,7 @@ from moxe_plugin.speed.limits import (
     measure_limits,
     new_gradient_seconds,
 )
+from moxe_plugin.speed.nxai import create_nxai_model
 from moxe_plugin.speed.options import MeasureOptions
 from moxe_plugin.speed.records import SpeedRow
 from moxe_plugin.speed.routers import ExpertLoads, skew_routers
@@ -101,7 +103,8 @@ def measure_case(
         repeats=options.repeats,
         warm_up=options.warm_up,
         seed=options.seed,
-        checkpoint_layers=options.checkpoint_layers and case.phase == "train",
+        checkpoint_layers=options.checkpoint_layers
+        and (case.phase, case.implementation) == ("train", "own"),
         router_skew=options.router_skew if case.family == MOXE_FAMILY else 0.0,
     )
 
@@ -171,7 +174,12 @@ def _time(
 
     baseline = memory.read_memory(device)
 
-    model = _create_model(case.family, config, options)
+    model: nn.Module
+    if case.implementation == "nxai":
+        model = create_nxai_model(config, case.length)
+        model = model.to(PARAMETER_DTYPES[options.precision])
+    else:
+        model = _create_model(case.family, config, options)
 
     if row.router_skew:
         skew_routers(model, row.router_skew, options.seed)

@@ -14,7 +14,7 @@ from moxe_plugin.report.files import write_json
 class SpeedRow:
     """A measured case; what is ``None`` could not be measured, or does not apply.
 
-    The fields up to ``optimizer``, and ``linear``, are those of
+    The fields up to ``optimizer``, ``linear`` and ``implementation`` are those of
     :class:`~moxe_plugin.speed.suites.SpeedCase`.
     """
 
@@ -46,6 +46,8 @@ class SpeedRow:
     """Whether training kept the inputs of layers only."""
 
     linear: str = "own"
+
+    implementation: str = "own"
 
     router_skew: float = 0.0
     """The standard deviation of offsets that routers prefer some experts by."""

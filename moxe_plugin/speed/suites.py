@@ -49,6 +49,10 @@ class SpeedCase:
     """Whose products linear layers use: the system's ``own``, or ours, ``swapped`` in;
     see :func:`~moxe_plugin.speed.swapping.swapped_linear`."""
 
+    implementation: Literal["own", "nxai"] = "own"
+    """Whose code it is: this package's, or for xLSTM that of NX-AI's package; see
+    :mod:`moxe_plugin.speed.nxai`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteOptions:
@@ -71,6 +75,9 @@ class SuiteOptions:
 
     swap_linear: bool = False
     """Whether systems of transformers are measured again with our products."""
+
+    nxai_xlstm: bool = False
+    """Whether a training step of xLSTM is measured again in NX-AI's package."""
 
 
 _TABLE_1: Final = (MOXE_FAMILY, XLSTM_FAMILY, GEMMA2_FAMILY, QWEN_MOE_FAMILY)
@@ -107,7 +114,12 @@ def list_cases(suite: str, options: SuiteOptions) -> list[SpeedCase]:
 
     cases = SUITES[suite](suite, options)
 
-    return list(_add_swapped(cases) if options.swap_linear else cases)
+    if options.swap_linear:
+        cases = _add_swapped(cases)
+    if options.nxai_xlstm:
+        cases = _add_nxai(cases)
+
+    return list(cases)
 
 
 def _add_swapped(cases: Iterator[SpeedCase]) -> Iterator[SpeedCase]:
@@ -116,6 +128,14 @@ def _add_swapped(cases: Iterator[SpeedCase]) -> Iterator[SpeedCase]:
 
         if case.family in _TRANSFORMERS:
             yield replace(case, linear="swapped")
+
+
+def _add_nxai(cases: Iterator[SpeedCase]) -> Iterator[SpeedCase]:
+    for case in cases:
+        yield case
+
+        if (case.family, case.phase, case.optimizer) == (XLSTM_FAMILY, "train", False):
+            yield replace(case, implementation="nxai")
 
 
 def _archs(family: str, size: str) -> list[str]:

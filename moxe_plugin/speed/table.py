@@ -60,7 +60,8 @@ _COLUMNS: Final = """\
 Parameters and tokens are random. Therefore routers spread tokens almost evenly over
 their experts, unless `router_skew` stands beside the system: the standard deviation of
 a fixed offset of each expert's logit. With `linear=swapped`, linear layers of a system
-of transformers multiply by our products in place of torch's; its attention does not."""
+of transformers multiply by our products in place of torch's; its attention does not.
+`implementation=nxai` is the model of NX-AI's package `xlstm`, of the same sizes."""
 
 
 def write_speed_table(

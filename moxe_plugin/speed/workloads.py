@@ -9,11 +9,10 @@ from typing import Final, NamedTuple
 import torch
 from fairseq2.nn import BatchLayout, IncrementalStateBag
 from fairseq2.recipe.config import AdamWConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
-from moxe_plugin.models.clm import AuxLossCausalLM
 from moxe_plugin.speed.suites import SpeedCase
 from moxe_plugin.train.config import TrainConfig
 
@@ -40,7 +39,7 @@ class Workload(NamedTuple):
 
 
 def prepare_workload(
-    model: AuxLossCausalLM,
+    model: nn.Module,
     case: SpeedCase,
     *,
     vocab_size: int,
@@ -114,7 +113,7 @@ def prepare_workload(
 
 
 def _prepare_training(
-    model: AuxLossCausalLM,
+    model: nn.Module,
     ids: Tensor,
     autocast: Callable[[], AbstractContextManager[object]],
     *,
@@ -142,7 +141,7 @@ def _prepare_training(
     return Workload(step, seqs.numel(), lambda: None)
 
 
-def _create_update(model: AuxLossCausalLM) -> Callable[[], None]:
+def _create_update(model: nn.Module) -> Callable[[], None]:
     """Do with gradients what the recipes do by default."""
     config = TrainConfig()
 

@@ -29,6 +29,8 @@ constexpr int64_t kMinCols = 2 * kCols;
 constexpr int64_t kMaxInner = 1024;     // of the inner dimension at a time
 constexpr int64_t kMaxPacked = 1 << 20;  // floats of left factors that are packed at a time
 constexpr int64_t kPanelsAtOnce = 8;
+constexpr int kThinRows = 4;            // up to which a product is thin,
+constexpr int64_t kRowsAhead = 16;      // and how far ahead it fetches
 constexpr double kMinWork = 1e6;        // multiply-adds below which a task is not divided
 
 // `count` products (m,k) @ (k,n); strides are in floats. Read as 15 int64 by products.py.
@@ -78,6 +80,51 @@ void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __re
           to, adds ? _mm512_add_ps(sums[r][v], _mm512_loadu_ps(to)) : sums[r][v]);
     }
 }
+
+// Rows of the left factor times `count` rows of the right one, from which they are read as
+// they lie: with few rows, a copy into panels would cost more than it spares.
+template <int Rows>
+void multiply_thin(const float* lhs, int64_t lhs_row, int64_t lhs_col, const float* rhs,
+                   int64_t rhs_row, int64_t count, int64_t num_cols, float* out,
+                   int64_t out_row, bool adds) {
+  constexpr int vecs = 16 / Rows;
+
+  for (int64_t col = 0; col < num_cols; col += vecs * kWidth) {
+    __mmask16 masks[vecs];
+    __m512 sums[Rows][vecs];
+    for (int v = 0; v < vecs; ++v) {
+      masks[v] = first(num_cols - col - v * kWidth);
+      for (int r = 0; r < Rows; ++r) sums[r][v] = _mm512_setzero_ps();
+    }
+
+    for (int64_t i = 0; i < count; ++i) {
+      const float* row = rhs + i * rhs_row + col;
+      for (int v = 0; v < vecs; ++v) {
+        // The next rows are on other pages, which the processor does not foresee.
+        if (i + kRowsAhead < count)
+          __builtin_prefetch(row + kRowsAhead * rhs_row + v * kWidth);
+        const __m512 weights = _mm512_maskz_loadu_ps(masks[v], row + v * kWidth);
+        for (int r = 0; r < Rows; ++r)
+          sums[r][v] = _mm512_fmadd_ps(_mm512_set1_ps(lhs[r * lhs_row + i * lhs_col]),
+                                       weights, sums[r][v]);
+      }
+    }
+
+    for (int r = 0; r < Rows; ++r)
+      for (int v = 0; v < vecs; ++v) {
+        float* to = out + r * out_row + col + v * kWidth;
+        const __m512 sum =
+            adds ? _mm512_add_ps(sums[r][v], _mm512_maskz_loadu_ps(masks[v], to))
+                 : sums[r][v];
+        _mm512_mask_storeu_ps(to, masks[v], sum);
+      }
+  }
+}
+
+using MultiplyThin = void (*)(const float*, int64_t, int64_t, const float*, int64_t,
+                              int64_t, int64_t, float*, int64_t, bool);
+constexpr MultiplyThin kMultiplyThin[kThinRows + 1] = {
+    nullptr, multiply_thin<1>, multiply_thin<2>, multiply_thin<3>, multiply_thin<4>};
 
 using MultiplyTile = void (*)(int64_t, const float*, const float*, float*, int64_t, bool);
 constexpr MultiplyTile kMultiplyTile[kRows + 1] = {
@@ -201,7 +248,9 @@ struct Part {
   int64_t rows_of(int64_t panel) const {
     return std::min(panel_rows, num_rows - panel * panel_rows);
   }
-  int64_t size() const { return num_rows * inner; }
+  bool is_thin() const { return product->m <= kThinRows && product->rhs_col == 1; }
+  // What it packs.
+  int64_t size() const { return is_thin() ? 0 : num_rows * inner; }
 };
 
 struct PackTask {
@@ -254,6 +303,19 @@ void run(const Task& task, bool adds, float* panels) {
       std::fill_n(out + r * p.out_row, task.num_cols, 0.0f);
 
   adds = adds || part.first > 0;
+
+  if (part.is_thin()) {
+    const float* lhs = p.lhs + part.index * p.lhs_next + part.row * p.lhs_row +
+                       part.first * p.lhs_col;
+    // Sums of as many terms as of any product, so that a row has the same result in each.
+    for (int64_t begin = 0; begin < part.inner; begin += part.depth, adds = true)
+      kMultiplyThin[part.num_rows](lhs + begin * p.lhs_col, p.lhs_row, p.lhs_col,
+                                   rhs + begin * p.rhs_row, p.rhs_row,
+                                   std::min(part.depth, part.inner - begin),
+                                   task.num_cols, out, p.out_row, adds);
+    return true;
+  }
+
   for (int64_t begin = 0; begin < part.inner; begin += part.depth, adds = true) {
     const int64_t count = std::min(part.depth, part.inner - begin);
 
@@ -351,7 +413,7 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
     part->packed = memory;
     memory += part->size();
 
-    for (int64_t k = 0; k < part->inner; k += part->depth)
+    for (int64_t k = 0; k < (part->is_thin() ? 0 : part->inner); k += part->depth)
       for (int64_t panel = 0; panel < part->num_panels(); panel += kPanelsAtOnce)
         pack_tasks.push_back({part, k, panel, kPanelsAtOnce});
 
