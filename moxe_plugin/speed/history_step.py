@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
 
 
 def _main() -> None:
@@ -32,7 +33,7 @@ def _main() -> None:
     init_fairseq2()
 
     family = get_dependency_resolver().resolve(ModelFamily, key="moxe")
-    config = family.maybe_get_arch_config(arch)
+    config: Any = family.maybe_get_arch_config(arch)
     model = family.create_new_model(
         config,
         create_fake_gangs(torch.device("cpu")),

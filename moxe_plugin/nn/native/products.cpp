@@ -313,7 +313,7 @@ void run(const Task& task, bool adds, float* panels) {
                                    rhs + begin * p.rhs_row, p.rhs_row,
                                    std::min(part.depth, part.inner - begin),
                                    task.num_cols, out, p.out_row, adds);
-    return true;
+    return;
   }
 
   for (int64_t begin = 0; begin < part.inner; begin += part.depth, adds = true) {
