@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from moxe_plugin.nn.mlstm import MLSTMBlock
+from moxe_plugin.nn.mlstm_cell import MLSTMMemory
+from moxe_plugin.nn.mlstm_recurrence import MLSTMCellInputs, MLSTMRecurrence
 from moxe_plugin.nn.padding import EMPTY
 
 
@@ -22,6 +25,28 @@ def test_initial_values_are_the_intended_ones() -> None:
     assert (block.skip == 1).all()
     assert not block.input_gate_weight.any()
     assert not block.forget_gate_weight.any()
+
+
+@pytest.mark.parametrize("seq_len", [130, 900])
+def test_large_heads_are_the_same_in_every_form(seq_len: int) -> None:
+    torch.manual_seed(0)
+    inputs = MLSTMCellInputs(
+        *(torch.randn(1, seq_len, 256) for _ in range(3)), torch.randn(1, seq_len, 2)
+    )
+    recurrence = MLSTMRecurrence(1, "auto")
+    memory = MLSTMMemory(
+        torch.zeros(1, 1, 256, 256), torch.zeros(1, 1, 256), torch.full((1, 1), EMPTY)
+    )
+
+    # In parallel, and in chunks that carry the (empty) memory.
+    parallel, _ = recurrence.apply(inputs, None, None, return_memory=False)
+    in_chunks, _ = recurrence.apply(inputs, None, memory, return_memory=True)
+    by_torch, _ = MLSTMRecurrence(1, "torch").apply(
+        inputs, None, None, return_memory=False
+    )
+
+    assert_close(parallel, by_torch, rtol=1e-3, atol=1e-4)
+    assert_close(in_chunks, by_torch, rtol=1e-3, atol=1e-4)
 
 
 def test_initial_state_is_empty() -> None:
