@@ -62,23 +62,54 @@ def _create_parser() -> ArgumentParser:
     return parser
 
 
+def _check(args: Namespace) -> None:
+    for name, values in (
+        ("tokens", [args.tokens]),
+        ("repeats", [args.repeats]),
+        ("threads", [args.threads]),
+        ("length", args.length),
+    ):
+        if min(values) < 1:
+            raise ValueError(
+                f"`{name}` must be at least 1, but is {min(values)} instead."
+            )
+
+
+def _create_model(arch: str, max_len: int) -> tuple[Any, int]:
+    import torch
+    from fairseq2.gang import create_fake_gangs
+    from fairseq2.models import ModelFamily
+    from fairseq2.runtime.dependency import get_dependency_resolver
+
+    from moxe_plugin.models.moxe.config import MOXE_FAMILY
+
+    family = get_dependency_resolver().resolve(ModelFamily, key=MOXE_FAMILY)
+    config: Any = family.maybe_get_arch_config(arch)
+    if config is None:
+        raise ValueError(
+            f"`arch` must be an architecture of MoxE, but is '{arch}' instead. "
+            "`moxe systems` lists them."
+        )
+
+    model = family.create_new_model(
+        replace(config, max_seq_len=max(config.max_seq_len, max_len)),
+        create_fake_gangs(torch.device("cpu")),
+        torch.float32,
+        meta=False,
+        init_rank0_only=False,
+    )
+
+    return model.eval(), config.vocab_size
+
+
 def _measure(args: Namespace) -> None:
-    for name in ("tokens", "repeats", "threads"):
-        value = getattr(args, name)
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, but is {value} instead.")
-    if min(args.length) < 1:
-        raise ValueError(f"`length` must be at least 1, but is {args.length} instead.")
+    _check(args)
 
     import torch
     from fairseq2 import init_fairseq2
-    from fairseq2.gang import create_fake_gangs
-    from fairseq2.models import ModelFamily
     from fairseq2.nn import IncrementalStateBag
-    from fairseq2.runtime.dependency import get_dependency_resolver
 
     from moxe_plugin.allocator import keep_freed_memory
-    from moxe_plugin.models.moxe.config import MOXE_FAMILY
     from moxe_plugin.speed.clock import time_repeats
     from moxe_plugin.speed.measuring import describe_machine
     from moxe_plugin.speed.options import MeasureOptions
@@ -92,22 +123,8 @@ def _measure(args: Namespace) -> None:
     num_new = args.tokens * (args.repeats + 1)
     max_len = max(args.length) + num_new
 
-    family = get_dependency_resolver().resolve(ModelFamily, key=MOXE_FAMILY)
-    config: Any = family.maybe_get_arch_config(args.arch)
-    if config is None:
-        raise ValueError(
-            f"`arch` must be an architecture of MoxE, but is '{args.arch}' instead. "
-            "`moxe systems` lists them."
-        )
-
-    model = family.create_new_model(
-        replace(config, max_seq_len=max(config.max_seq_len, max_len)),
-        create_fake_gangs(device),
-        torch.float32,
-        meta=False,
-        init_rank0_only=False,
-    ).eval()
-    ids = torch.randint(0, config.vocab_size, (1, max_len))
+    model, vocab_size = _create_model(args.arch, max_len)
+    ids = torch.randint(0, vocab_size, (1, max_len))
 
     states = {length: IncrementalStateBag(max_len + 1) for length in args.length}
     for length, state_bag in states.items():
