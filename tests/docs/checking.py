@@ -68,6 +68,14 @@ def _check_module(module: str, args: list[str]) -> None:
             from moxe_plugin.speed import kernels
 
             _parse(lambda: kernels.main(args), skip=0)
+        case "moxe_plugin.speed.contexts":
+            from moxe_plugin.speed import contexts
+
+            _parse(lambda: contexts.main(args), skip=0)
+        case "moxe_plugin.speed.history":
+            from moxe_plugin.speed import history
+
+            _parse(lambda: history.main(args), skip=0)
         case _:
             raise ValueError(f"`python -m {module}` cannot be checked.")
 
