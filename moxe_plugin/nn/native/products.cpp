@@ -22,13 +22,14 @@ constexpr int kWidth = 16;              // floats of a vector
 constexpr int kRows = 14;               // rows of a tile,
 constexpr int kVecs = 2;                // and its vectors: 28 of 32 registers hold sums
 constexpr int kCols = kVecs * kWidth;
-constexpr int64_t kDepth = 256;         // of a block: a panel of kCols fits the first cache
-constexpr int64_t kBlockRows = 30 * kRows;  // of the left factor, which fit the second
-constexpr int64_t kMaxCols = 512;       // of a block of the right factor, which fits it too
+constexpr int64_t kDepth = 512;         // of a block, to add to results seldom
+constexpr int64_t kBlockRows = 14 * kRows;  // of the left factor, which fit the second cache
+constexpr int64_t kMaxCols = 256;       // of a block of the right factor, which fits it too
 constexpr int64_t kMinCols = 2 * kCols;
 constexpr int64_t kMaxInner = 1024;     // of the inner dimension at a time
 constexpr int64_t kMaxPacked = 1 << 20;  // floats of left factors that are packed at a time
 constexpr int64_t kPanelsAtOnce = 8;
+constexpr int64_t kPackedAhead = 8;     // rows that a copy into panels fetches ahead
 constexpr int kThinRows = 4;            // up to which a product is thin,
 constexpr int64_t kRowsAhead = 16;      // and how far ahead it fetches
 constexpr double kMinWork = 1e6;        // multiply-adds below which a task is not divided
@@ -184,10 +185,12 @@ void pack(const float* from, int64_t outer, int64_t inner, int64_t depth, int64_
     for (int64_t begin = 0; begin < num_panels; begin += kPanelsAtOnce)
       for (int64_t i = 0; i < depth; ++i)
         for (int64_t p = begin; p < std::min(begin + kPanelsAtOnce, num_panels); ++p)
-          for (int64_t j = 0; j < width; j += kWidth)
+          for (int64_t j = 0; j < width; j += kWidth) {
+            const float* at = from + i * outer + p * width + j;
+            if (i + kPackedAhead < depth) __builtin_prefetch(at + kPackedAhead * outer);
             store(out + p * width * depth, i, depth, j, width,
-                  _mm512_maskz_loadu_ps(first(count - p * width - j),
-                                        from + i * outer + p * width + j));
+                  _mm512_maskz_loadu_ps(first(count - p * width - j), at));
+          }
     return;
   }
 
@@ -201,6 +204,10 @@ void pack(const float* from, int64_t outer, int64_t inner, int64_t depth, int64_
         for (int64_t j = 0; j < width; j += kWidth) {
           __m512 columns[kWidth];
           const int64_t num_cols = std::min<int64_t>(kWidth, depth - i);
+          // Of short rows on many pages the processor foresees nothing.
+          if (p + 1 < num_panels)
+            for (int64_t r = 0; r < std::min(width - j, int64_t(kWidth)); ++r)
+              __builtin_prefetch(panel_from + i + (width + j + r) * inner);
           transpose(panel_from + i + j * inner, inner, num_filled - j, num_cols, columns);
           for (int64_t c = 0; c < num_cols; ++c)
             store(panel, i + c, depth, j, width, columns[c]);
