@@ -52,7 +52,7 @@ __mmask16 first(int64_t count) {
   return count >= kWidth ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
 }
 
-// out (Rows,kCols) = or += lhs (depth,Rows)^T @ rhs (depth,kCols)
+// out (Rows,kCols) = or += lhs (depth,kRows)^T @ rhs (depth,kCols), Rows of its rows
 template <int Rows>
 void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __restrict rhs,
                    float* __restrict out, int64_t out_row, bool adds) {
@@ -68,7 +68,7 @@ void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __re
     for (int v = 0; v < kVecs; ++v)
       weights[v] = _mm512_loadu_ps(rhs + i * kCols + v * kWidth);
     for (int r = 0; r < Rows; ++r) {
-      const __m512 value = _mm512_set1_ps(lhs[i * Rows + r]);
+      const __m512 value = _mm512_set1_ps(lhs[i * kRows + r]);
       for (int v = 0; v < kVecs; ++v)
         sums[r][v] = _mm512_fmadd_ps(value, weights[v], sums[r][v]);
     }
@@ -134,48 +134,53 @@ constexpr MultiplyTile kMultiplyTile[kRows + 1] = {
     multiply_tile<8>,  multiply_tile<9>,  multiply_tile<10>, multiply_tile<11>,
     multiply_tile<12>, multiply_tile<13>, multiply_tile<14>};
 
-// out[c] = column c of the matrix (num_rows,num_cols), both at most 16, padded with 0.
-void transpose(const float* from, int64_t row, int64_t num_rows, int64_t num_cols,
-               __m512* out) {
+// Stores 16 numbers of row i, of `depth` that are `Stride` apart. Of rows of fewer, all but the
+// last one may reach into the next, which comes later: a masked store is slow.
+template <int Stride>
+inline void store(float* row, int64_t i, int64_t depth, __m512 x) {
+  if (Stride >= kWidth || i + 1 < depth)
+    _mm512_storeu_ps(row, x);
+  else
+    _mm512_mask_storeu_ps(row, first(Stride), x);
+}
+
+// Stores column c of the matrix (num_rows,num_cols), both at most 16, as row i + c.
+template <int Stride>
+inline void transpose(const float* from, int64_t next_row, int64_t num_rows,
+                      int64_t num_cols, float* out, int64_t i, int64_t depth) {
   const __mmask16 mask = first(num_cols);
   __m512 a[16], b[16];
-  for (int i = 0; i < 16; ++i)
-    a[i] = i < num_rows ? _mm512_maskz_loadu_ps(mask, from + i * row)
-                        : _mm512_setzero_ps();
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  // Rows that there are not are the last one again.
+  for (int64_t r = 0; r < 16; ++r)
+    a[r] = _mm512_maskz_loadu_ps(mask, from + std::min(r, num_rows - 1) * next_row);
+  for (int r = 0; r < 16; r += 2) {
+    b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
+    b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
   }
-  for (int i = 0; i < 16; i += 4)
+  for (int r = 0; r < 16; r += 4)
     for (int half = 0; half < 2; ++half) {
-      const __m512d low = _mm512_castps_pd(b[i + half]),
-                    high = _mm512_castps_pd(b[i + 2 + half]);
-      a[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      a[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+      const __m512d low = _mm512_castps_pd(b[r + half]),
+                    high = _mm512_castps_pd(b[r + 2 + half]);
+      a[r + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[r + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
     }
   for (int c = 0; c < 4; ++c)
-    for (int i = 0; i < 16; i += 8) {
-      b[i + c] = _mm512_shuffle_f32x4(a[i + c], a[i + 4 + c], 0x88);
-      b[i + 4 + c] = _mm512_shuffle_f32x4(a[i + c], a[i + 4 + c], 0xdd);
+    for (int r = 0; r < 16; r += 8) {
+      b[r + c] = _mm512_shuffle_f32x4(a[r + c], a[r + 4 + c], 0x88);
+      b[r + 4 + c] = _mm512_shuffle_f32x4(a[r + c], a[r + 4 + c], 0xdd);
     }
   for (int c = 0; c < 8; ++c) {
-    out[c] = _mm512_shuffle_f32x4(b[c], b[8 + c], 0x88);
-    out[8 + c] = _mm512_shuffle_f32x4(b[c], b[8 + c], 0xdd);
+    a[c] = _mm512_shuffle_f32x4(b[c], b[8 + c], 0x88);
+    a[8 + c] = _mm512_shuffle_f32x4(b[c], b[8 + c], 0xdd);
   }
+  for (int c = 0; c < 16; ++c)
+    if (c < num_cols) store<Stride>(out + c * Stride, i + c, depth, a[c]);
 }
 
-// Stores the channels of `row` from `j` on, of which there are `width`. What follows in the
-// panel is overwritten, as it comes later: a masked store is slow.
-void store(float* panel, int64_t row, int64_t depth, int64_t j, int64_t width, __m512 x) {
-  float* to = panel + row * width + j;
-  if (row * width + j + kWidth <= depth * width)
-    _mm512_storeu_ps(to, x);
-  else
-    _mm512_mask_storeu_ps(to, first(width - j), x);
-}
-
-// A panel: out[i * width + j] = from[i * outer + j * inner] for `depth` i and `count` j, then
-// 0 up to `width`, at most kCols. Panels follow each other in `out`, `count` in `from`.
+// Panels: out[i * Stride + j] = from[i * outer + j * inner] for `depth` i and `width` j, at
+// most Stride; up to Stride, finite numbers. Panels follow each other in `out`, the `count` j of
+// all of them in `from`.
+template <int Stride>
 void pack(const float* from, int64_t outer, int64_t inner, int64_t depth, int64_t count,
           int64_t width, float* out) {
   const int64_t num_panels = divide_up(count, width);
@@ -188,34 +193,32 @@ void pack(const float* from, int64_t outer, int64_t inner, int64_t depth, int64_
           for (int64_t j = 0; j < width; j += kWidth) {
             const float* at = from + i * outer + p * width + j;
             if (i + kPackedAhead < depth) __builtin_prefetch(at + kPackedAhead * outer);
-            store(out + p * width * depth, i, depth, j, width,
-                  _mm512_maskz_loadu_ps(first(count - p * width - j), at));
+            store<Stride>(out + (p * depth + i) * Stride + j, i, depth,
+                          _mm512_maskz_loadu_ps(first(count - p * width - j), at));
           }
     return;
   }
 
   for (int64_t p = 0; p < num_panels; ++p) {
     const float* panel_from = from + p * width * inner;
-    float* panel = out + p * width * depth;
+    float* panel = out + p * depth * Stride;
     const int64_t num_filled = std::min(width, count - p * width);
 
     if (outer == 1) {
       for (int64_t i = 0; i < depth; i += kWidth)
-        for (int64_t j = 0; j < width; j += kWidth) {
-          __m512 columns[kWidth];
-          const int64_t num_cols = std::min<int64_t>(kWidth, depth - i);
+        for (int64_t j = 0; j < num_filled; j += kWidth) {
           // Of short rows on many pages the processor foresees nothing.
           if (p + 1 < num_panels)
-            for (int64_t r = 0; r < std::min(width - j, int64_t(kWidth)); ++r)
-              __builtin_prefetch(panel_from + i + (width + j + r) * inner);
-          transpose(panel_from + i + j * inner, inner, num_filled - j, num_cols, columns);
-          for (int64_t c = 0; c < num_cols; ++c)
-            store(panel, i + c, depth, j, width, columns[c]);
+            for (int64_t r = j; r < std::min(width, j + kWidth); ++r)
+              __builtin_prefetch(panel_from + i + (width + r) * inner);
+          transpose<Stride>(panel_from + i + j * inner, inner, num_filled - j,
+                            std::min<int64_t>(kWidth, depth - i), panel + i * Stride + j, i,
+                            depth);
         }
     } else {
       for (int64_t i = 0; i < depth; ++i)
-        for (int64_t j = 0; j < width; ++j)
-          panel[i * width + j] = j < num_filled ? panel_from[i * outer + j * inner] : 0.0f;
+        for (int64_t j = 0; j < num_filled; ++j)
+          panel[i * Stride + j] = panel_from[i * outer + j * inner];
     }
   }
 }
@@ -257,7 +260,8 @@ struct Part {
   }
   bool is_thin() const { return product->m <= kThinRows && product->rhs_col == 1; }
   // What it packs.
-  int64_t size() const { return is_thin() ? 0 : num_rows * inner; }
+  int64_t size() const { return is_thin() ? 0 : depth_size() * inner; }
+  int64_t depth_size() const { return num_panels() * kRows; }
 };
 
 struct PackTask {
@@ -284,14 +288,9 @@ void run(const PackTask& task) {
       std::min(task.num_panels * part.panel_rows, part.num_rows - row);
   const float* lhs = p.lhs + part.index * p.lhs_next + (part.row + row) * p.lhs_row +
                      (part.first + begin) * p.lhs_col;
-  float* packed = part.packed + begin * part.num_rows + row * count;
 
-  // The last panel may have fewer rows.
-  const int64_t num_even = num_rows / part.panel_rows * part.panel_rows;
-  pack(lhs, p.lhs_col, p.lhs_row, count, num_even, part.panel_rows, packed);
-  if (num_even < num_rows)
-    pack(lhs + num_even * p.lhs_row, p.lhs_col, p.lhs_row, count, num_rows - num_even,
-         num_rows - num_even, packed + num_even * count);
+  pack<kRows>(lhs, p.lhs_col, p.lhs_row, count, num_rows, part.panel_rows,
+               part.packed + begin * part.depth_size() + task.panel * kRows * count);
 }
 
 void run(const Task& task, bool adds, float* panels) {
@@ -326,8 +325,8 @@ void run(const Task& task, bool adds, float* panels) {
   for (int64_t begin = 0; begin < part.inner; begin += part.depth, adds = true) {
     const int64_t count = std::min(part.depth, part.inner - begin);
 
-    pack(rhs + begin * p.rhs_row, p.rhs_row, p.rhs_col, count, task.num_cols, kCols,
-         panels);
+    pack<kCols>(rhs + begin * p.rhs_row, p.rhs_row, p.rhs_col, count, task.num_cols, kCols,
+                panels);
 
     const int64_t block = std::max<int64_t>(1, kBlockRows / part.panel_rows);
     for (int64_t first = 0; first < part.num_panels(); first += block)
@@ -337,7 +336,8 @@ void run(const Task& task, bool adds, float* panels) {
 
         for (int64_t i = first; i < std::min(first + block, part.num_panels()); ++i) {
           const int64_t row = i * part.panel_rows, rows = part.rows_of(i);
-          const float* left = part.packed + begin * part.num_rows + row * count;
+          const float* left =
+              part.packed + begin * part.depth_size() + i * kRows * count;
           float* to = out + row * p.out_row + j * kCols;
 
           if (cols == kCols) {
@@ -460,11 +460,17 @@ bool multiply_all(int64_t num_products, const Product* products, bool adds,
     std::vector<Part> parts =
         cut(num_products, products, first, num_threads, num_col_blocks);
 
+    // Groups of equal size, as the threads wait for each other after each.
+    int64_t total = 0;
+    for (const Part& part : parts) total += part.size();
+    const int64_t share = total / std::max<int64_t>(1, divide_up(total, kMaxPacked));
+
     for (size_t begin = 0, end = 0; begin < parts.size(); begin = end) {
       int64_t size = 0;
       for (end = begin; end < parts.size(); ++end) {
-        if (end > begin && size + parts[end].size() > kMaxPacked) break;
-        size += parts[end].size();
+        const int64_t next = parts[end].size();
+        if (end > begin && (size + next > kMaxPacked || size + next / 2 > share)) break;
+        size += next;
       }
 
       if (!run(&parts[begin], parts.data() + end, &num_col_blocks[begin], size, adds,
