@@ -111,6 +111,7 @@ def probe_native() -> str:
     reasons = {
         "sLSTM": None,
         "convolution": why_not_loaded("causal_conv"),
+        "loss": why_not_loaded("cross_entropy"),
         "float32 products": products,
         # It multiplies by them.
         "mLSTM": products or why_not_loaded("mlstm_parallel"),

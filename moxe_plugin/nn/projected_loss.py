@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moxe_plugin.nn.native.cross_entropy import SUFFIXES, cross_entropy_
+from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.padding import widen
 from moxe_plugin.nn.products import add_product, multiply
 
@@ -69,24 +71,15 @@ class _ProjectedCrossEntropy(Function):
 
         for begin in range(0, len(rows), CHUNK_SIZE):
             chunk = slice(begin, begin + CHUNK_SIZE)
-            logits = widen(multiply(rows[chunk], table.mT))
-            index = targets[chunk].unsqueeze(-1)
-            weights = target_weights[chunk].to(logits.dtype)
+            weights = target_weights[chunk].to(loss.dtype)
+            logits = multiply(rows[chunk], table.mT)
 
-            logits -= logits.amax(dim=-1, keepdim=True)
-            of_target = logits.gather(-1, index).squeeze(-1)
-            logits.exp_()
-            total = logits.sum(dim=-1)
-            loss += torch.dot(total.log() - of_target, weights)
+            losses, grad = _cross_entropy(logits, targets[chunk], weights, wants_grad)
+            loss += torch.dot(losses, weights)
 
-            if grad_hidden is None:
+            if grad_hidden is None or grad is None:
                 continue
 
-            # Softmax minus one-hot, weighed: the gradient of the loss.
-            logits *= (weights / total).unsqueeze(-1)
-            logits.scatter_add_(-1, index, -weights.unsqueeze(-1))
-
-            grad = logits.to(dtype)
             grad_hidden[chunk] = multiply(grad, table)
             if grad_weight is None:
                 grad_weight = widen(multiply(grad.mT, rows[chunk]))
@@ -119,3 +112,41 @@ class _ProjectedCrossEntropy(Function):
             grad_weight.to(ctx.weight_dtype) if needs_weight else None,
             *(None, None, None, None),
         )
+
+
+def _cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    # The loss of each row, and the gradient of their weighed sum in the logits' place.
+    if _runs_native(logits):
+        losses = cross_entropy_(logits, targets, weights, wants_grad=wants_grad)
+
+        return losses, logits if wants_grad else None
+
+    wide, index = widen(logits), targets.unsqueeze(-1)
+
+    wide -= wide.amax(dim=-1, keepdim=True)
+    of_target = wide.gather(-1, index).squeeze(-1)
+    wide.exp_()
+    total = wide.sum(dim=-1)
+    losses = total.log() - of_target
+
+    if not wants_grad:
+        return losses, None
+
+    # Softmax minus one-hot, weighed.
+    wide *= (weights / total).unsqueeze(-1)
+    wide.scatter_add_(-1, index, -weights.unsqueeze(-1))
+
+    return losses, wide.to(logits.dtype)
+
+
+def _runs_native(logits: Tensor) -> bool:
+    return (
+        logits.is_cpu
+        # Others (FakeTensor …) have no memory to point to.
+        and type(logits) is Tensor
+        and logits.dtype in SUFFIXES
+        and not torch.compiler.is_compiling()
+        and why_not_loaded("cross_entropy") is None
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +20,9 @@ def time_repeats(
 ) -> list[float]:
     """Time a call again and again.
 
+    Python looks for no garbage meanwhile, as it does not in fairseq2's trainer but once
+    in ``gc_every_n_steps``: that would count what the process did before.
+
     :param call: What is timed; it is not warmed up.
     :param repeats: How often.
     :param device: What it computes on; CUDA's own events tell the time there.
@@ -27,7 +31,14 @@ def time_repeats(
     """
     timer = _time_on_cuda if device.type == "cuda" else _time_on_cpu
 
-    return [timer(call) for _ in range(repeats)]
+    is_enabled = gc.isenabled()
+    gc.disable()
+
+    try:
+        return [timer(call) for _ in range(repeats)]
+    finally:
+        if is_enabled:
+            gc.enable()
 
 
 def _time_on_cpu(call: Callable[[], object]) -> float:
