@@ -99,7 +99,8 @@ class _GroupedProduct(Function):
                         grad_weight,
                         strict=True,
                     )
-                ]
+                ],
+                streams=True,
             )
 
         return grad_rows, grad_weight, None

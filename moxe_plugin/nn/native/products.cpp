@@ -52,15 +52,18 @@ __mmask16 first(int64_t count) {
   return count >= kWidth ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
 }
 
+// What becomes of a result: it is written, added to, or written past the caches.
+enum class Into { kOut, kSum, kMemory };
+
 // out (Rows,kCols) = or += lhs (depth,kRows)^T @ rhs (depth,kCols), Rows of its rows
 template <int Rows>
 void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __restrict rhs,
-                   float* __restrict out, int64_t out_row, bool adds) {
+                   float* __restrict out, int64_t out_row, Into into) {
   __m512 sums[Rows][kVecs];
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < kVecs; ++v) {
       sums[r][v] = _mm512_setzero_ps();
-      __builtin_prefetch(out + r * out_row + v * kWidth, 1);
+      if (into != Into::kMemory) __builtin_prefetch(out + r * out_row + v * kWidth, 1);
     }
 
   for (int64_t i = 0; i < depth; ++i) {
@@ -77,8 +80,12 @@ void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __re
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < kVecs; ++v) {
       float* to = out + r * out_row + v * kWidth;
-      _mm512_storeu_ps(
-          to, adds ? _mm512_add_ps(sums[r][v], _mm512_loadu_ps(to)) : sums[r][v]);
+      if (into == Into::kMemory)
+        _mm512_stream_ps(to, sums[r][v]);
+      else if (into == Into::kSum)
+        _mm512_storeu_ps(to, _mm512_add_ps(sums[r][v], _mm512_loadu_ps(to)));
+      else
+        _mm512_storeu_ps(to, sums[r][v]);
     }
 }
 
@@ -127,7 +134,7 @@ using MultiplyThin = void (*)(const float*, int64_t, int64_t, const float*, int6
 constexpr MultiplyThin kMultiplyThin[kThinRows + 1] = {
     nullptr, multiply_thin<1>, multiply_thin<2>, multiply_thin<3>, multiply_thin<4>};
 
-using MultiplyTile = void (*)(int64_t, const float*, const float*, float*, int64_t, bool);
+using MultiplyTile = void (*)(int64_t, const float*, const float*, float*, int64_t, Into);
 constexpr MultiplyTile kMultiplyTile[kRows + 1] = {
     nullptr,           multiply_tile<1>,  multiply_tile<2>,  multiply_tile<3>,
     multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,  multiply_tile<7>,
@@ -293,7 +300,7 @@ void run(const PackTask& task) {
                part.packed + begin * part.depth_size() + task.panel * kRows * count);
 }
 
-void run(const Task& task, bool adds, float* panels) {
+void run(const Task& task, bool adds, bool streams, float* panels) {
   const Part& part = *task.part;
   const Product& p = *part.product;
   const int64_t num_col_panels = divide_up(task.num_cols, kCols);
@@ -322,8 +329,13 @@ void run(const Task& task, bool adds, float* panels) {
     return;
   }
 
+  // Only what is complete at once, and in whole cache lines.
+  streams = streams && !adds && p.k <= part.depth && p.out_row % kWidth == 0 &&
+            reinterpret_cast<uintptr_t>(out) % (kWidth * sizeof(float)) == 0;
+
   for (int64_t begin = 0; begin < part.inner; begin += part.depth, adds = true) {
     const int64_t count = std::min(part.depth, part.inner - begin);
+    const Into into = streams ? Into::kMemory : adds ? Into::kSum : Into::kOut;
 
     pack<kCols>(rhs + begin * p.rhs_row, p.rhs_row, p.rhs_col, count, task.num_cols, kCols,
                 panels);
@@ -341,11 +353,11 @@ void run(const Task& task, bool adds, float* panels) {
           float* to = out + row * p.out_row + j * kCols;
 
           if (cols == kCols) {
-            kMultiplyTile[rows](count, left, right, to, p.out_row, adds);
+            kMultiplyTile[rows](count, left, right, to, p.out_row, into);
             continue;
           }
 
-          kMultiplyTile[rows](count, left, right, edge, kCols, false);
+          kMultiplyTile[rows](count, left, right, edge, kCols, Into::kOut);
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t c = 0; c < cols; ++c) {
               float& x = to[r * p.out_row + c];
@@ -408,7 +420,7 @@ std::vector<Part> cut(int64_t num_products, const Product* products, int64_t fir
 
 // Parts that are packed together. Returns whether there was memory for it.
 bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bool adds,
-         int num_threads) {
+         bool streams, int num_threads) {
   static thread_local Buffer packed;
   if (!packed.reserve(size)) return false;
   float* memory = packed.get();
@@ -440,17 +452,19 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < num_tasks; ++i) {
       if (buffer.reserve(tasks[i].size()))
-        run(tasks[i], adds, buffer.get());
+        run(tasks[i], adds, streams, buffer.get());
       else
         done = false;
     }
+    // What was written past the caches comes before what other threads do next.
+    if (streams) _mm_sfence();
   }
 
   return done;
 }
 
 bool multiply_all(int64_t num_products, const Product* products, bool adds,
-                  int num_threads) {
+                  bool streams, int num_threads) {
   int64_t max_inner = 1;
   for (int64_t i = 0; i < num_products; ++i)
     max_inner = std::max(max_inner, products[i].k);
@@ -474,7 +488,7 @@ bool multiply_all(int64_t num_products, const Product* products, bool adds,
       }
 
       if (!run(&parts[begin], parts.data() + end, &num_col_blocks[begin], size, adds,
-               num_threads))
+               streams, num_threads))
         return false;
     }
   }
@@ -486,9 +500,10 @@ bool multiply_all(int64_t num_products, const Product* products, bool adds,
 
 // Returns 0, or 1 if there is no memory for copies of the factors.
 extern "C" int moxe_multiply(int64_t num_products, const Product* products, int adds,
-                             int num_threads) {
+                             int streams, int num_threads) {
   try {
-    return multiply_all(num_products, products, adds != 0, num_threads) ? 0 : 1;
+    return multiply_all(num_products, products, adds != 0, streams != 0, num_threads) ? 0
+                                                                                      : 1;
   } catch (const std::bad_alloc&) {
     return 1;
   }

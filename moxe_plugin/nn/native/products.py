@@ -33,11 +33,15 @@ class Product(NamedTuple):
     """Where the result goes. *Shape:* ``([B,]m,n)``, its last stride 1."""
 
 
-def multiply_all(products: Sequence[Product], *, adds: bool = False) -> None:
+def multiply_all(
+    products: Sequence[Product], *, adds: bool = False, streams: bool = False
+) -> None:
     """Compute products, all at once.
 
     :param products: What to multiply.
     :param adds: Whether to add to ``out`` what is computed.
+    :param streams: Whether to write past the caches, for results that are not read
+        soon; where a result is not complete at once, this changes nothing.
 
     :raises MemoryError: There is no memory for copies of factors.
     :raises NativeLibraryError: The C++ code cannot be compiled here.
@@ -64,6 +68,7 @@ def multiply_all(products: Sequence[Product], *, adds: bool = False) -> None:
         ctypes.c_int64(len(products)),
         ctypes.c_void_p(numbers.buffer_info()[0]),
         ctypes.c_int(adds),
+        ctypes.c_int(streams),
         ctypes.c_int(torch.get_num_threads()),
     )
 

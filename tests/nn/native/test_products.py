@@ -157,6 +157,25 @@ def test_factors_have_any_layout(left: str, right: str) -> None:
 
 @needs_avx512
 @pytest.mark.parametrize("adds", [False, True], ids=["sets", "adds"])
+@pytest.mark.parametrize("begin", [0, 1], ids=["aligned", "not_aligned"])
+def test_writing_past_the_caches_changes_no_number(begin: int, adds: bool) -> None:
+    # A result is complete at once, or after several parts; columns are full tiles or not.
+    for m, n, k in [(29, 96, 40), (29, 80, 512), (3, 64, 7), (30, 64, 1100)]:
+        lhs, rhs = torch.randn(m, k), torch.randn(k, n)
+        matrices = torch.full((2, m, n + 32), GUARD)
+        plain, streamed = (x[:, begin : begin + n] for x in matrices)
+
+        multiply_all([Product(lhs, rhs, plain)], adds=adds)
+        multiply_all([Product(lhs, rhs, streamed)], adds=adds, streams=True)
+
+        assert torch.equal(plain, streamed)
+        plain.fill_(GUARD)
+        streamed.fill_(GUARD)
+        assert (matrices == GUARD).all()
+
+
+@needs_avx512
+@pytest.mark.parametrize("adds", [False, True], ids=["sets", "adds"])
 def test_nothing_beside_the_result_is_touched(adds: bool) -> None:
     for m, n, k in list_sizes(3):
         matrices = torch.full((2, m + 3, n + 21), GUARD)
