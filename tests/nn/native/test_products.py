@@ -159,7 +159,7 @@ def test_factors_have_any_layout(left: str, right: str) -> None:
 @pytest.mark.parametrize("adds", [False, True], ids=["sets", "adds"])
 @pytest.mark.parametrize("begin", [0, 1], ids=["aligned", "not_aligned"])
 def test_writing_past_the_caches_changes_no_number(begin: int, adds: bool) -> None:
-    # A result is complete at once, or after several parts; columns are full tiles or not.
+    # Results that are complete at once or after several parts, and tiles that are not.
     for m, n, k in [(29, 96, 40), (29, 80, 512), (3, 64, 7), (30, 64, 1100)]:
         lhs, rhs = torch.randn(m, k), torch.randn(k, n)
         matrices = torch.full((2, m, n + 32), GUARD)
