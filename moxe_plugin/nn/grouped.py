@@ -11,8 +11,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
+from moxe_plugin.nn.native import products as native
 from moxe_plugin.nn.native.products import Product
-from moxe_plugin.nn.products import multiply_all
+from moxe_plugin.nn.products import multiply_all, runs_native
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
@@ -89,19 +90,7 @@ class _GroupedProduct(Function):
             grad_weight = torch.empty_like(
                 weight, memory_format=torch.contiguous_format
             )
-            # A product over no row is 0.
-            multiply_all(
-                [
-                    Product(x.mT, y, grad)
-                    for x, y, grad in zip(
-                        _by_group(rows, weight, ctx.counts),
-                        _by_group(grad_output, weight, ctx.counts),
-                        grad_weight,
-                        strict=True,
-                    )
-                ],
-                streams=True,
-            )
+            _multiply_columns(rows, grad_output, grad_weight, ctx.counts)
 
         return grad_rows, grad_weight, None
 
@@ -109,6 +98,11 @@ class _GroupedProduct(Function):
 def _multiply(rows: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
     num_groups, _, out_dim = weight.shape[1:]
     out = rows.new_empty(rows.size(0), num_groups * out_dim)
+
+    if runs_native(rows, weight):
+        native.multiply_rows(rows, weight, out, counts)
+
+        return out
 
     multiply_all(
         [
@@ -124,6 +118,28 @@ def _multiply(rows: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
     )
 
     return out
+
+
+def _multiply_columns(
+    lhs: Tensor, rhs: Tensor, out: Tensor, counts: tuple[int, ...]
+) -> None:
+    # A product over no row is 0.
+    if runs_native(lhs, rhs, out):
+        native.multiply_columns(lhs, rhs, out, counts)
+
+        return
+
+    multiply_all(
+        [
+            Product(x.mT, y, z)
+            for x, y, z in zip(
+                _by_group(lhs, out, counts),
+                _by_group(rhs, out, counts),
+                out,
+                strict=True,
+            )
+        ]
+    )
 
 
 def _by_group(rows: Tensor, weight: Tensor, counts: tuple[int, ...]) -> list[Tensor]:

@@ -86,15 +86,14 @@ def add_product(out: Tensor, lhs: Tensor, rhs: Tensor) -> None:
         out += lhs @ rhs
 
 
-def multiply_all(products: Sequence[Product], *, streams: bool = False) -> None:
+def multiply_all(products: Sequence[Product]) -> None:
     """Compute products of any sizes, without a gradient.
 
     :param products: What to multiply, and where the results go.
-    :param streams: Whether results are large and not read soon; it changes no number.
     """
     # Of none, all would run in C++, and nothing could tell whether it is there.
     if products and all(runs_native(lhs, rhs) for lhs, rhs, _ in products):
-        native.multiply_all(products, streams=streams)
+        native.multiply_all(products)
 
         return
 

@@ -12,12 +12,17 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moxe_plugin.nn.native.library import load_library
+
+NUM_NUMBERS: Final = 15
+"""How many numbers tell a product."""
+
+_BYTES: Final = 4
 
 
 class Product(NamedTuple):
@@ -63,9 +68,26 @@ def multiply_all(
             )
         )
 
-    # The tensors live until the call returns: `products` holds them.
+    multiply_described(numbers, adds=adds, streams=streams)
+
+
+def multiply_described(
+    numbers: array[int], *, adds: bool = False, streams: bool = False
+) -> None:
+    """Compute products that are told by numbers, for which many need no tensor each.
+
+    :param numbers: :data:`NUM_NUMBERS` of each product, see ``Product`` in the C++
+        code: B, m, n, k; then of ``lhs``, ``rhs`` and ``out`` the address, and the
+        elements from one to the next matrix, row and column (of ``out``, no column).
+        The caller holds the memory.
+    :param adds: As for :func:`multiply_all`.
+    :param streams: As for :func:`multiply_all`.
+
+    :raises MemoryError: There is no memory for copies of factors.
+    :raises NativeLibraryError: The C++ code cannot be compiled here.
+    """
     is_out_of_memory = load_library("products")["moxe_multiply"](
-        ctypes.c_int64(len(products)),
+        ctypes.c_int64(len(numbers) // NUM_NUMBERS),
         ctypes.c_void_p(numbers.buffer_info()[0]),
         ctypes.c_int(adds),
         ctypes.c_int(streams),
@@ -74,6 +96,75 @@ def multiply_all(
 
     if is_out_of_memory:
         raise MemoryError("There is no memory for copies of the factors of a product.")
+
+
+def multiply_rows(
+    rows: Tensor, weight: Tensor, out: Tensor, counts: Sequence[int]
+) -> None:
+    """Multiply the rows of each expert by its weights, one for each group of channels.
+
+    :param rows: Sorted by expert, float32, on the CPU. *Shape:* ``(C,G*in)``.
+    :param weight: Likewise. *Shape:* ``(E,G,in,out)``.
+    :param out: Contiguous. *Shape:* ``(C,G*out)``.
+    :param counts: The number of rows of each expert, C in all.
+    """
+    num_groups, in_dim, out_dim = weight.shape[1:]
+    row, column = rows.stride()
+    address, weight_address, out_address = _addresses(rows, weight, out)
+    numbers = array("q")
+
+    for count in counts:
+        if count > 0:
+            numbers.extend(
+                (
+                    *(num_groups, count, out_dim, in_dim),
+                    *(address, in_dim * column, row, column),
+                    *(weight_address, *weight.stride()[1:]),
+                    *(out_address, out_dim, out.stride(0)),
+                )
+            )
+
+        address += _BYTES * count * row
+        weight_address += _BYTES * weight.stride(0)
+        out_address += _BYTES * count * out.stride(0)
+
+    multiply_described(numbers)
+
+
+def multiply_columns(
+    lhs: Tensor, rhs: Tensor, out: Tensor, counts: Sequence[int]
+) -> None:
+    """Compute each expert's ``lhs^T rhs`` over its rows; 0 for one without a row.
+
+    :param lhs: Sorted by expert, float32, on the CPU. *Shape:* ``(C,G*in)``.
+    :param rhs: Likewise. *Shape:* ``(C,G*out)``.
+    :param out: Contiguous; as a rule large, and not read soon. *Shape:*
+        ``(E,G,in,out)``.
+    :param counts: The number of rows of each expert, C in all.
+    """
+    num_groups, in_dim, out_dim = out.shape[1:]
+    address, rhs_address, out_address = _addresses(lhs, rhs, out)
+    numbers = array("q")
+
+    for count in counts:
+        numbers.extend(
+            (
+                *(num_groups, in_dim, out_dim, count),
+                *(address, in_dim * lhs.stride(1), *reversed(lhs.stride())),
+                *(rhs_address, out_dim * rhs.stride(1), *rhs.stride()),
+                *(out_address, *out.stride()[1:3]),
+            )
+        )
+
+        address += _BYTES * count * lhs.stride(0)
+        rhs_address += _BYTES * count * rhs.stride(0)
+        out_address += _BYTES * out.stride(0)
+
+    multiply_described(numbers, streams=True)
+
+
+def _addresses(*tensors: Tensor) -> list[int]:
+    return [x.data_ptr() for x in tensors]
 
 
 def _check(lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
