@@ -11,9 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.native import products as native
-from moxe_plugin.nn.native.products import Product
-from moxe_plugin.nn.products import multiply_all, runs_native
+from moxe_plugin.nn.products import multiply_columns, multiply_rows
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
@@ -40,13 +38,36 @@ def grouped_head_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) ->
 
     :returns: *Shape:* ``(C,G*out)``.
     """
-    device_type = rows.device.type
-
-    if torch.is_autocast_enabled(device_type) and rows.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        rows, weight = rows.to(dtype), weight.to(dtype)
+    rows, weight = _autocast(rows, weight)
 
     return _GroupedProduct.apply(rows, weight, tuple(counts))  # type: ignore[no-any-return, no-untyped-call]  # torch
+
+
+def grouped_head_products(
+    rows: Sequence[Tensor], weight: Tensor, counts: Sequence[int]
+) -> list[Tensor]:
+    """Compute several :func:`grouped_head_product`, whose weights are one parameter.
+
+    :param rows: P of them. *Shape:* ``(C,G*in)`` each.
+    :param weight: *Shape:* ``(E,G,in,P,out)``.
+    :param counts: The number of rows of each expert, C in all.
+
+    :returns: *Shape:* ``(C,G*out)`` each.
+    """
+    weight, *rows = _autocast(weight, *rows)
+
+    return list(_GroupedProducts.apply(tuple(counts), weight, *rows))  # type: ignore[no-untyped-call]  # torch
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    device_type = tensors[0].device.type
+
+    if not torch.is_autocast_enabled(device_type) or tensors[0].dtype == torch.float64:
+        return list(tensors)
+
+    dtype = torch.get_autocast_dtype(device_type)
+
+    return [x.to(dtype) for x in tensors]
 
 
 def spread(vectors: Tensor, counts: Sequence[int]) -> Tensor:
@@ -72,7 +93,7 @@ class _GroupedProduct(Function):
         ctx.save_for_backward(rows, weight)
         ctx.counts = counts
 
-        return _multiply(rows, weight, counts)
+        return multiply_rows(rows, weight, counts)
 
     @staticmethod
     @override
@@ -84,69 +105,58 @@ class _GroupedProduct(Function):
         grad_rows, grad_weight = None, None
 
         if ctx.needs_input_grad[0]:
-            grad_rows = _multiply(grad_output, weight.mT, ctx.counts)
+            grad_rows = multiply_rows(grad_output, weight.mT, ctx.counts)
 
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(
                 weight, memory_format=torch.contiguous_format
             )
-            _multiply_columns(rows, grad_output, grad_weight, ctx.counts)
+            multiply_columns(rows, grad_output, grad_weight, ctx.counts)
 
         return grad_rows, grad_weight, None
 
 
-def _multiply(rows: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Tensor:
-    num_groups, _, out_dim = weight.shape[1:]
-    out = rows.new_empty(rows.size(0), num_groups * out_dim)
+class _GroupedProducts(Function):
+    # The gradients of the weights are parts of one tensor, which nothing has to join.
 
-    if runs_native(rows, weight):
-        native.multiply_rows(rows, weight, out, counts)
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, counts: tuple[int, ...], weight: Tensor, *rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(weight, *rows)
+        ctx.counts = counts
 
-        return out
+        return tuple(
+            multiply_rows(x, part, counts)
+            for x, part in zip(rows, weight.unbind(-2), strict=True)
+        )
 
-    multiply_all(
-        [
-            Product(x, w, y)
-            for x, w, y in zip(
-                _by_group(rows, weight, counts),
-                weight,
-                _by_group(out, weight, counts),
-                strict=True,
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *rows = ctx.saved_tensors
+        _, needs_weight, *needs_rows = ctx.needs_input_grad
+
+        grad_weight = None
+        if needs_weight:
+            grad_weight = torch.empty_like(
+                weight, memory_format=torch.contiguous_format
             )
-            if x.size(1) > 0
-        ]
-    )
+            for x, y, part in zip(
+                rows, grad_outputs, grad_weight.unbind(-2), strict=True
+            ):
+                multiply_columns(x, y, part, ctx.counts)
 
-    return out
-
-
-def _multiply_columns(
-    lhs: Tensor, rhs: Tensor, out: Tensor, counts: tuple[int, ...]
-) -> None:
-    # A product over no row is 0.
-    if runs_native(lhs, rhs, out):
-        native.multiply_columns(lhs, rhs, out, counts)
-
-        return
-
-    multiply_all(
-        [
-            Product(x.mT, y, z)
-            for x, y, z in zip(
-                _by_group(lhs, out, counts),
-                _by_group(rhs, out, counts),
-                out,
-                strict=True,
+        grad_rows = [
+            multiply_rows(y, part.mT, ctx.counts) if needs_grad else None
+            for y, part, needs_grad in zip(
+                grad_outputs, weight.unbind(-2), needs_rows, strict=True
             )
         ]
-    )
 
-
-def _by_group(rows: Tensor, weight: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
-    # (C,G*D) -> E times (G,C_e,D)
-    groups = torch.unflatten(rows, 1, (weight.size(1), -1)).transpose(0, 1)
-
-    return list(groups.split(counts, dim=1))
+        return None, grad_weight, *grad_rows
 
 
 class _Spread(Function):

@@ -107,6 +107,74 @@ def multiply_all(products: Sequence[Product]) -> None:
             out.copy_(lhs @ rhs)
 
 
+def multiply_rows(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+    """Multiply rows by their expert's weights, one a group of channels; no gradient.
+
+    :param rows: Sorted by expert. *Shape:* ``(C,G*in)``.
+    :param weight: *Shape:* ``(E,G,in,out)``.
+    :param counts: The number of rows of each expert, C in all.
+
+    :returns: *Shape:* ``(C,G*out)``.
+    """
+    out = rows.new_empty(rows.size(0), weight.size(1) * weight.size(3))
+
+    if runs_native(rows, weight):
+        native.multiply_rows(rows, weight, out, counts)
+
+        return out
+
+    multiply_all(
+        [
+            Product(x, w, y)
+            for x, w, y in zip(
+                _by_group(rows, weight, counts),
+                weight,
+                _by_group(out, weight, counts),
+                strict=True,
+            )
+            if x.size(1) > 0
+        ]
+    )
+
+    return out
+
+
+def multiply_columns(
+    lhs: Tensor, rhs: Tensor, out: Tensor, counts: Sequence[int]
+) -> None:
+    """Compute each expert's ``lhs^T rhs``, for each group of channels; no gradient.
+
+    :param lhs: Sorted by expert. *Shape:* ``(C,G*in)``.
+    :param rhs: Sorted by expert. *Shape:* ``(C,G*out)``.
+    :param out: Where the results go, 0 for an expert without a row; its last stride is
+        1. *Shape:* ``(E,G,in,out)``.
+    :param counts: The number of rows of each expert, C in all.
+    """
+    if runs_native(lhs, rhs, out):
+        native.multiply_columns(lhs, rhs, out, counts)
+
+        return
+
+    multiply_all(
+        [
+            Product(x.mT, y, z)
+            for x, y, z in zip(
+                _by_group(lhs, out, counts),
+                _by_group(rhs, out, counts),
+                out,
+                strict=True,
+            )
+        ]
+    )
+
+
+def _by_group(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    # (C,G*D) -> E times (G,C_e,D)
+    groups = torch.unflatten(rows, 1, (weight.size(1), -1)).transpose(0, 1)
+
+    return list(groups.split(list(counts), dim=1))
+
+
 def runs_native(*tensors: Tensor) -> bool:
     """Tell whether the product of some tensors runs in C++.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module, init
 
 from moxe_plugin.nn.backend import ScanBackend, resolve_backend
+from moxe_plugin.nn.grouped import grouped_head_products
 from moxe_plugin.nn.layers import (
     CausalConv,
     GatedFeedForward,
@@ -23,7 +24,7 @@ from moxe_plugin.nn.padding import EMPTY, widen
 from moxe_plugin.nn.rows import find_rows, last_rows, pack, unpack
 from moxe_plugin.nn.slstm_cell import SLSTMMemory
 from moxe_plugin.nn.slstm_recurrence import GateRows, SLSTMCell
-from moxe_plugin.nn.stacked import expert_parameter, project_head_wise
+from moxe_plugin.nn.stacked import expert_parameter
 
 
 class SLSTMState(NamedTuple):
@@ -235,9 +236,14 @@ class SLSTMBlock(Module):
         self, convolved: Tensor, normed: Tensor, counts: Sequence[int] | None
     ) -> list[Tensor]:
         # i and f see the convolution, z and o do not: (…,M) -> (…,H*2*D) -> (C,H*2*D)
-        return [
-            project_head_wise(x, half.flatten(-2), counts).flatten(0, -2)
-            for x, half in zip(
-                (convolved, normed), self.gate_proj.chunk(2, -2), strict=True
-            )
-        ]
+        # ([E,]H,D,4,D) -> (E,H,D,2,2*D)
+        pairs = 2, 2 * self.head_dim
+        weight = self.gate_proj.view(-1, *self.gate_proj.shape[-4:-2], *pairs)
+        rows = [x.flatten(0, -2) for x in (convolved, normed)]
+
+        # All positions of all experts alike, unless they are rows.
+        if counts is None:
+            num_experts = weight.size(0)
+            counts = [rows[0].size(0) // num_experts] * num_experts
+
+        return grouped_head_products(rows, weight, counts)

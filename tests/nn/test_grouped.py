@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, bfloat16, float64
+from torch import Tensor, bfloat16, float32, float64
 from torch.autograd import grad
 from torch.testing import assert_close
 
-from moxe_plugin.nn.grouped import grouped_head_product, grouped_product, spread
+from moxe_plugin.nn.grouped import (
+    grouped_head_product,
+    grouped_head_products,
+    grouped_product,
+    spread,
+)
 
 COUNTS = [
     pytest.param([3, 0, 5, 1], id="idle"),
@@ -64,6 +69,45 @@ def test_each_group_of_channels_meets_its_own_weight(
     ).flatten(1)
 
     assert_same(grouped_head_product(rows, weight, counts), expected, rows, weight)
+
+
+@pytest.mark.parametrize("dtype", [float64, float32], ids=str)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_products_with_parts_of_one_weight_are_those_with_each(
+    counts: list[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    weight = make_weight(3, 2, 2, 32, device=device).detach().to(dtype)
+    rows = [make_rows(counts, 6, device).detach().to(dtype) for _ in range(2)]
+    leaves = [x.requires_grad_() for x in (weight, *rows)]
+
+    actual = grouped_head_products(rows, weight, counts)
+    expected = [
+        grouped_head_product(x, part, counts)
+        for x, part in zip(rows, weight.unbind(-2), strict=True)
+    ]
+
+    assert_close(actual, expected, rtol=0, atol=0)
+    upstream = [torch.randn_like(x) for x in expected]
+    assert_close(
+        torch.autograd.grad(actual, leaves, upstream),
+        torch.autograd.grad(expected, leaves, upstream),
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_a_part_that_needs_no_gradient_gets_none(device: torch.device) -> None:
+    counts = [3, 0, 5, 1]
+    weight = make_weight(3, 2, 2, 5, device=device).detach()
+    fixed, rows = make_rows(counts, 6, device).detach(), make_rows(counts, 6, device)
+
+    first, second = grouped_head_products([fixed, rows], weight, counts)
+    (first.sum() + second.sum()).backward()
+
+    alone = grad(grouped_head_product(rows, weight[..., 1, :], counts).sum(), rows)
+    assert rows.grad is not None
+    assert_close(rows.grad, *alone)
+    assert weight.grad is None
 
 
 @pytest.mark.parametrize("counts", COUNTS)

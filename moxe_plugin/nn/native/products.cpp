@@ -30,6 +30,7 @@ constexpr int64_t kMaxInner = 1024;     // of the inner dimension at a time
 constexpr int64_t kMaxPacked = 1 << 20;  // floats of left factors that are packed at a time
 constexpr int64_t kPanelsAtOnce = 8;
 constexpr int64_t kPackedAhead = 8;     // rows that a copy into panels fetches ahead
+constexpr int64_t kDirect = 64;         // up to which factors are read where they lie
 constexpr int kThinRows = 4;            // up to which a product is thin,
 constexpr int64_t kRowsAhead = 16;      // and how far ahead it fetches
 constexpr double kMinWork = 1e6;        // multiply-adds below which a task is not divided
@@ -89,6 +90,34 @@ void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __re
     }
 }
 
+// The same of factors as they lie: a copy of small ones would cost more than it spares. The
+// columns of `rhs` follow each other.
+template <int Rows>
+void multiply_direct(int64_t depth, const float* lhs, int64_t lhs_row, int64_t lhs_col,
+                     const float* rhs, int64_t rhs_row, float* out, int64_t out_row,
+                     bool adds) {
+  __m512 sums[Rows][kVecs];
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < kVecs; ++v) sums[r][v] = _mm512_setzero_ps();
+
+  for (int64_t i = 0; i < depth; ++i, lhs += lhs_col, rhs += rhs_row) {
+    __m512 weights[kVecs];
+    for (int v = 0; v < kVecs; ++v) weights[v] = _mm512_loadu_ps(rhs + v * kWidth);
+    for (int r = 0; r < Rows; ++r) {
+      const __m512 value = _mm512_set1_ps(lhs[r * lhs_row]);
+      for (int v = 0; v < kVecs; ++v)
+        sums[r][v] = _mm512_fmadd_ps(value, weights[v], sums[r][v]);
+    }
+  }
+
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < kVecs; ++v) {
+      float* to = out + r * out_row + v * kWidth;
+      _mm512_storeu_ps(
+          to, adds ? _mm512_add_ps(sums[r][v], _mm512_loadu_ps(to)) : sums[r][v]);
+    }
+}
+
 // Rows of the left factor times `count` rows of the right one, from which they are read as
 // they lie: with few rows, a copy into panels would cost more than it spares.
 template <int Rows>
@@ -140,6 +169,14 @@ constexpr MultiplyTile kMultiplyTile[kRows + 1] = {
     multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,  multiply_tile<7>,
     multiply_tile<8>,  multiply_tile<9>,  multiply_tile<10>, multiply_tile<11>,
     multiply_tile<12>, multiply_tile<13>, multiply_tile<14>};
+
+using MultiplyDirect = void (*)(int64_t, const float*, int64_t, int64_t, const float*,
+                                int64_t, float*, int64_t, bool);
+constexpr MultiplyDirect kMultiplyDirect[kRows + 1] = {
+    nullptr,             multiply_direct<1>,  multiply_direct<2>,  multiply_direct<3>,
+    multiply_direct<4>,  multiply_direct<5>,  multiply_direct<6>,  multiply_direct<7>,
+    multiply_direct<8>,  multiply_direct<9>,  multiply_direct<10>, multiply_direct<11>,
+    multiply_direct<12>, multiply_direct<13>, multiply_direct<14>};
 
 // Stores 16 numbers of row i, of `depth` that are `Stride` apart. Of rows of fewer, all but the
 // last one may reach into the next, which comes later: a masked store is slow.
@@ -266,8 +303,15 @@ struct Part {
     return std::min(panel_rows, num_rows - panel * panel_rows);
   }
   bool is_thin() const { return product->m <= kThinRows && product->rhs_col == 1; }
+  // Whether a block of the right factor is small, or the whole result is.
+  bool is_direct() const {
+    const bool is_small = product->k <= kDirect ||
+                          (product->m <= kDirect && product->rhs_col == 1);
+    return product->n <= kDirect && product->n % kCols == 0 && is_small && !is_thin();
+  }
+  bool packs() const { return !is_thin() && !is_direct(); }
   // What it packs.
-  int64_t size() const { return is_thin() ? 0 : depth_size() * inner; }
+  int64_t size() const { return packs() ? depth_size() * inner : 0; }
   int64_t depth_size() const { return num_panels() * kRows; }
 };
 
@@ -300,6 +344,32 @@ void run(const PackTask& task) {
                part.packed + begin * part.depth_size() + task.panel * kRows * count);
 }
 
+void run_direct(const Part& part, const float* rhs, float* out, bool adds, float* panels) {
+  const Product& p = *part.product;
+  const float* lhs = p.lhs + part.index * p.lhs_next + part.row * p.lhs_row +
+                     part.first * p.lhs_col;
+
+  for (int64_t begin = 0; begin < part.inner; begin += part.depth, adds = true) {
+    const int64_t count = std::min(part.depth, part.inner - begin);
+    const float* right = rhs + begin * p.rhs_row;
+    int64_t right_row = p.rhs_row, next_right = kCols;
+
+    if (p.rhs_col != 1) {
+      pack<kCols>(right, p.rhs_row, p.rhs_col, count, p.n, kCols, panels);
+      right = panels, right_row = kCols, next_right = count * kCols;
+    }
+
+    for (int64_t i = 0; i < part.num_panels(); ++i)
+      for (int64_t j = 0; j < p.n / kCols; ++j) {
+        const int64_t row = i * part.panel_rows;
+        kMultiplyDirect[part.rows_of(i)](
+            count, lhs + row * p.lhs_row + begin * p.lhs_col, p.lhs_row, p.lhs_col,
+            right + j * next_right, right_row, out + row * p.out_row + j * kCols, p.out_row,
+            adds);
+      }
+  }
+}
+
 void run(const Task& task, bool adds, bool streams, float* panels) {
   const Part& part = *task.part;
   const Product& p = *part.product;
@@ -326,6 +396,11 @@ void run(const Task& task, bool adds, bool streams, float* panels) {
                                    rhs + begin * p.rhs_row, p.rhs_row,
                                    std::min(part.depth, part.inner - begin),
                                    task.num_cols, out, p.out_row, adds);
+    return;
+  }
+
+  if (part.is_direct()) {
+    run_direct(part, rhs, out, adds, panels);
     return;
   }
 
@@ -432,7 +507,7 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
     part->packed = memory;
     memory += part->size();
 
-    for (int64_t k = 0; k < (part->is_thin() ? 0 : part->inner); k += part->depth)
+    for (int64_t k = 0; k < (part->packs() ? part->inner : 0); k += part->depth)
       for (int64_t panel = 0; panel < part->num_panels(); panel += kPanelsAtOnce)
         pack_tasks.push_back({part, k, panel, kPanelsAtOnce});
 

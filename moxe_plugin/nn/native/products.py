@@ -138,7 +138,7 @@ def multiply_columns(
 
     :param lhs: Sorted by expert, float32, on the CPU. *Shape:* ``(C,G*in)``.
     :param rhs: Likewise. *Shape:* ``(C,G*out)``.
-    :param out: Contiguous; as a rule large, and not read soon. *Shape:*
+    :param out: Its last stride is 1; as a rule large, and not read soon. *Shape:*
         ``(E,G,in,out)``.
     :param counts: The number of rows of each expert, C in all.
     """

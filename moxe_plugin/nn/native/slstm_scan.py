@@ -17,8 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.native.library import load_library
-from moxe_plugin.nn.native.products import Product
-from moxe_plugin.nn.products import multiply_all
+from moxe_plugin.nn.products import multiply_columns
 
 _SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 
@@ -164,24 +163,10 @@ def _multiply_old_outputs(
     old: Tensor, halves: Sequence[Tensor], weight: Tensor, bounds: RowBounds
 ) -> Tensor:
     grad_weight = torch.empty_like(weight)
-    num_heads = weight.size(1)
 
-    products = []
     for half, grads in zip(halves, grad_weight.chunk(2, dim=3), strict=True):
-        # (C,H*…) -> E times (H,C_e,…)
-        xs, ys = (
-            torch.unflatten(x, 1, (num_heads, -1))
-            .transpose(0, 1)
-            .split(bounds.counts, dim=1)
-            for x in (old, half)
-        )
         # (E,H,D,2,D) -> (E,H,D,2*D)
-        outs = grads.flatten(-2)
-        products += [
-            Product(x.mT, y, out) for x, y, out in zip(xs, ys, outs, strict=True)
-        ]
-
-    multiply_all(products)
+        multiply_columns(old, half, grads.flatten(-2), bounds.counts)
 
     return grad_weight
 

@@ -18,10 +18,10 @@ from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.products import Product, multiply_all
 
 # Around the vectors, tiles, panels and blocks of the C++ code.
-SIZES: Final = (0, 1, 13, 14, 15, 16, 17, 31, 32, 33, 255, 256, 257, 513)
+SIZES: Final = (0, 1, 13, 14, 15, 16, 17, 31, 32, 33, 64, 255, 257, 513)
 
-# Beyond what is summed at a time.
-LARGE: Final = (61, 70, 2100)
+# Beyond what is summed at a time: results of some tiles, and of small ones.
+LARGE: Final = ((61, 70, 2100), (40, 64, 2100))
 
 GUARD: Final = 77.0
 
@@ -125,7 +125,7 @@ def list_sizes(num_steps: int) -> list[tuple[int, int, int]]:
 def test_products_of_all_sizes_in_one_call(left: str, right: str, adds: bool) -> None:
     wanted = [
         Product(LAYOUTS[left](m, k), LAYOUTS[right](k, n), torch.randn(m, n))
-        for m, n, k in [*list_sizes(len(SIZES)), LARGE]
+        for m, n, k in [*list_sizes(len(SIZES)), *LARGE]
     ]
     old = [out.clone() for *_, out in wanted]
 
@@ -264,7 +264,9 @@ def test_a_row_depends_on_nothing_but_itself(k: int, num_threads: int) -> None:
         assert torch.equal(multiply(lhs[begin:end], rhs), expected[begin:end])
 
     # Neither columns beside it, nor how factors and results lie, matter.
-    for begin, end in [(0, 1), (5, 37), (140, 147)]:
+    for begin, end in [(0, 1), (5, 37), (9, 73), (140, 147)]:
+        few_rows = multiply(lhs[10:60], rhs[:, begin:end])
+        assert torch.equal(few_rows, expected[10:60, begin:end])
         columns = rhs[:, begin:end].mT.contiguous().mT
         assert torch.equal(multiply(lhs, columns), expected[:, begin:end])
     assert torch.equal(multiply(lhs.mT.contiguous().mT, rhs), expected)
