@@ -111,6 +111,7 @@ def probe_native() -> str:
     reasons = {
         "sLSTM": None,
         "convolution": why_not_loaded("causal_conv"),
+        "norms": why_not_loaded("scale_norm"),
         "loss": why_not_loaded("cross_entropy"),
         "float32 products": products,
         # It multiplies by them.

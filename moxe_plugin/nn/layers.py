@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Module, init
+from torch.nn import Module, Parameter, init
 
 from moxe_plugin.nn.backend import ScanBackend, convolves_natively
 from moxe_plugin.nn.grouped import spread
 from moxe_plugin.nn.native.causal_conv import causal_conv
+from moxe_plugin.nn.native.library import why_not_loaded
+from moxe_plugin.nn.native.scale_norm import scale_norm
 from moxe_plugin.nn.rows import Rows, shift_rows
 from moxe_plugin.nn.stacked import expert_parameter, per_channel, project
 
@@ -53,11 +55,35 @@ class ScaleNorm(Module):
 
         :returns: The results, as ``seqs``.
         """
+        if self._runs_native(seqs):
+            # One norm is that of one expert: all positions of all experts alike, unless
+            # they are rows.
+            weight = self.weight.view(-1, self.weight.size(-1))
+            flat = seqs.flatten(0, -2)
+            if counts is None:
+                counts = [flat.size(0) // weight.size(0)] * weight.size(0)
+
+            return scale_norm(flat, weight, counts, self.num_heads, NORM_EPS).view(
+                seqs.shape
+            )
+
         head_dim = seqs.size(-1) // self.num_heads
         heads = torch.unflatten(seqs, -1, (self.num_heads, head_dim))
         normed = F.layer_norm(heads, (head_dim,), eps=NORM_EPS).flatten(-2)
 
         return normed * per_channel(self.weight, normed, counts)
+
+    def _runs_native(self, seqs: Tensor) -> bool:
+        return (
+            all(
+                x.is_cpu and x.dtype == seqs.dtype and type(x) in (Tensor, Parameter)
+                for x in (seqs, self.weight)
+            )
+            and seqs.dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and why_not_loaded("scale_norm") is None
+        )
 
 
 class CausalConv(Module):

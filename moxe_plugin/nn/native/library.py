@@ -15,7 +15,12 @@ from typing import Final, Literal, TypeAlias
 import torch
 
 NativeSource: TypeAlias = Literal[
-    "causal_conv", "cross_entropy", "mlstm_parallel", "products", "slstm_scan"
+    "causal_conv",
+    "cross_entropy",
+    "mlstm_parallel",
+    "products",
+    "scale_norm",
+    "slstm_scan",
 ]
 """The C++ files, without their ending."""
 

@@ -1,0 +1,173 @@
+// Layer normalisation of rows per head, scaled by the weight of the row's expert, for CPUs; see
+// scale_norm.py for what it computes.
+//
+// Rows are taken in blocks that lie within an expert and do not depend on the number of threads.
+// The gradients of weights are summed block by block, then over the blocks in their order.
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+template <typename T>
+using Vec = at::vec::Vectorized<T>;
+
+constexpr int64_t kBlockRows = 32;
+
+struct Shape {
+  int64_t experts, heads, dim;  // dim: channels of a head
+  const int64_t* counts;        // rows of each expert
+};
+
+struct Block {
+  int64_t expert, begin, end;
+};
+
+std::vector<Block> cut(const Shape& s) {
+  std::vector<Block> blocks;
+  int64_t row = 0;
+  for (int64_t expert = 0; expert < s.experts; ++expert) {
+    const int64_t end = row + s.counts[expert];
+    for (; row < end; row = blocks.back().end)
+      blocks.push_back({expert, row, std::min(row + kBlockRows, end)});
+  }
+  return blocks;
+}
+
+// Calls function(i, count) for each vector of a head.
+template <typename T, typename F>
+void for_vectors(int64_t dim, F function) {
+  constexpr int64_t width = Vec<T>::size();
+  for (int64_t i = 0; i < dim; i += width) function(i, std::min(width, dim - i));
+}
+
+template <typename T>
+Vec<T> load(const T* from, int64_t count) {
+  return count == Vec<T>::size() ? Vec<T>::loadu(from) : Vec<T>::loadu(from, count);
+}
+
+template <typename T>
+void store(Vec<T> x, T* to, int64_t count) {
+  if (count == Vec<T>::size())
+    x.store(to);
+  else
+    x.store(to, count);
+}
+
+// Of numbers beyond `dim`, which are 0.
+template <typename T>
+T sum(Vec<T> x) {
+  T numbers[Vec<T>::size()];
+  x.store(numbers);
+  T result = 0;
+  for (T number : numbers) result += number;
+  return result;
+}
+
+template <typename T>
+void norm_forward(const Shape& s, double eps, int num_threads, const T* x, const T* weight,
+                  T* out, T* stats) {
+  const std::vector<Block> blocks = cut(s);
+  const int64_t num_blocks = blocks.size(), width = s.heads * s.dim;
+
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_blocks > 1)
+  for (int64_t b = 0; b < num_blocks; ++b)
+    for (int64_t row = blocks[b].begin; row < blocks[b].end; ++row)
+      for (int64_t head = 0; head < s.heads; ++head) {
+        const T* from = x + row * width + head * s.dim;
+        const T* scale = weight + blocks[b].expert * width + head * s.dim;
+        T* to = out + row * width + head * s.dim;
+
+        Vec<T> sums(0);
+        for_vectors<T>(s.dim, [&](int64_t i, int64_t n) { sums = sums + load(from + i, n); });
+        const T mean = sum(sums) / s.dim;
+
+        Vec<T> squares(0);
+        T rest = 0;
+        for_vectors<T>(s.dim, [&](int64_t i, int64_t n) {
+          if (n == Vec<T>::size()) {
+            const Vec<T> diff = load(from + i, n) - Vec<T>(mean);
+            squares = at::vec::fmadd(diff, diff, squares);
+          } else {
+            for (int64_t j = i; j < i + n; ++j) rest += (from[j] - mean) * (from[j] - mean);
+          }
+        });
+        const T variance = (sum(squares) + rest) / s.dim;
+        const T rstd = T(1) / std::sqrt(variance + T(eps));
+
+        for_vectors<T>(s.dim, [&](int64_t i, int64_t n) {
+          const Vec<T> normed = (load(from + i, n) - Vec<T>(mean)) * Vec<T>(rstd);
+          store(normed * load(scale + i, n), to + i, n);
+        });
+
+        stats[2 * (row * s.heads + head)] = mean;
+        stats[2 * (row * s.heads + head) + 1] = rstd;
+      }
+}
+
+template <typename T>
+void norm_backward(const Shape& s, int num_threads, const T* x, const T* weight,
+                   const T* stats, const T* grad, T* grad_x, T* grad_weight) {
+  const std::vector<Block> blocks = cut(s);
+  const int64_t num_blocks = blocks.size(), width = s.heads * s.dim;
+  std::vector<T> parts(num_blocks * width);
+
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_blocks > 1)
+  for (int64_t b = 0; b < num_blocks; ++b)
+    for (int64_t row = blocks[b].begin; row < blocks[b].end; ++row)
+      for (int64_t head = 0; head < s.heads; ++head) {
+        const int64_t at = row * width + head * s.dim;
+        const T* scale = weight + blocks[b].expert * width + head * s.dim;
+        T* part = parts.data() + b * width + head * s.dim;
+        const Vec<T> mean(stats[2 * (row * s.heads + head)]);
+        const Vec<T> rstd(stats[2 * (row * s.heads + head) + 1]);
+
+        // Beyond the end, gradients are 0.
+        Vec<T> sums(0), products(0);
+        for_vectors<T>(s.dim, [&](int64_t i, int64_t n) {
+          const Vec<T> normed = (load(x + at + i, n) - mean) * rstd;
+          const Vec<T> g = load(grad + at + i, n), scaled = g * load(scale + i, n);
+          sums = sums + scaled;
+          products = at::vec::fmadd(scaled, normed, products);
+          store(at::vec::fmadd(g, normed, load(part + i, n)), part + i, n);
+        });
+
+        const Vec<T> first(sum(sums) / s.dim), second(sum(products) / s.dim);
+        for_vectors<T>(s.dim, [&](int64_t i, int64_t n) {
+          const Vec<T> normed = (load(x + at + i, n) - mean) * rstd;
+          const Vec<T> scaled = load(grad + at + i, n) * load(scale + i, n);
+          store((scaled - first - normed * second) * rstd, grad_x + at + i, n);
+        });
+      }
+
+  std::fill_n(grad_weight, s.experts * width, T(0));
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    T* to = grad_weight + blocks[b].expert * width;
+    const T* part = parts.data() + b * width;
+    for (int64_t i = 0; i < width; ++i) to[i] += part[i];
+  }
+}
+
+}  // namespace
+
+// shape: experts, heads, channels of a head. stats: mean and 1 / deviation of each head.
+#define MOXE_SCALE_NORM(T)                                                                \
+  extern "C" void moxe_norm_forward_##T(const int64_t* shape, const int64_t* counts,      \
+                                        double eps, int num_threads, const T* x,          \
+                                        const T* weight, T* out, T* stats) {              \
+    norm_forward<T>({shape[0], shape[1], shape[2], counts}, eps, num_threads, x, weight,  \
+                    out, stats);                                                          \
+  }                                                                                       \
+  extern "C" void moxe_norm_backward_##T(                                                 \
+      const int64_t* shape, const int64_t* counts, double, int num_threads, const T* x,   \
+      const T* weight, const T* stats, const T* grad, T* grad_x, T* grad_weight) {        \
+    norm_backward<T>({shape[0], shape[1], shape[2], counts}, num_threads, x, weight,      \
+                     stats, grad, grad_x, grad_weight);                                   \
+  }
+
+MOXE_SCALE_NORM(float)
+MOXE_SCALE_NORM(double)

@@ -1,0 +1,103 @@
+"""Layer normalisation of rows per head, scaled by the weights of their experts, in C++.
+
+The same function as that of :class:`~moxe_plugin.nn.layers.ScaleNorm`, which has the
+equation. The sums of its gradients are added in an order that does not depend on the
+number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from typing_extensions import override
+
+from moxe_plugin.nn.native.library import load_library
+
+_SUFFIXES = {torch.float32: "float", torch.float64: "double"}
+
+
+def scale_norm(
+    flat: Tensor, weight: Tensor, counts: Sequence[int], num_heads: int, eps: float
+) -> Tensor:
+    """Normalise each head of each row, and scale it.
+
+    Both tensors are of one dtype, float32 or float64, and on the CPU.
+
+    :param flat: Sorted by expert. *Shape:* ``(C,M)``.
+    :param weight: *Shape:* ``(E,M)``.
+    :param counts: The number of rows of each expert, C in all.
+    :param num_heads: The number of heads, which divides M.
+    :param eps: Is added to the variance.
+
+    :returns: *Shape:* ``(C,M)``.
+
+    :raises NativeLibraryError: The C++ code cannot be compiled here.
+    """
+    return _ScaleNorm.apply(flat, weight, array("q", counts), num_heads, eps)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+
+
+class _ScaleNorm(Function):
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        flat: Tensor,
+        weight: Tensor,
+        counts: array[int],
+        num_heads: int,
+        eps: float,
+    ) -> Tensor:
+        flat, weight = flat.contiguous(), weight.contiguous()
+        out = torch.empty_like(flat)
+        # The mean, and one over the deviation
+        stats = flat.new_empty(flat.size(0), num_heads, 2)
+
+        _call("forward", counts, eps, flat, weight, out, stats)
+
+        ctx.save_for_backward(flat, weight, stats)
+        ctx.counts, ctx.eps = counts, eps
+
+        return out
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, stats = ctx.saved_tensors
+        grad_flat, grad_weight = torch.empty_like(flat), torch.empty_like(weight)
+
+        _call(
+            "backward",
+            *(ctx.counts, ctx.eps, flat, weight, stats),
+            *(grad.contiguous(), grad_flat, grad_weight),
+        )
+
+        return grad_flat, grad_weight, None, None, None
+
+
+def _call(
+    direction: str, counts: array[int], eps: float, flat: Tensor, *tensors: Tensor
+) -> None:
+    stats = next(x for x in tensors if x.ndim == 3)
+    num_heads = stats.size(1)
+    shape = len(counts), num_heads, flat.size(1) // num_heads
+
+    function = load_library("scale_norm")[
+        f"moxe_norm_{direction}_{_SUFFIXES[flat.dtype]}"
+    ]
+
+    # Each tensor lives until the call returns: the caller holds them.
+    function(
+        (ctypes.c_int64 * len(shape))(*shape),
+        ctypes.c_void_p(counts.buffer_info()[0]),
+        ctypes.c_double(eps),
+        ctypes.c_int(torch.get_num_threads()),
+        *(ctypes.c_void_p(x.data_ptr()) for x in (flat, *tensors)),
+    )
