@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.products import multiply_columns, multiply_rows
+from moxe_plugin.nn.ragged_products import multiply_columns, multiply_rows
 
 
 def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:

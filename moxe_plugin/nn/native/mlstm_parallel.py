@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
@@ -21,9 +22,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.native.library import load_library
-from moxe_plugin.nn.native.products import Product
 from moxe_plugin.nn.padding import EMPTY
-from moxe_plugin.nn.products import multiply_all
+from moxe_plugin.nn.ragged_products import multiply_parts
 
 _BLOCK: Final = 64
 """Rows of the squares that are multiplied at a time."""
@@ -88,17 +88,7 @@ class _MLSTMParallel(Function):
 
         squares = _Squares(seqs, num_heads)
         weights = q.new_empty(squares.size)
-        multiply_all(
-            [
-                Product(q_seq[:, rows], k_seq[:, :end].mT, square[:, rows, :end])
-                for q_seq, k_seq, square in zip(
-                    *(squares.by_seq(x) for x in (q, k)),
-                    squares.split(weights),
-                    strict=True,
-                )
-                for rows, end in _blocks(q_seq.size(1))
-            ]
-        )
+        _multiply_into_lower(q, k, weights, squares)
 
         # a, its maximum, m, the sum of weights, the normaliser
         stats = [q.new_zeros(num_rows, num_heads) for _ in range(5)]
@@ -121,21 +111,11 @@ class _MLSTMParallel(Function):
         squares: _Squares = ctx.squares
         *stats, normalizer = stats
 
-        grad_numerator = grad_hidden / normalizer.unsqueeze(-1)
+        grad_numerator = (grad_hidden / normalizer.unsqueeze(-1)).contiguous()
         grad_normalizer = -(grad_numerator * hidden).sum(dim=-1)
 
         grads = torch.empty_like(weights)
-        multiply_all(
-            [
-                Product(grad_seq[:, rows], v_seq[:, :end].mT, square[:, rows, :end])
-                for grad_seq, v_seq, square in zip(
-                    *(squares.by_seq(x) for x in (grad_numerator, v)),
-                    squares.split(grads),
-                    strict=True,
-                )
-                for rows, end in _blocks(v_seq.size(1))
-            ]
-        )
+        _multiply_into_lower(grad_numerator, v, grads, squares)
 
         grad_gates = torch.zeros_like(gates)
         _call(
@@ -164,51 +144,60 @@ class _Squares:
         self.size = ends[-1] if ends else 0
         self.offsets = [0, *ends][: len(self.lens)]
 
-    def split(self, flat: Tensor) -> list[Tensor]:
-        # H * S * S numbers -> (H,S,S)
-        parts = flat.split([self.num_heads * n**2 for n in self.lens])
-
-        return [
-            part.view(self.num_heads, n, n)
-            for part, n in zip(parts, self.lens, strict=True)
-        ]
-
-    def by_seq(self, rows: Tensor) -> list[Tensor]:
-        # (C,H,D) -> (H,S,D)
-        heads = rows.transpose(0, 1)
-
-        return [
-            heads[:, begin : begin + n]
-            for begin, n in zip(self.begins, self.lens, strict=True)
-        ]
+    def blocks(self) -> Iterator[tuple[int, int, int, int, int]]:
+        # Of each square: its sequence's first row and length, its offset, and from
+        # where to where some of its rows go. What they read ends where they do.
+        for first, n, offset in zip(self.begins, self.lens, self.offsets, strict=True):
+            for begin in range(0, n, _BLOCK):
+                yield first, n, offset, begin, min(begin + _BLOCK, n)
 
 
-def _blocks(seq_len: int) -> Iterator[tuple[slice, int]]:
-    # Rows of a square, and where those end that are read.
-    for begin in range(0, seq_len, _BLOCK):
-        end = min(begin + _BLOCK, seq_len)
+def _multiply_into_lower(
+    lhs: Tensor, rhs: Tensor, flat: Tensor, squares: _Squares
+) -> None:
+    # lhs rhs^T of each sequence and head, as far as the diagonal's blocks.
+    num_heads, dim = lhs.shape[1:]
+    width = num_heads * dim
+    numbers = array("q")
 
-        yield slice(begin, end), end
+    for first, n, offset, begin, end in squares.blocks():
+        numbers.extend(
+            (
+                *(num_heads, end - begin, end, dim),
+                *((first + begin) * width, dim, width, 1),
+                *(first * width, dim, 1, width),
+                *(offset + begin * n, n * n, n),
+            )
+        )
+
+    multiply_parts(numbers, lhs, rhs, flat)
 
 
 def _multiply_lower(
     flat: Tensor, rows: Tensor, out: Tensor, squares: _Squares, transposed: bool = False
 ) -> None:
-    products = []
+    # The lower half of each square times the rows of its sequence and head.
+    num_heads, dim = rows.shape[1:]
+    width = num_heads * dim
+    numbers = array("q")
 
-    for square, x, y in zip(
-        squares.split(flat), squares.by_seq(rows), squares.by_seq(out), strict=True
-    ):
-        for block, end in _blocks(x.size(1)):
-            if transposed:
-                # Columns of the square, from the block that the diagonal cuts on.
-                lhs, rhs = square[:, block.start :, block].mT, x[:, block.start :]
-            else:
-                lhs, rhs = square[:, block, :end], x[:, :end]
+    for first, n, offset, begin, end in squares.blocks():
+        if transposed:
+            # Columns of the square, from the block that the diagonal cuts on.
+            inner, at, strides, read = n - begin, begin * n + begin, (1, n), begin
+        else:
+            inner, at, strides, read = end, begin * n, (n, 1), 0
 
-            products.append(Product(lhs, rhs, y[:, block]))
+        numbers.extend(
+            (
+                *(num_heads, end - begin, dim, inner),
+                *(offset + at, n * n, *strides),
+                *((first + read) * width, dim, width, 1),
+                *((first + begin) * width, dim, width),
+            )
+        )
 
-    multiply_all(products)
+    multiply_parts(numbers, flat, rows, out)
 
 
 def _call(

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.native.library import load_library
-from moxe_plugin.nn.products import multiply_columns
+from moxe_plugin.nn.ragged_products import multiply_columns
 
 _SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 

@@ -1,0 +1,128 @@
+"""Many products at once: of parts of tensors, and of the rows of experts.
+
+No gradients here. In C++, a product is told by numbers: a tensor for each would take
+longer than a small product.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moxe_plugin.nn.native import products as native
+from moxe_plugin.nn.native.products import Product
+from moxe_plugin.nn.products import multiply_all, runs_native
+
+
+def multiply_parts(numbers: array[int], lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
+    """Compute products of parts of three tensors.
+
+    :param numbers: As for :func:`~moxe_plugin.nn.native.products.multiply_described`,
+        but offsets, in elements, instead of addresses. Used up.
+    :param lhs: Has the left factors; contiguous.
+    :param rhs: Has the right ones; contiguous.
+    :param out: Where the results go; contiguous.
+    """
+    if runs_native(lhs, rhs, out):
+        for at, x in ((4, lhs), (8, rhs), (12, out)):
+            address, size = x.data_ptr(), x.element_size()
+            numbers[at :: native.NUM_NUMBERS] = array(
+                "q",
+                [
+                    address + size * offset
+                    for offset in numbers[at :: native.NUM_NUMBERS]
+                ],
+            )
+        native.multiply_described(numbers)
+
+        return
+
+    products = []
+    for i in range(0, len(numbers), native.NUM_NUMBERS):
+        count, m, n, k, *parts = numbers[i : i + native.NUM_NUMBERS]
+        products.append(
+            Product(
+                lhs.as_strided(
+                    (count, m, k), parts[1:4], lhs.storage_offset() + parts[0]
+                ),
+                rhs.as_strided(
+                    (count, k, n), parts[5:8], rhs.storage_offset() + parts[4]
+                ),
+                out.as_strided(
+                    (count, m, n), (*parts[9:], 1), out.storage_offset() + parts[8]
+                ),
+            )
+        )
+
+    multiply_all(products)
+
+
+def multiply_rows(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+    """Multiply rows by their expert's weights, one for each group of channels.
+
+    :param rows: Sorted by expert. *Shape:* ``(C,G*in)``.
+    :param weight: *Shape:* ``(E,G,in,out)``.
+    :param counts: The number of rows of each expert, C in all.
+
+    :returns: *Shape:* ``(C,G*out)``.
+    """
+    out = rows.new_empty(rows.size(0), weight.size(1) * weight.size(3))
+
+    if runs_native(rows, weight):
+        native.multiply_rows(rows, weight, out, counts)
+
+        return out
+
+    multiply_all(
+        [
+            Product(x, w, y)
+            for x, w, y in zip(
+                _by_group(rows, weight, counts),
+                weight,
+                _by_group(out, weight, counts),
+                strict=True,
+            )
+            if x.size(1) > 0
+        ]
+    )
+
+    return out
+
+
+def multiply_columns(
+    lhs: Tensor, rhs: Tensor, out: Tensor, counts: Sequence[int]
+) -> None:
+    """Compute each expert's ``lhs^T rhs``, for each group of channels.
+
+    :param lhs: Sorted by expert. *Shape:* ``(C,G*in)``.
+    :param rhs: Sorted by expert. *Shape:* ``(C,G*out)``.
+    :param out: Where the results go, 0 for an expert without a row; its last stride is
+        1. *Shape:* ``(E,G,in,out)``.
+    :param counts: The number of rows of each expert, C in all.
+    """
+    if runs_native(lhs, rhs, out):
+        native.multiply_columns(lhs, rhs, out, counts)
+
+        return
+
+    multiply_all(
+        [
+            Product(x.mT, y, z)
+            for x, y, z in zip(
+                _by_group(lhs, out, counts),
+                _by_group(rhs, out, counts),
+                out,
+                strict=True,
+            )
+        ]
+    )
+
+
+def _by_group(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    # (C,G*D) -> E times (G,C_e,D)
+    groups = torch.unflatten(rows, 1, (weight.size(1), -1)).transpose(0, 1)
+
+    return list(groups.split(list(counts), dim=1))
