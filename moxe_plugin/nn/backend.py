@@ -20,14 +20,15 @@ from typing import Final, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.library import NativeLibraryError, why_not_loaded
+from moxe_plugin.nn.native.library import (
+    NativeLibraryError,
+    is_readable,
+    why_not_loaded,
+)
 
 ScanBackend: TypeAlias = Literal["auto", "torch", "native", "triton"]
 
 SCAN_BACKENDS: Final = ("auto", "torch", "native", "triton")
-
-# Others (DTensor, FakeTensor …) have no memory to point to.
-_PLAIN: Final = (Tensor, torch.nn.Parameter)
 
 _log: Final = logging.getLogger(__name__)
 
@@ -118,9 +119,7 @@ def convolves_natively(backend: ScanBackend, *tensors: Tensor) -> bool:
     if (
         backend not in ("auto", "native")
         or dtype not in (torch.float32, torch.float64)
-        or any(
-            x.dtype != dtype or not x.is_cpu or type(x) not in _PLAIN for x in tensors
-        )
+        or any(x.dtype != dtype or not is_readable(x) for x in tensors)
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
     ):

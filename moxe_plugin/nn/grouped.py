@@ -38,9 +38,7 @@ def grouped_head_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) ->
 
     :returns: *Shape:* ``(C,G*out)``.
     """
-    rows, weight = _autocast(rows, weight)
-
-    return _GroupedProduct.apply(rows, weight, tuple(counts))  # type: ignore[no-any-return, no-untyped-call]  # torch
+    return grouped_head_products([rows], weight.unsqueeze(-2), counts)[0]
 
 
 def grouped_head_products(
@@ -54,20 +52,13 @@ def grouped_head_products(
 
     :returns: *Shape:* ``(C,G*out)`` each.
     """
-    weight, *rows = _autocast(weight, *rows)
+    device_type = weight.device.type
+
+    if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        weight, rows = weight.to(dtype), [x.to(dtype) for x in rows]
 
     return list(_GroupedProducts.apply(tuple(counts), weight, *rows))  # type: ignore[no-untyped-call]  # torch
-
-
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    device_type = tensors[0].device.type
-
-    if not torch.is_autocast_enabled(device_type) or tensors[0].dtype == torch.float64:
-        return list(tensors)
-
-    dtype = torch.get_autocast_dtype(device_type)
-
-    return [x.to(dtype) for x in tensors]
 
 
 def spread(vectors: Tensor, counts: Sequence[int]) -> Tensor:
@@ -82,38 +73,6 @@ def spread(vectors: Tensor, counts: Sequence[int]) -> Tensor:
     :returns: *Shape:* ``(C,M)``.
     """
     return _Spread.apply(vectors, tuple(counts))  # type: ignore[no-any-return, no-untyped-call]  # torch
-
-
-class _GroupedProduct(Function):
-    @staticmethod
-    @override
-    def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, counts: tuple[int, ...]
-    ) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.counts = counts
-
-        return multiply_rows(rows, weight, counts)
-
-    @staticmethod
-    @override
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_output: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weight = ctx.saved_tensors
-        grad_rows, grad_weight = None, None
-
-        if ctx.needs_input_grad[0]:
-            grad_rows = multiply_rows(grad_output, weight.mT, ctx.counts)
-
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(
-                weight, memory_format=torch.contiguous_format
-            )
-            multiply_columns(rows, grad_output, grad_weight, ctx.counts)
-
-        return grad_rows, grad_weight, None
 
 
 class _GroupedProducts(Function):

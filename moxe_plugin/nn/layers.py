@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Module, Parameter, init
+from torch.nn import Module, init
 
 from moxe_plugin.nn.backend import ScanBackend, convolves_natively
 from moxe_plugin.nn.grouped import spread
 from moxe_plugin.nn.native.causal_conv import causal_conv
-from moxe_plugin.nn.native.library import why_not_loaded
+from moxe_plugin.nn.native.library import is_readable, why_not_loaded
 from moxe_plugin.nn.native.scale_norm import scale_norm
 from moxe_plugin.nn.rows import Rows, shift_rows
-from moxe_plugin.nn.stacked import expert_parameter, per_channel, project
+from moxe_plugin.nn.stacked import equal_counts, expert_parameter, per_channel, project
 
 NORM_EPS = 1e-5
 
@@ -61,7 +61,7 @@ class ScaleNorm(Module):
             weight = self.weight.view(-1, self.weight.size(-1))
             flat = seqs.flatten(0, -2)
             if counts is None:
-                counts = [flat.size(0) // weight.size(0)] * weight.size(0)
+                counts = equal_counts(flat, weight)
 
             return scale_norm(flat, weight, counts, self.num_heads, NORM_EPS).view(
                 seqs.shape
@@ -75,10 +75,8 @@ class ScaleNorm(Module):
 
     def _runs_native(self, seqs: Tensor) -> bool:
         return (
-            all(
-                x.is_cpu and x.dtype == seqs.dtype and type(x) in (Tensor, Parameter)
-                for x in (seqs, self.weight)
-            )
+            all(is_readable(x) for x in (seqs, self.weight))
+            and seqs.dtype == self.weight.dtype
             and seqs.dtype in (torch.float32, torch.float64)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()

@@ -24,7 +24,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import override
 
 from moxe_plugin.nn.native import products as native
-from moxe_plugin.nn.native.library import NativeLibraryError, why_not_loaded
+from moxe_plugin.nn.native.library import (
+    NativeLibraryError,
+    is_readable,
+    why_not_loaded,
+)
 from moxe_plugin.nn.native.products import Product
 
 _CHOICES: Final = ("auto", "native", "torch")
@@ -118,19 +122,12 @@ def runs_native(*tensors: Tensor) -> bool:
     :raises ValueError: ``MOXE_PRODUCTS`` has another value.
     """
     return (
-        all(
-            x.dtype == torch.float32 and x.device.type == "cpu" and type(x) in _PLAIN
-            for x in tensors
-        )
+        all(x.dtype == torch.float32 and is_readable(x) for x in tensors)
         and not torch.compiler.is_compiling()
         # It counts FLOPs, or fakes tensors: it must see what is computed.
         and not is_in_torch_dispatch_mode()
         and why_torch() is None
     )
-
-
-# Others (DTensor, FakeTensor …) have no memory to point to.
-_PLAIN: Final = (Tensor, torch.nn.Parameter)
 
 
 @cache

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.native.cross_entropy import SUFFIXES, cross_entropy_
-from moxe_plugin.nn.native.library import why_not_loaded
+from moxe_plugin.nn.native.library import is_readable, why_not_loaded
 from moxe_plugin.nn.padding import widen
 from moxe_plugin.nn.products import add_product, multiply
 
@@ -143,9 +143,7 @@ def _cross_entropy(
 
 def _runs_native(logits: Tensor) -> bool:
     return (
-        logits.is_cpu
-        # Others (FakeTensor …) have no memory to point to.
-        and type(logits) is Tensor
+        is_readable(logits)
         and logits.dtype in SUFFIXES
         and not torch.compiler.is_compiling()
         and why_not_loaded("cross_entropy") is None

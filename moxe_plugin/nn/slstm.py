@@ -24,7 +24,7 @@ from moxe_plugin.nn.padding import EMPTY, widen
 from moxe_plugin.nn.rows import find_rows, last_rows, pack, unpack
 from moxe_plugin.nn.slstm_cell import SLSTMMemory
 from moxe_plugin.nn.slstm_recurrence import GateRows, SLSTMCell
-from moxe_plugin.nn.stacked import expert_parameter
+from moxe_plugin.nn.stacked import equal_counts, expert_parameter
 
 
 class SLSTMState(NamedTuple):
@@ -241,9 +241,7 @@ class SLSTMBlock(Module):
         weight = self.gate_proj.view(-1, *self.gate_proj.shape[-4:-2], *pairs)
         rows = [x.flatten(0, -2) for x in (convolved, normed)]
 
-        # All positions of all experts alike, unless they are rows.
         if counts is None:
-            num_experts = weight.size(0)
-            counts = [rows[0].size(0) // num_experts] * num_experts
+            counts = equal_counts(rows[0], weight)
 
         return grouped_head_products(rows, weight, counts)

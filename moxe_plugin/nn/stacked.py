@@ -9,7 +9,6 @@ each expert's rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -69,11 +68,21 @@ def project_head_wise(
     if weight.ndim == 3:
         weight = weight.unsqueeze(0)
 
-    # All positions of all experts alike.
-    counts = [math.prod(seqs.shape[-3:-1])] * weight.size(0)
-    product = grouped_head_product(seqs.flatten(0, -2), weight, counts)
+    flat = seqs.flatten(0, -2)
+    product = grouped_head_product(flat, weight, equal_counts(flat, weight))
 
     return product.view(*seqs.shape[:-1], product.size(-1))
+
+
+def equal_counts(flat: Tensor, weight: Tensor) -> list[int]:
+    """Count the rows of each expert where all have equally many.
+
+    :param flat: All positions of all experts. *Shape:* ``(C,M)``.
+    :param weight: *Shape:* ``(E,…)``.
+
+    :returns: ``C / E``, E times.
+    """
+    return [flat.size(0) // weight.size(0)] * weight.size(0)
 
 
 def per_channel(

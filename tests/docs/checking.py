@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import ArgumentParser, Namespace
 from configparser import ConfigParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,18 +65,14 @@ def _check_module(module: str, args: list[str]) -> None:
         case "moxe_plugin.eval":
             if args != ["--print-task-path"]:
                 _check_harness(args)
-        case "moxe_plugin.speed.kernels":
-            from moxe_plugin.speed import kernels
+        case (
+            "moxe_plugin.speed.contexts"
+            | "moxe_plugin.speed.history"
+            | "moxe_plugin.speed.kernels"
+        ):
+            command = import_module(module)
 
-            _parse(lambda: kernels.main(args), skip=0)
-        case "moxe_plugin.speed.contexts":
-            from moxe_plugin.speed import contexts
-
-            _parse(lambda: contexts.main(args), skip=0)
-        case "moxe_plugin.speed.history":
-            from moxe_plugin.speed import history
-
-            _parse(lambda: history.main(args), skip=0)
+            _parse(lambda: command.main(args), skip=0)
         case _:
             raise ValueError(f"`python -m {module}` cannot be checked.")
 

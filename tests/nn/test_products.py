@@ -70,10 +70,10 @@ def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Product]]:
 
     calls: list[Sequence[Product]] = []
 
-    def record(wanted: Sequence[Product], **options: bool) -> None:
+    def record(wanted: Sequence[Product], *, adds: bool = False) -> None:
         calls.append(wanted)
         for lhs, rhs, out in wanted:
-            out.copy_(lhs @ rhs + (out if options.get("adds") else 0.0))
+            out.copy_(lhs @ rhs + (out if adds else 0.0))
 
     monkeypatch.setattr("moxe_plugin.nn.native.products.multiply_all", record)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 NativeSource: TypeAlias = Literal[
     "causal_conv",
@@ -39,6 +40,17 @@ _TIMEOUT_S: Final = 300
 
 class NativeLibraryError(RuntimeError):
     """The C++ code cannot be compiled or loaded here; the text says why."""
+
+
+def is_readable(x: Tensor) -> bool:
+    """Tell whether C++ can read a tensor by its address.
+
+    :param x: The tensor.
+
+    :returns: Whether it is on the CPU and no subclass (DTensor, FakeTensor …), which
+        has no memory to point to.
+    """
+    return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
 
 
 @cache

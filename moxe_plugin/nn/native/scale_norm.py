@@ -59,7 +59,7 @@ class _ScaleNorm(Function):
         # The mean, and one over the deviation
         stats = flat.new_empty(flat.size(0), num_heads, 2)
 
-        _call("forward", counts, eps, flat, weight, out, stats)
+        _call("forward", counts, num_heads, eps, flat, weight, out, stats)
 
         ctx.save_for_backward(flat, weight, stats)
         ctx.counts, ctx.eps = counts, eps
@@ -75,7 +75,7 @@ class _ScaleNorm(Function):
 
         _call(
             "backward",
-            *(ctx.counts, ctx.eps, flat, weight, stats),
+            *(ctx.counts, stats.size(1), ctx.eps, flat, weight, stats),
             *(grad.contiguous(), grad_flat, grad_weight),
         )
 
@@ -83,10 +83,13 @@ class _ScaleNorm(Function):
 
 
 def _call(
-    direction: str, counts: array[int], eps: float, flat: Tensor, *tensors: Tensor
+    direction: str,
+    counts: array[int],
+    num_heads: int,
+    eps: float,
+    flat: Tensor,
+    *tensors: Tensor,
 ) -> None:
-    stats = next(x for x in tensors if x.ndim == 3)
-    num_heads = stats.size(1)
     shape = len(counts), num_heads, flat.size(1) // num_heads
 
     function = load_library("scale_norm")[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,15 +32,6 @@ needs_compiler = pytest.mark.skipif(
 # An idle expert; sequences that are empty, shorter than the window, and longer than
 # what the gradients sum at a time.
 LENS = [[2, 0, 70], [0, 0, 0], [1, 3, 0], [130, 5, 1]]
-
-
-@pytest.fixture
-def _restored_threads() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-
-    yield
-
-    torch.set_num_threads(num_threads)
 
 
 def make_conv(

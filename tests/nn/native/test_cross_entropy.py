@@ -9,6 +9,12 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from moxe_plugin.nn.native.cross_entropy import SUFFIXES, cross_entropy_
+from moxe_plugin.nn.native.library import why_not_loaded
+
+pytestmark = pytest.mark.skipif(
+    why_not_loaded("cross_entropy") is not None,
+    reason=f"no C++ here: {why_not_loaded('cross_entropy')}",
+)
 
 
 def make_inputs(

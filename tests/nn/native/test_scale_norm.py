@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, float32, float64
@@ -27,15 +25,6 @@ COUNTS = [
     pytest.param([0, 0, 0], id="no-row"),
     pytest.param([33, 32, 1], id="all"),
 ]
-
-
-@pytest.fixture
-def _restored_threads() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-
-    yield
-
-    torch.set_num_threads(num_threads)
 
 
 def make_inputs(
