@@ -1,0 +1,217 @@
+"""The sLSTM cell over ragged rows, in Triton, for training: no memory comes or goes.
+
+The equations of :mod:`moxe_plugin.nn.slstm_cell`; :mod:`.slstm_rows_kernels` tells how.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from moxe_plugin.nn.ragged import RaggedRows
+from moxe_plugin.nn.ragged_products import multiply_columns
+from moxe_plugin.nn.triton.slstm_rows_kernels import backward_kernel, forward_kernel
+
+BLOCK_N: Final = 8
+"""Segments of a program: the least number of columns that the tensor cores take."""
+
+_MAX_SHARED_BYTES: Final = 208 * 1024
+"""What R may take of an H100's 227 kB; the rest is for what is multiplied with it."""
+
+
+def supports(head_dim: int, dtype: torch.dtype) -> bool:
+    """Tell whether R stays on chip.
+
+    :param head_dim: The width D of a head.
+    :param dtype: The type of R.
+
+    :returns: Whether it is bfloat16 or float16 and small enough, and D a power of two
+        or the sum of two, from 16 on.
+    """
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and _split(head_dim) is not None
+        and 4 * head_dim**2 * dtype.itemsize <= _MAX_SHARED_BYTES
+    )
+
+
+def slstm_rows(
+    gates_if: Tensor, gates_zo: Tensor, bias: Tensor, weight: Tensor, rows: RaggedRows
+) -> Tensor:
+    """Run the cells over all segments, each from an empty memory.
+
+    States are float32; y and the gates' gradients are rounded to R's type.
+
+    :param gates_if: The inputs' share of the pre-activations of i and f. *Shape:*
+        ``(C,H*2*D)``.
+    :param gates_zo: The same of z and o. *Shape:* ``(C,H*2*D)``.
+    :param bias: Of i, f, z, o. *Shape:* ``(E,H,4,D)``.
+    :param weight: R, input first; see :func:`supports`. *Shape:* ``(E,H,D,4,D)``.
+    :param rows: Where rows stand.
+
+    :returns: The outputs, float32. *Shape:* ``(C,H*D)``.
+    """
+    return _SLSTMRows.apply(gates_if, gates_zo, bias, weight, rows)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+
+
+class _SLSTMRows(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gates_if: Tensor,
+        gates_zo: Tensor,
+        bias: Tensor,
+        weight: Tensor,
+        rows: RaggedRows,
+    ) -> Tensor:
+        weight = weight.contiguous()
+        num_heads, head_dim = weight.shape[1:3]
+        shape = (rows.num_rows, num_heads, head_dim)
+
+        outputs = weight.new_empty(
+            rows.num_rows, num_heads * head_dim, dtype=torch.float32
+        )
+        before, pairs, cs = None, None, None
+        if any(ctx.needs_input_grad):
+            before = weight.new_empty(outputs.shape)
+            # (w, z) and (1 - sigmoid(f), o)
+            pairs = outputs.new_empty(*shape[:2], 2, head_dim, 2)
+            cs = outputs.new_empty(outputs.shape)
+
+        scan_forward(gates_if, gates_zo, bias, weight, rows, outputs, before, pairs, cs)
+
+        ctx.save_for_backward(weight, before, pairs, cs)
+        ctx.rows, ctx.bias_dtype = rows, bias.dtype
+        ctx.gates_dtype = gates_if.dtype
+
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        weight, before, pairs, cs = ctx.saved_tensors
+        rows: RaggedRows = ctx.rows
+
+        grad_if, grad_zo, grad_bias = scan_backward(
+            weight, rows, pairs, cs, grad_outputs.contiguous()
+        )
+
+        num_experts, num_heads, head_dim = weight.shape[:3]
+        grad_weight = torch.empty_like(weight)
+        # (E,H,D,4,D) -> (E,H,D,2,2D)
+        by_pair = grad_weight.view(num_experts, num_heads, head_dim, 2, 2 * head_dim)
+        for grads, part in zip((grad_if, grad_zo), by_pair.unbind(3), strict=True):
+            multiply_columns(before, grads, part, rows.counts)
+
+        return (
+            grad_if.to(ctx.gates_dtype),
+            grad_zo.to(ctx.gates_dtype),
+            grad_bias.to(ctx.bias_dtype),
+            grad_weight,
+            None,
+        )
+
+
+def scan_forward(
+    gates_if: Tensor,
+    gates_zo: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    rows: RaggedRows,
+    outputs: Tensor,
+    before: Tensor | None,
+    pairs: Tensor | None,
+    cs: Tensor | None,
+) -> None:
+    """Launch the forward kernel.
+
+    :param gates_if: See :func:`slstm_rows`.
+    :param gates_zo: See :func:`slstm_rows`.
+    :param bias: See :func:`slstm_rows`.
+    :param weight: Contiguous.
+    :param rows: See :func:`slstm_rows`.
+    :param outputs: Gets the outputs.
+    :param before: Gets what each row was multiplied with, the outputs one step before,
+        if the gradient needs it as what follows. *Shape:* ``(C,H*D)``.
+    :param pairs: Gets w and tanh(z), then 1 - sigmoid(f) and sigmoid(o). *Shape:*
+        ``(C,H,2,D,2)``.
+    :param cs: Gets c. *Shape:* ``(C,H*D)``.
+    """
+    num_heads, head_dim = weight.shape[1:3]
+
+    # Without them any pointer does: nothing is stored.
+    saved = [outputs if x is None else x for x in (before, pairs, cs)]
+
+    if rows.max_len > 0:
+        forward_kernel[_grid(rows, num_heads)](
+            *(rows.begins, gates_if, gates_zo, bias.contiguous(), weight, outputs),
+            *saved,
+            *(num_heads, rows.num_seqs, gates_if.stride(0), gates_zo.stride(0)),
+            SAVES=before is not None,
+            **_constants(head_dim),
+        )
+
+
+def scan_backward(
+    weight: Tensor, rows: RaggedRows, pairs: Tensor, cs: Tensor, grad_outputs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernel.
+
+    :param weight: Contiguous.
+    :param rows: See :func:`slstm_rows`.
+    :param pairs: As :func:`scan_forward` left it.
+    :param cs: As :func:`scan_forward` left it.
+    :param grad_outputs: Contiguous float32. *Shape:* ``(C,H*D)``.
+
+    :returns: The gradients of both gates, in R's type, and of the bias, ``(E,H,4,D)``.
+    """
+    num_experts, num_heads, head_dim = weight.shape[:3]
+    grid = _grid(rows, num_heads)
+
+    grad_if, grad_zo = (
+        weight.new_empty(rows.num_rows, num_heads * 2 * head_dim) for _ in range(2)
+    )
+    grad_bias = grad_outputs.new_empty(num_experts, num_heads, grid[0], 4, head_dim)
+
+    backward_kernel[grid](
+        *(rows.begins, weight, pairs, cs, grad_outputs, grad_if, grad_zo, grad_bias),
+        *(num_heads, rows.num_seqs),
+        **_constants(head_dim),
+    )
+
+    return grad_if, grad_zo, grad_bias.sum(2)
+
+
+def _grid(rows: RaggedRows, num_heads: int) -> tuple[int, int, int]:
+    return triton.cdiv(rows.num_seqs, BLOCK_N), num_heads, rows.num_experts
+
+
+def _constants(head_dim: int) -> dict[str, Any]:
+    parts = _split(head_dim)
+    assert parts is not None
+    body, tail = parts
+
+    return {
+        "D": head_dim,
+        "P": body,
+        "Q": tail,
+        "BLOCK_N": BLOCK_N,
+        "WIDE": bool(triton.knobs.runtime.interpret),
+        # A gate's rows of the body then lie in the same threads for all gates.
+        "num_warps": max(body // 16, 4),
+    }
+
+
+def _split(head_dim: int) -> tuple[int, int] | None:
+    body = 1 << (head_dim.bit_length() - 1)
+    tail = head_dim - body
+
+    if body < 16 or tail & (tail - 1) or 0 < tail < 16:
+        return None
+
+    return body, tail
