@@ -1,0 +1,129 @@
+"""Tests of `moxe_plugin.nn.triton.slstm_rows`, against the cell's single steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, bfloat16, float16, float32
+from torch.testing import assert_close
+
+from moxe_plugin.nn.padding import EMPTY
+from moxe_plugin.nn.ragged import RaggedRows, ragged_rows
+from moxe_plugin.nn.slstm_cell import SLSTMMemory, slstm_step
+
+pytest.importorskip("triton")
+
+from moxe_plugin.nn.triton.slstm_rows import slstm_rows, supports
+
+NUM_HEADS = 2
+
+# More segments than a program has, none of an expert's, empty ones at both ends
+LENS = [
+    [3, 0, 5, 1, 2, 2, 7, 4, 6],
+    [0] * 9,
+    [0, 5, 2, 0, 0, 0, 1, 9, 0],
+]
+
+
+def draw_inputs(rows: RaggedRows, head_dim: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    width = NUM_HEADS * 2 * head_dim
+    stack = (rows.num_experts, NUM_HEADS)
+
+    return [
+        draw(rows.num_rows, width),
+        draw(rows.num_rows, width),
+        draw(*stack, 4, head_dim),
+        draw(*stack, head_dim, 4, head_dim) * head_dim**-0.5,
+    ]
+
+
+def run_steps(
+    gates_if: Tensor, gates_zo: Tensor, bias: Tensor, weight: Tensor, rows: RaggedRows
+) -> Tensor:
+    """Compute in float64, row by row."""
+    head_dim = bias.size(-1)
+    # (C,H*2D) twice -> (C,H,4,D)
+    pairs = (x.view(-1, NUM_HEADS, 2, head_dim) for x in (gates_if, gates_zo))
+    gates = torch.cat(list(pairs), dim=2)
+    begins = rows.begins.tolist()
+    outputs = []
+
+    for segment, (begin, end) in enumerate(zip(begins, begins[1:], strict=False)):
+        expert = segment // rows.num_seqs
+        empty = gates.new_zeros(NUM_HEADS, head_dim, 1)
+        memory = SLSTMMemory(empty, empty + EMPTY, empty)
+
+        for row in range(begin, end):
+            inputs = (gates[row] + bias[expert]).unsqueeze(-1)
+            _, memory = slstm_step(inputs, weight[expert], memory)
+            outputs.append(memory.y.flatten())
+
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(16, float16), (48, bfloat16), (80, bfloat16)]
+)
+def test_slstm_rows_match_single_steps(head_dim: int, dtype: torch.dtype) -> None:
+    rows = ragged_rows(LENS, torch.device("cpu"))
+    inputs = [x.to(dtype) for x in draw_inputs(rows, head_dim)]
+    expected_inputs = [x.double() for x in inputs]
+    for leaves in (inputs, expected_inputs):
+        for leaf in leaves:
+            leaf.requires_grad_()
+
+    outputs = slstm_rows(*inputs, rows)
+    expected = run_steps(*expected_inputs, rows)
+
+    assert outputs.dtype == float32
+    assert_close(outputs.double(), expected, atol=2e-2, rtol=0)
+    assert (outputs - expected).norm() < 2e-3 * expected.norm()
+
+    grad = torch.randn(
+        expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
+    grads = torch.autograd.grad(outputs, inputs, grad.float())
+    expected_grads = torch.autograd.grad(expected, expected_inputs, grad)
+    for actual, wanted, leaf in zip(grads, expected_grads, inputs, strict=True):
+        assert actual.dtype == leaf.dtype
+        assert (actual - wanted).norm() < 1e-2 * wanted.norm()
+    # An expert without a row
+    assert not grads[2][1].any()
+    assert not grads[3][1].any()
+
+
+def test_slstm_rows_take_halves_of_a_wider_tensor() -> None:
+    rows = ragged_rows([[2, 3]], torch.device("cpu"))
+    gates_if, gates_zo, bias, weight = (
+        x.to(bfloat16) for x in draw_inputs(rows, head_dim=16)
+    )
+    both = torch.cat([gates_if, gates_zo], dim=1)
+
+    outputs = slstm_rows(*both.chunk(2, dim=1), bias, weight, rows)
+
+    assert_close(outputs, slstm_rows(gates_if, gates_zo, bias, weight, rows))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "expected"),
+    [
+        (160, bfloat16, True),
+        (128, float16, True),
+        # R would not fit
+        (160, float32, False),
+        (256, bfloat16, False),
+        # Neither a power of two nor the sum of two, or too small a tail
+        (112, bfloat16, False),
+        (24, bfloat16, False),
+        (8, bfloat16, False),
+    ],
+)
+def test_supports_what_fits_on_chip(
+    head_dim: int, dtype: torch.dtype, expected: bool
+) -> None:
+    assert supports(head_dim, dtype) is expected
