@@ -79,7 +79,7 @@ class _SLSTMRows(Function):
         before, pairs, cs = None, None, None
         if any(ctx.needs_input_grad):
             before = weight.new_empty(outputs.shape)
-            # (w, z) and (1 - sigmoid(f), o)
+            # The pairs w and z, then 1 - sigmoid(f) and o
             pairs = outputs.new_empty(*shape[:2], 2, head_dim, 2)
             cs = outputs.new_empty(outputs.shape)
 

@@ -440,7 +440,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kerne
         grad_y = _own_half(dy_if, dy_zo, P, BLOCK_N)
         t -= 1
 
-    # (E,H,blocks,4,D)
+    # In a tensor of shape (E,H,blocks,4,D)
     at = (stack * tl.num_programs(0) + tl.program_id(0)) * 4 * D
     at_bias = grad_bias + at + bodies
     tl.store(at_bias, tl.sum(sum_i, 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, bfloat16, float16, float32
@@ -53,7 +55,7 @@ def run_steps(
     begins = rows.begins.tolist()
     outputs = []
 
-    for segment, (begin, end) in enumerate(zip(begins, begins[1:], strict=False)):
+    for segment, (begin, end) in enumerate(pairwise(begins)):
         expert = segment // rows.num_seqs
         empty = gates.new_zeros(NUM_HEADS, head_dim, 1)
         memory = SLSTMMemory(empty, empty + EMPTY, empty)
