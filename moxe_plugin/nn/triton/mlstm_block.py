@@ -1,0 +1,173 @@
+"""A whole mLSTM block on ragged rows, for training on a GPU: few launches, few passes.
+
+The block of :mod:`moxe_plugin.nn.mlstm` as one autograd function. What two operations
+of its backward pass contribute to the same gradient is written side by side, or added,
+by the kernels themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from moxe_plugin.nn.ragged import RaggedRows
+from moxe_plugin.nn.triton.block_products import (
+    CellWeights,
+    project_backward,
+    project_forward,
+)
+from moxe_plugin.nn.triton.expert_products import (
+    multiply_add_rows,
+    multiply_columns,
+    multiply_rows,
+)
+from moxe_plugin.nn.triton.mlstm_rows import mlstm_rows_backward, mlstm_rows_forward
+from moxe_plugin.nn.triton.row_conv import (
+    causal_conv_silu_backward,
+    causal_conv_silu_forward,
+)
+from moxe_plugin.nn.triton.row_gated_norm import (
+    GatedNormInputs,
+    gated_norm_backward,
+    gated_norm_forward,
+)
+from moxe_plugin.nn.triton.row_norm import norm_backward, norm_forward
+
+
+class MLSTMWeights(NamedTuple):
+    """The parameters of a block, or of a bank of E; see the block for their shapes."""
+
+    norm: Tensor
+    up_proj: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor
+    q_proj: Tensor
+    k_proj: Tensor
+    v_proj: Tensor
+    input_gate_weight: Tensor
+    forget_gate_weight: Tensor
+    input_gate_bias: Tensor
+    forget_gate_bias: Tensor
+    out_norm: Tensor
+    skip: Tensor
+    down_proj: Tensor
+
+    @property
+    def cell(self) -> CellWeights:
+        """Those that make the cell's inputs."""
+        return CellWeights(*self[4:11])
+
+
+def mlstm_block_rows(
+    flat: Tensor, weights: MLSTMWeights, rows: RaggedRows, num_heads: int, eps: float
+) -> Tensor:
+    """Apply the block to all segments, each from an empty memory.
+
+    :param flat: Its type is what is computed in, whatever that of the parameters is.
+        *Shape:* ``(C,M)``.
+    :param weights: The parameters, with E first; E is 1 for a block that is no bank.
+    :param rows: Where rows stand.
+    :param num_heads: The number of heads H.
+    :param eps: What norms add to the variance.
+
+    :returns: *Shape:* ``(C,M)``.
+    """
+    return _MLSTMBlockRows.apply(rows, num_heads, eps, flat, *weights)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+
+
+class _MLSTMBlockRows(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: RaggedRows,
+        num_heads: int,
+        eps: float,
+        flat: Tensor,
+        *params: Tensor,
+    ) -> Tensor:
+        ctx.dtypes = [x.dtype for x in params]
+        w = MLSTMWeights(*(x.to(flat.dtype).contiguous() for x in params))
+        flat = flat.contiguous()
+
+        normed, stats = norm_forward(flat, w.norm, rows, 1, eps)
+        # What is convolved, and the output's gate
+        projected = multiply_rows(normed, w.up_proj, rows)
+        conv_input, gate = projected.chunk(2, dim=1)
+        convolved = causal_conv_silu_forward(
+            conv_input, w.conv_weight, w.conv_bias, rows
+        )
+        qkv, gates = project_forward(convolved, conv_input, w.cell, rows)
+        hidden, small = mlstm_rows_forward(
+            *qkv.chunk(3, dim=1), gates, rows, num_heads
+        )
+        gated, out_stats = gated_norm_forward(
+            GatedNormInputs(hidden, convolved, gate, w.out_norm, w.skip),
+            *(rows, num_heads, eps),
+        )
+        out = multiply_add_rows(flat, gated, w.down_proj, rows)
+
+        ctx.save_for_backward(
+            *(flat, stats, normed, projected, convolved, qkv, gates, hidden, small),
+            *(gated, out_stats, *w),
+        )
+        ctx.rows, ctx.num_heads = rows, num_heads
+
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        flat, stats, normed, projected, convolved, *others = ctx.saved_tensors
+        qkv, gates, hidden, small, gated, out_stats, *params = others
+        rows: RaggedRows = ctx.rows
+        w = MLSTMWeights(*params)
+        grad_out = grad_out.contiguous()
+        conv_input, gate = projected.chunk(2, dim=1)
+
+        grad_projected = torch.empty_like(projected)
+        grad_conv_input, grad_gate = grad_projected.chunk(2, dim=1)
+
+        grad_down = multiply_columns(gated, grad_out, w.down_proj, rows)
+        grad_gated = multiply_rows(grad_out, w.down_proj.mT, rows)
+        grads = gated_norm_backward(
+            grad_gated,
+            GatedNormInputs(hidden, convolved, gate, w.out_norm, w.skip),
+            *(out_stats, rows, ctx.num_heads, grad_gate),
+        )
+
+        grad_qkv = torch.empty_like(qkv)
+        grad_gates = mlstm_rows_backward(
+            *(*qkv.chunk(3, dim=1), gates, hidden, small, grads.hidden),
+            *(*grad_qkv.chunk(3, dim=1), rows),
+        )
+        grad_convolved = grads.convolved
+        grad_cell = project_backward(
+            *(grad_qkv, grad_gates, convolved, conv_input, w.cell, rows),
+            *(grad_convolved, grad_conv_input),
+            adds_to_convolved=True,
+        )
+        _, grad_conv_weight, grad_conv_bias = causal_conv_silu_backward(
+            *(grad_convolved, conv_input, w.conv_weight, w.conv_bias, rows),
+            out=grad_conv_input,
+            add=grad_conv_input,
+        )
+
+        grad_up = multiply_columns(normed, grad_projected, w.up_proj, rows)
+        grad_normed = multiply_rows(grad_projected, w.up_proj.mT, rows)
+        grad_flat, grad_norm = norm_backward(
+            *(grad_normed, flat, w.norm, stats, rows, 1, grad_out)
+        )
+
+        grad_params = (
+            *(grad_norm, grad_up, grad_conv_weight, grad_conv_bias, *grad_cell),
+            *(grads.norm_weight, grads.skip, grad_down),
+        )
+
+        return (
+            *(None, None, None, grad_flat),
+            *(x.to(dtype) for x, dtype in zip(grad_params, ctx.dtypes, strict=True)),
+        )

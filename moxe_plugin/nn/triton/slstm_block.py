@@ -1,0 +1,173 @@
+"""A whole sLSTM block on ragged rows, for training on a GPU: few launches, few passes.
+
+The block of :mod:`moxe_plugin.nn.slstm` as one autograd function, as
+:mod:`.mlstm_block` is that of the mLSTM.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from moxe_plugin.nn.ragged import RaggedRows
+from moxe_plugin.nn.triton.expert_products import (
+    multiply_add_rows,
+    multiply_columns,
+    multiply_head_columns,
+    multiply_head_rows,
+    multiply_rows,
+)
+from moxe_plugin.nn.triton.row_conv import (
+    causal_conv_silu_backward,
+    causal_conv_silu_forward,
+)
+from moxe_plugin.nn.triton.row_norm import norm_backward, norm_forward
+from moxe_plugin.nn.triton.row_products import (
+    silu_product_backward,
+    silu_product_forward,
+)
+from moxe_plugin.nn.triton.slstm_rows import scan_backward, scan_forward
+
+
+class SLSTMWeights(NamedTuple):
+    """The parameters of a block, or of a bank of E; see the block for their shapes."""
+
+    norm: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor
+    gate_proj: Tensor
+    recurrent_weight: Tensor
+    gate_bias: Tensor
+    out_norm: Tensor
+    ffn_norm: Tensor
+    ffn_up_proj: Tensor
+    ffn_down_proj: Tensor
+
+
+def slstm_block_rows(
+    flat: Tensor, weights: SLSTMWeights, rows: RaggedRows, eps: float
+) -> Tensor:
+    """Apply the block to all segments, each from an empty memory.
+
+    :param flat: Its type is what is computed in, whatever that of the parameters is;
+        see :func:`~moxe_plugin.nn.triton.slstm_rows.supports`. *Shape:* ``(C,M)``.
+    :param weights: The parameters, with E first; E is 1 for a block that is no bank.
+    :param rows: Where rows stand.
+    :param eps: What norms add to the variance.
+
+    :returns: *Shape:* ``(C,M)``.
+    """
+    return _SLSTMBlockRows.apply(rows, eps, flat, *weights)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+
+
+class _SLSTMBlockRows(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: RaggedRows, eps: float, flat: Tensor, *params: Tensor
+    ) -> Tensor:
+        ctx.dtypes = [x.dtype for x in params]
+        w = SLSTMWeights(*(x.to(flat.dtype).contiguous() for x in params))
+        flat = flat.contiguous()
+        num_rows, width = flat.shape
+        num_heads, head_dim = w.gate_proj.shape[1:3]
+
+        normed, stats = norm_forward(flat, w.norm, rows, 1, eps)
+        convolved = causal_conv_silu_forward(normed, w.conv_weight, w.conv_bias, rows)
+        # i and f see the convolution, z and o do not.
+        gate_if, gate_zo = _by_pair(w.gate_proj)
+        gates_if = multiply_head_rows(convolved, gate_if, rows)
+        gates_zo = multiply_head_rows(normed, gate_zo, rows)
+
+        outputs = flat.new_empty(num_rows, width, dtype=torch.float32)
+        before = torch.empty_like(flat)
+        pairs = outputs.new_empty(num_rows, num_heads, 2, head_dim, 2)
+        cs = torch.empty_like(outputs)
+        scan_forward(
+            *(gates_if, gates_zo, w.gate_bias, w.recurrent_weight, rows),
+            *(outputs, before, pairs, cs),
+        )
+
+        mixed, out_stats = norm_forward(
+            outputs, w.out_norm, rows, num_heads, eps, flat
+        )
+        ffn_normed, ffn_stats = norm_forward(mixed, w.ffn_norm, rows, 1, eps)
+        projected = multiply_rows(ffn_normed, w.ffn_up_proj, rows)
+        gated = silu_product_forward(projected)
+        out = multiply_add_rows(mixed, gated, w.ffn_down_proj, rows)
+
+        ctx.save_for_backward(
+            *(flat, stats, normed, convolved, outputs, before, pairs, cs),
+            *(out_stats, mixed, ffn_stats, ffn_normed, projected, gated, *w),
+        )
+        ctx.rows = rows
+
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        flat, stats, normed, convolved, outputs, before, *others = ctx.saved_tensors
+        pairs, cs, out_stats, mixed, ffn_stats, ffn_normed, *others = others
+        projected, gated, *params = others
+        rows: RaggedRows = ctx.rows
+        w = SLSTMWeights(*params)
+        num_heads = w.gate_proj.size(1)
+        grad_out = grad_out.contiguous()
+
+        grad_ffn_down = multiply_columns(gated, grad_out, w.ffn_down_proj, rows)
+        grad_gated = multiply_rows(grad_out, w.ffn_down_proj.mT, rows)
+        grad_projected = silu_product_backward(grad_gated, projected)
+        grad_ffn_up = multiply_columns(ffn_normed, grad_projected, w.ffn_up_proj, rows)
+        grad_ffn_normed = multiply_rows(grad_projected, w.ffn_up_proj.mT, rows)
+        grad_mixed, grad_ffn_norm = norm_backward(
+            *(grad_ffn_normed, mixed, w.ffn_norm, ffn_stats, rows, 1, grad_out)
+        )
+        grad_outputs, grad_out_norm = norm_backward(
+            *(grad_mixed, outputs, w.out_norm, out_stats, rows, num_heads)
+        )
+
+        grad_if, grad_zo, grad_bias = scan_backward(
+            w.recurrent_weight, rows, pairs, cs, grad_outputs
+        )
+        grad_recurrent = torch.empty_like(w.recurrent_weight)
+        grad_gate_proj = torch.empty_like(w.gate_proj)
+        for (of_r, of_gate), x, grads in zip(
+            zip(_by_pair(grad_recurrent), _by_pair(grad_gate_proj), strict=True),
+            (convolved, normed),
+            (grad_if, grad_zo),
+            strict=True,
+        ):
+            multiply_head_columns(before, grads, of_r, rows)
+            multiply_head_columns(x, grads, of_gate, rows)
+
+        gate_if, gate_zo = _by_pair(w.gate_proj)
+        grad_convolved = multiply_head_rows(grad_if, gate_if.mT, rows)
+        grad_normed = multiply_head_rows(grad_zo, gate_zo.mT, rows)
+        _, grad_conv_weight, grad_conv_bias = causal_conv_silu_backward(
+            *(grad_convolved, normed, w.conv_weight, w.conv_bias, rows),
+            out=grad_normed,
+            add=grad_normed,
+        )
+        grad_flat, grad_norm = norm_backward(
+            *(grad_normed, flat, w.norm, stats, rows, 1, grad_mixed)
+        )
+
+        grad_params = (
+            *(grad_norm, grad_conv_weight, grad_conv_bias, grad_gate_proj),
+            *(grad_recurrent, grad_bias, grad_out_norm, grad_ffn_norm),
+            *(grad_ffn_up, grad_ffn_down),
+        )
+
+        return (
+            *(None, None, grad_flat),
+            *(x.to(dtype) for x, dtype in zip(grad_params, ctx.dtypes, strict=True)),
+        )
+
+
+def _by_pair(weight: Tensor) -> tuple[Tensor, ...]:
+    # (E,H,D,4,D) -> two of (E,H,D,2*D): that of i and f, and that of z and o
+    return weight.unflatten(3, (2, 2)).flatten(4).unbind(3)
