@@ -136,6 +136,35 @@ def convolves_natively(backend: ScanBackend, *tensors: Tensor) -> bool:
     return reason is None
 
 
+MAX_ROWS_LEN: Final = 2048
+"""The longest sequence that :func:`trains_on_rows`: there the mLSTM takes its parallel
+form, whose work grows with the square of the length."""
+
+
+def trains_on_rows(backend: ScanBackend, seqs: Tensor) -> bool:
+    """Tell whether whole blocks may run as Triton kernels on ragged rows.
+
+    They may where a block keeps no state, hence in training, with ``triton`` (and
+    ``auto``, where that takes it), in bfloat16 or float16.
+
+    :param backend: The choice.
+    :param seqs: What a block reads. *Shape:* ``(N,S,M)``.
+
+    :returns: Whether they may.
+
+    :raises ValueError: As :func:`resolve_backend`.
+    :raises TritonMissingError: As :func:`resolve_backend`.
+    """
+    return (
+        seqs.dtype in (torch.bfloat16, torch.float16)
+        and type(seqs) in (Tensor, torch.nn.Parameter)
+        and seqs.size(-2) <= MAX_ROWS_LEN
+        and not torch.is_autocast_enabled(seqs.device.type)
+        and not torch.compiler.is_compiling()
+        and resolve_backend(backend, seqs) == "triton"
+    )
+
+
 def _check_triton(seqs: Tensor) -> None:
     if find_spec("triton") is None:
         raise TritonMissingError(

@@ -36,7 +36,7 @@ def _lay_out_subsequences(
 ) -> Layout:
     plan = plan_dispatch(
         routing.expert_indices.view(*seqs.shape[:2], -1),
-        _make_token_mask(seqs, seq_lens),
+        make_token_mask(seqs, seq_lens),
         bank_sizes,
     )
 
@@ -51,7 +51,7 @@ def _lay_out_subsequences(
 def _lay_out_tokens(
     seqs: Tensor, routing: Routing, seq_lens: Tensor | None, bank_sizes: list[int]
 ) -> Layout:
-    token_mask = _make_token_mask(seqs, seq_lens)
+    token_mask = make_token_mask(seqs, seq_lens)
 
     # As if the batch were a single sequence: no expert pads more than it must.
     plan = plan_dispatch(
@@ -86,7 +86,7 @@ def _lay_out_sequences(
     chosen = expert_ids[:, None, None] == routing.expert_indices
     weights = routing.expert_weights.where(chosen, 0.0).sum(dim=-1)
 
-    token_mask = _make_token_mask(seqs, seq_lens)
+    token_mask = make_token_mask(seqs, seq_lens)
 
     if token_mask is not None:
         weights = weights.where(token_mask.flatten(), 0.0)
@@ -103,7 +103,15 @@ def _sum_all_outputs(outputs: list[Tensor], weights: Tensor) -> Tensor:
     return (flat_outputs * weights.unsqueeze(-1)).sum(dim=0)
 
 
-def _make_token_mask(seqs: Tensor, seq_lens: Tensor | None) -> Tensor | None:
+def make_token_mask(seqs: Tensor, seq_lens: Tensor | None) -> Tensor | None:
+    """Tell padding from tokens.
+
+    :param seqs: *Shape:* ``(N,S,M)``.
+    :param seq_lens: Where right padding begins; ``None`` without padding. *Shape:*
+        ``(N)``.
+
+    :returns: Which positions are tokens; ``None`` if all are. *Shape:* ``(N,S)``.
+    """
     if seq_lens is None:
         return None
 

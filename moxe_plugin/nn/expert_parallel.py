@@ -70,6 +70,10 @@ class ExpertParallelExperts(SparseExperts):
         # A process that got no token must take part all the same.
         return False
 
+    def _trains_on_rows(self, seqs: Tensor) -> bool:  # noqa: ARG002  # as the base class has it
+        # Tokens travel between processes in grids.
+        return False
+
     def _lay_out_remotely(
         self,
         seqs: Tensor,

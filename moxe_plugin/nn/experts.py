@@ -12,8 +12,13 @@ from torch.func import functional_call
 from torch.nn import Module
 from typing_extensions import override
 
-from moxe_plugin.nn.expert_layouts import LAYOUTS, ExpertStateKind
+from moxe_plugin.nn.expert_layouts import (
+    LAYOUTS,
+    ExpertStateKind,
+    make_token_mask,
+)
 from moxe_plugin.nn.expert_steps import Choices, sort_choices, step_bank
+from moxe_plugin.nn.ragged_dispatch import combine_rows, plan_rows, take_tokens
 from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.rows import find_rows, pack, unpack
 
@@ -132,6 +137,9 @@ class SparseExperts(Module):
             if len(choices) < self.num_experts:
                 return self._step(seqs, routing, choices, state, return_state)
 
+        if state is None and not return_state and self._trains_on_rows(seqs):
+            return self._apply_to_rows(seqs, routing, seq_lens), None
+
         layout = self._lay_out(seqs, routing, seq_lens, self._bank_sizes)
 
         keeps_state = return_state and layout.has_state
@@ -169,6 +177,39 @@ class SparseExperts(Module):
             and self._expert_state != "dense"
             and not torch.is_grad_enabled()
         )
+
+    def _trains_on_rows(self, seqs: Tensor) -> bool:
+        return (
+            self._expert_state == "subsequence"
+            and "ffn" not in self._bank_names
+            and all(self._bank(name).trains_on_rows(seqs) for name in self._bank_names)
+        )
+
+    def _apply_to_rows(
+        self, seqs: Tensor, routing: Routing, seq_lens: Tensor | None
+    ) -> Tensor:
+        plan = plan_rows(
+            routing.expert_indices.view(*seqs.shape[:2], -1),
+            make_token_mask(seqs, seq_lens),
+            self._bank_sizes,
+        )
+        outputs = [
+            self._bank(name).apply_to_rows(flat, rows)
+            for name, flat, rows in zip(
+                self._bank_names,
+                take_tokens(seqs.flatten(0, 1), plan),
+                plan.banks,
+                strict=True,
+            )
+        ]
+
+        # (T,M) -> (N,S,M)
+        return combine_rows(outputs, routing.expert_weights, plan, seqs.dtype).view(
+            seqs.shape
+        )
+
+    def _bank(self, name: str) -> Any:
+        return self.get_submodule(name)
 
     def _step(
         self,

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, init
 
-from moxe_plugin.nn.backend import ScanBackend
+from moxe_plugin.nn.backend import ScanBackend, trains_on_rows
 from moxe_plugin.nn.layers import (
+    NORM_EPS,
     CausalConv,
     ScaleNorm,
     down_init_std,
@@ -24,6 +25,7 @@ from moxe_plugin.nn.mlstm_recurrence import (
     MLSTMState,
 )
 from moxe_plugin.nn.padding import EMPTY, widen
+from moxe_plugin.nn.ragged import RaggedRows, full_rows
 from moxe_plugin.nn.rows import Rows, find_rows, last_rows, pack, unpack
 from moxe_plugin.nn.stacked import (
     expert_parameter,
@@ -183,6 +185,12 @@ class MLSTMBlock(Module):
         :returns: The outputs, as ``seqs``, and the state after each row's last valid
             position (``state`` itself for a row of length 0), or ``None``.
         """
+        if self.num_experts is None and state is None and not return_state:
+            if self.trains_on_rows(seqs):
+                rows = full_rows(*seqs.shape[:2], seqs.device)
+
+                return self.apply_to_rows(seqs.flatten(0, 1), rows).view_as(seqs), None
+
         memory = None if state is None else MLSTMMemory(*state[1:])
         window = None if state is None else state.conv
 
@@ -212,6 +220,43 @@ class MLSTMBlock(Module):
         out = seqs + self._project_down(hidden, convolved, gate, None)
 
         return out, _as_state(window, memory)
+
+    def trains_on_rows(self, seqs: Tensor) -> bool:
+        """Tell whether :meth:`apply_to_rows` can be asked for.
+
+        :param seqs: What the block, or what sends it rows, reads. *Shape:* ``(N,S,M)``.
+
+        :returns: See :func:`~moxe_plugin.nn.backend.trains_on_rows`.
+        """
+        if not trains_on_rows(self.backend, seqs):
+            return False
+
+        from moxe_plugin.nn.triton.mlstm_block import supports
+
+        return supports(
+            self.inner_dim // self.num_heads, self.q_proj.size(-1), self.conv.kernel_size
+        )
+
+    def apply_to_rows(self, flat: Tensor, rows: RaggedRows) -> Tensor:
+        """Apply the block to segments, each from an empty memory, in Triton kernels.
+
+        :param flat: *Shape:* ``(C,M)``.
+        :param rows: Where rows stand.
+
+        :returns: The outputs, as ``flat``.
+        """
+        # Imports Triton, which not every machine has.
+        from moxe_plugin.nn.triton.mlstm_block import MLSTMWeights, mlstm_block_rows
+
+        weights = MLSTMWeights(
+            *(self.norm.weight, self.up_proj, self.conv.weight, self.conv.bias),
+            *(self.q_proj, self.k_proj, self.v_proj),
+            *(self.input_gate_weight, self.forget_gate_weight),
+            *(self.input_gate_bias, self.forget_gate_bias),
+            *(self.out_norm.weight, self.skip, self.down_proj),
+        )
+
+        return mlstm_block_rows(flat, weights, rows, self.num_heads, NORM_EPS)
 
     def _apply_to_rows(
         self,

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, init
 
-from moxe_plugin.nn.backend import ScanBackend, resolve_backend
+from moxe_plugin.nn.backend import ScanBackend, resolve_backend, trains_on_rows
 from moxe_plugin.nn.grouped import grouped_head_products
 from moxe_plugin.nn.layers import (
+    NORM_EPS,
     CausalConv,
     GatedFeedForward,
     ScaleNorm,
@@ -21,6 +22,7 @@ from moxe_plugin.nn.layers import (
     small_init_std,
 )
 from moxe_plugin.nn.padding import EMPTY, widen
+from moxe_plugin.nn.ragged import RaggedRows, full_rows
 from moxe_plugin.nn.rows import find_rows, last_rows, pack, unpack
 from moxe_plugin.nn.slstm_cell import SLSTMMemory
 from moxe_plugin.nn.slstm_recurrence import GateRows, SLSTMCell
@@ -182,6 +184,12 @@ class SLSTMBlock(Module):
         :returns: The outputs, as ``seqs``, and the state after each row's last valid
             position (``state`` itself for a row of length 0), or ``None``.
         """
+        if self.num_experts is None and state is None and not return_state:
+            if self.trains_on_rows(seqs):
+                rows = full_rows(*seqs.shape[:2], seqs.device)
+
+                return self.apply_to_rows(seqs.flatten(0, 1), rows).view_as(seqs), None
+
         if state is None:
             state = self.initial_state(seqs.size(-3), seqs.device)
 
@@ -222,6 +230,40 @@ class SLSTMBlock(Module):
         assert window is not None
 
         return seqs, SLSTMState(window, *memory)
+
+    def trains_on_rows(self, seqs: Tensor) -> bool:
+        """Tell whether :meth:`apply_to_rows` can be asked for.
+
+        :param seqs: What the block, or what sends it rows, reads. *Shape:* ``(N,S,M)``.
+
+        :returns: See :func:`~moxe_plugin.nn.backend.trains_on_rows`.
+        """
+        if not trains_on_rows(self.backend, seqs):
+            return False
+
+        from moxe_plugin.nn.triton.slstm_block import supports
+
+        return supports(self.head_dim, seqs.dtype, self.conv.kernel_size)
+
+    def apply_to_rows(self, flat: Tensor, rows: RaggedRows) -> Tensor:
+        """Apply the block to segments, each from an empty memory, in Triton kernels.
+
+        :param flat: *Shape:* ``(C,M)``.
+        :param rows: Where rows stand.
+
+        :returns: The outputs, as ``flat``.
+        """
+        # Imports Triton, which not every machine has.
+        from moxe_plugin.nn.triton.slstm_block import SLSTMWeights, slstm_block_rows
+
+        weights = SLSTMWeights(
+            *(self.norm.weight, self.conv.weight, self.conv.bias),
+            *(self.gate_proj, self.recurrent_weight, self.gate_bias),
+            *(self.out_norm.weight, self.ffn_norm.weight),
+            *(self.ffn.up_proj, self.ffn.down_proj),
+        )
+
+        return slstm_block_rows(flat, weights, rows, NORM_EPS)
 
     def _feed_forward(
         self, seqs: Tensor, hidden: Tensor, counts: Sequence[int] | None

@@ -24,9 +24,11 @@ from moxe_plugin.nn.triton.expert_products import (
     multiply_add_rows,
     multiply_columns,
     multiply_rows,
+    stack_params,
 )
 from moxe_plugin.nn.triton.mlstm_rows import mlstm_rows_backward, mlstm_rows_forward
 from moxe_plugin.nn.triton.row_conv import (
+    KERNEL_SIZE,
     causal_conv_silu_backward,
     causal_conv_silu_forward,
 )
@@ -36,6 +38,18 @@ from moxe_plugin.nn.triton.row_gated_norm import (
     gated_norm_forward,
 )
 from moxe_plugin.nn.triton.row_norm import norm_backward, norm_forward
+
+
+def supports(head_dim: int, block_size: int, kernel_size: int) -> bool:
+    """Tell whether the kernels have these sizes.
+
+    :param head_dim: The width D of a head.
+    :param block_size: How many channels q, k and v mix at a time.
+    :param kernel_size: The number of taps of the convolution.
+
+    :returns: Whether they do.
+    """
+    return head_dim % 16 == 0 and block_size in (16, 32, 64) and kernel_size == KERNEL_SIZE
 
 
 class MLSTMWeights(NamedTuple):
@@ -69,7 +83,7 @@ def mlstm_block_rows(
 
     :param flat: Its type is what is computed in, whatever that of the parameters is.
         *Shape:* ``(C,M)``.
-    :param weights: The parameters, with E first; E is 1 for a block that is no bank.
+    :param weights: The parameters; those of a bank have E first.
     :param rows: Where rows stand.
     :param num_heads: The number of heads H.
     :param eps: What norms add to the variance.
@@ -89,8 +103,7 @@ class _MLSTMBlockRows(Function):
         flat: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        ctx.dtypes = [x.dtype for x in params]
-        w = MLSTMWeights(*(x.to(flat.dtype).contiguous() for x in params))
+        w = MLSTMWeights(*stack_params(params, flat.dtype))
         flat = flat.contiguous()
 
         normed, stats = norm_forward(flat, w.norm, rows, 1, eps)
@@ -115,6 +128,7 @@ class _MLSTMBlockRows(Function):
             *(gated, out_stats, *w),
         )
         ctx.rows, ctx.num_heads = rows, num_heads
+        ctx.params = [(x.dtype, x.shape) for x in params]
 
         return out
 
@@ -169,5 +183,8 @@ class _MLSTMBlockRows(Function):
 
         return (
             *(None, None, None, grad_flat),
-            *(x.to(dtype) for x, dtype in zip(grad_params, ctx.dtypes, strict=True)),
+            *(
+                x.to(dtype).view(shape)
+                for x, (dtype, shape) in zip(grad_params, ctx.params, strict=True)
+            ),
         )

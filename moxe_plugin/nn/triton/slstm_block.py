@@ -20,8 +20,10 @@ from moxe_plugin.nn.triton.expert_products import (
     multiply_head_columns,
     multiply_head_rows,
     multiply_rows,
+    stack_params,
 )
 from moxe_plugin.nn.triton.row_conv import (
+    KERNEL_SIZE,
     causal_conv_silu_backward,
     causal_conv_silu_forward,
 )
@@ -31,6 +33,19 @@ from moxe_plugin.nn.triton.row_products import (
     silu_product_forward,
 )
 from moxe_plugin.nn.triton.slstm_rows import scan_backward, scan_forward
+from moxe_plugin.nn.triton.slstm_rows import supports as scan_supports
+
+
+def supports(head_dim: int, dtype: torch.dtype, kernel_size: int) -> bool:
+    """Tell whether the kernels have these sizes.
+
+    :param head_dim: The width D of a head.
+    :param dtype: What is computed in.
+    :param kernel_size: The number of taps of the convolution.
+
+    :returns: Whether they do.
+    """
+    return scan_supports(head_dim, dtype) and kernel_size == KERNEL_SIZE
 
 
 class SLSTMWeights(NamedTuple):
@@ -55,7 +70,7 @@ def slstm_block_rows(
 
     :param flat: Its type is what is computed in, whatever that of the parameters is;
         see :func:`~moxe_plugin.nn.triton.slstm_rows.supports`. *Shape:* ``(C,M)``.
-    :param weights: The parameters, with E first; E is 1 for a block that is no bank.
+    :param weights: The parameters; those of a bank have E first.
     :param rows: Where rows stand.
     :param eps: What norms add to the variance.
 
@@ -69,8 +84,7 @@ class _SLSTMBlockRows(Function):
     def forward(
         ctx: Any, rows: RaggedRows, eps: float, flat: Tensor, *params: Tensor
     ) -> Tensor:
-        ctx.dtypes = [x.dtype for x in params]
-        w = SLSTMWeights(*(x.to(flat.dtype).contiguous() for x in params))
+        w = SLSTMWeights(*stack_params(params, flat.dtype))
         flat = flat.contiguous()
         num_rows, width = flat.shape
         num_heads, head_dim = w.gate_proj.shape[1:3]
@@ -103,7 +117,7 @@ class _SLSTMBlockRows(Function):
             *(flat, stats, normed, convolved, outputs, before, pairs, cs),
             *(out_stats, mixed, ffn_stats, ffn_normed, projected, gated, *w),
         )
-        ctx.rows = rows
+        ctx.rows, ctx.params = rows, [(x.dtype, x.shape) for x in params]
 
         return out
 
@@ -164,7 +178,10 @@ class _SLSTMBlockRows(Function):
 
         return (
             *(None, None, grad_flat),
-            *(x.to(dtype) for x, dtype in zip(grad_params, ctx.dtypes, strict=True)),
+            *(
+                x.to(dtype).view(shape)
+                for x, (dtype, shape) in zip(grad_params, ctx.params, strict=True)
+            ),
         )
 
 
