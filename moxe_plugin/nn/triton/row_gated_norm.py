@@ -1,0 +1,223 @@
+"""What the mLSTM block does between its cell and its down-projection, on ragged rows.
+
+``(norm(hidden) * norm_weight + skip * convolved) * silu(gate)`` with a norm per head,
+as a Triton kernel for each direction.
+
+Verified by Triton's interpreter on a CPU, and compiled for compute capability 9.0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from moxe_plugin.nn.ragged import RaggedRows
+from moxe_plugin.nn.triton.partials import new_partials, sum_partials
+from moxe_plugin.nn.triton.row_gated_norm_kernels import (
+    backward_kernel,
+    forward_kernel,
+)
+from moxe_plugin.nn.triton.row_norm import count_warps, readable
+
+_FORWARD_TILE_ROWS = 4
+"""The rows of a tile."""
+
+_BACKWARD_TILE_ROWS = 2
+"""Fewer, as the backward pass holds more of each row in registers."""
+
+_ROWS_PER_BLOCK = 32
+"""The rows that a program of the backward pass sums up."""
+
+
+class GatedNormInputs(NamedTuple):
+    """What is normalised, added and multiplied; the last stride of each is 1."""
+
+    hidden: Tensor
+    """What the cell gives. *Shape:* ``(C,I)``."""
+
+    convolved: Tensor
+    """What passes the cell by. *Shape:* ``(C,I)``."""
+
+    gate: Tensor
+    """The gate before its SiLU. *Shape:* ``(C,I)``."""
+
+    norm_weight: Tensor
+    """The norm's scale; contiguous. *Shape:* ``(E,I)``."""
+
+    skip: Tensor
+    """The scale of ``convolved``; contiguous. *Shape:* ``(E,I)``."""
+
+
+class GatedNormGrads(NamedTuple):
+    """The gradients of :class:`GatedNormInputs`, as these."""
+
+    hidden: Tensor
+    convolved: Tensor
+    gate: Tensor
+    norm_weight: Tensor
+    skip: Tensor
+
+
+def gated_head_norm(
+    hidden: Tensor,
+    convolved: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    skip: Tensor,
+    rows: RaggedRows,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    """Compute ``(norm(hidden) * norm_weight + skip * convolved) * silu(gate)``.
+
+    Computed in float32.
+
+    :param hidden: *Shape:* ``(C,I)``.
+    :param convolved: *Shape:* ``(C,I)``.
+    :param gate: *Shape:* ``(C,I)``.
+    :param norm_weight: *Shape:* ``(E,I)``.
+    :param skip: *Shape:* ``(E,I)``.
+    :param rows: The rows.
+    :param num_heads: The number of heads that are normalised separately; divides I.
+    :param eps: What the variance is increased by.
+
+    :returns: Of the type of ``gate``. *Shape:* ``(C,I)``.
+    """
+    return _GatedHeadNorm.apply(  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+        hidden, convolved, gate, norm_weight, skip, rows, num_heads, eps
+    )
+
+
+class _GatedHeadNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        convolved: Tensor,
+        gate: Tensor,
+        norm_weight: Tensor,
+        skip: Tensor,
+        rows: RaggedRows,
+        num_heads: int,
+        eps: float,
+    ) -> Tensor:
+        inputs = GatedNormInputs(
+            readable(hidden),
+            readable(convolved),
+            readable(gate),
+            norm_weight.contiguous(),
+            skip.contiguous(),
+        )
+
+        out, stats = gated_norm_forward(inputs, rows, num_heads, eps)
+
+        ctx.save_for_backward(*inputs, stats)
+        ctx.rows, ctx.num_heads = rows, num_heads
+
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, stats = ctx.saved_tensors
+
+        grads = gated_norm_backward(
+            *(readable(grad_out), GatedNormInputs(*inputs), stats),
+            *(ctx.rows, ctx.num_heads),
+        )
+
+        return *grads, None, None, None
+
+
+def gated_norm_forward(
+    inputs: GatedNormInputs, rows: RaggedRows, num_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel; see :func:`gated_head_norm`.
+
+    :param inputs: The inputs.
+    :param rows: The rows.
+    :param num_heads: As there.
+    :param eps: As there.
+
+    :returns: The outputs, and the mean and the inverse standard deviation of each head
+        in float32. *Shapes:* ``(C,I)`` and ``(2,C,H)``.
+    """
+    hidden, convolved, gate, norm_weight, skip = inputs
+    num_rows, width = hidden.shape
+    out = gate.new_empty(num_rows, width)
+    stats = gate.new_empty(2, num_rows, num_heads, dtype=torch.float32)
+
+    if num_rows > 0:
+        head_dim = width // num_heads
+        block_dim = triton.next_power_of_2(head_dim)
+        num_tiles = triton.cdiv(num_rows, _FORWARD_TILE_ROWS)
+        forward_kernel[(num_tiles * num_heads,)](
+            *(hidden, convolved, gate, norm_weight, skip, out, stats),
+            *(rows.segment_of_row, num_rows, rows.num_seqs, hidden.stride(0)),
+            *(convolved.stride(0), gate.stride(0), num_heads, eps),
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=block_dim,
+            TILE_ROWS=_FORWARD_TILE_ROWS,
+            num_warps=count_warps(block_dim),
+        )
+
+    return out, stats
+
+
+def gated_norm_backward(
+    grad_out: Tensor,
+    inputs: GatedNormInputs,
+    stats: Tensor,
+    rows: RaggedRows,
+    num_heads: int,
+    grad_gate: Tensor | None = None,
+) -> GatedNormGrads:
+    """Launch the backward kernel, and add up the gradients of both weights.
+
+    :param grad_out: The gradient of the outputs, with a last stride of 1. *Shape:*
+        ``(C,I)``.
+    :param inputs: As in :func:`gated_norm_forward`.
+    :param stats: What :func:`gated_norm_forward` returned.
+    :param rows: As in :func:`gated_norm_forward`.
+    :param num_heads: As in :func:`gated_norm_forward`.
+    :param grad_gate: Gets the gradient of the gate, with a last stride of 1, as the
+        half of a wider tensor; a new tensor if ``None``. *Shape:* ``(C,I)``.
+
+    :returns: The gradients.
+    """
+    hidden, convolved, gate, norm_weight, skip = inputs
+    num_rows, width = hidden.shape
+    grad_hidden = hidden.new_empty(num_rows, width)
+    grad_convolved = convolved.new_empty(num_rows, width)
+    if grad_gate is None:
+        grad_gate = gate.new_empty(num_rows, width)
+    # Those of the norm's weight, and of the skip
+    partials = new_partials(rows, _ROWS_PER_BLOCK, 2 * width)
+
+    if num_rows > 0:
+        head_dim = width // num_heads
+        block_dim = triton.next_power_of_2(head_dim)
+        backward_kernel[(triton.cdiv(num_rows, _ROWS_PER_BLOCK) * num_heads,)](
+            *(grad_out, hidden, convolved, gate, norm_weight, skip, stats),
+            *(grad_hidden, grad_convolved, grad_gate, partials),
+            *(rows.segment_of_row, rows.begins, num_rows, rows.num_seqs),
+            *(grad_out.stride(0), hidden.stride(0), convolved.stride(0)),
+            *(gate.stride(0), grad_gate.stride(0), num_heads),
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=block_dim,
+            TILE_ROWS=_BACKWARD_TILE_ROWS,
+            ROWS_PER_BLOCK=_ROWS_PER_BLOCK,
+            num_warps=count_warps(block_dim),
+        )
+
+    sums = sum_partials(partials, rows, _ROWS_PER_BLOCK, norm_weight.dtype)
+
+    return GatedNormGrads(
+        *(grad_hidden, grad_convolved, grad_gate),
+        *(sums[:, :width], sums[:, width:].to(skip.dtype)),
+    )

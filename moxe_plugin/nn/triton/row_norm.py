@@ -1,0 +1,196 @@
+"""Layer normalisation of ragged rows per head, with the scale of each row's expert.
+
+:class:`~moxe_plugin.nn.layers.ScaleNorm` as a Triton kernel for each direction; see
+:mod:`moxe_plugin.nn.triton.row_norm_kernels`.
+
+Verified by Triton's interpreter on a CPU, and compiled for compute capability 9.0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from moxe_plugin.nn.ragged import RaggedRows
+from moxe_plugin.nn.triton.partials import new_partials, sum_partials
+from moxe_plugin.nn.triton.row_norm_kernels import backward_kernel, forward_kernel
+
+_TILE_ROWS = 4
+"""The rows of a tile."""
+
+_ROWS_PER_BLOCK = 32
+"""The rows that a program of the backward pass sums up, a multiple of the former."""
+
+
+def scale_norm_rows(
+    flat: Tensor,
+    weight: Tensor,
+    rows: RaggedRows,
+    num_heads: int,
+    eps: float,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Normalise each head of each row, and scale it: ``[residual +] norm(x) * weight``.
+
+    Computed in float32.
+
+    :param flat: *Shape:* ``(C,M)``.
+    :param weight: *Shape:* ``(E,M)``.
+    :param rows: The rows.
+    :param num_heads: The number of heads, which divides M.
+    :param eps: What the variance is increased by.
+    :param residual: What is added; nothing if ``None``. *Shape:* ``(C,M)``.
+
+    :returns: Of the type of ``residual``, or else of ``weight``. *Shape:* ``(C,M)``.
+    """
+    return _ScaleNormRows.apply(flat, weight, residual, rows, num_heads, eps)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+
+
+class _ScaleNormRows(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        flat: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        rows: RaggedRows,
+        num_heads: int,
+        eps: float,
+    ) -> Tensor:
+        flat, weight = readable(flat), weight.contiguous()
+        if residual is not None:
+            residual = readable(residual)
+
+        out, stats = norm_forward(flat, weight, rows, num_heads, eps, residual)
+
+        ctx.save_for_backward(flat, weight, stats)
+        ctx.rows, ctx.num_heads = rows, num_heads
+
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        grad_flat, grad_weight = norm_backward(
+            readable(grad_out), *ctx.saved_tensors, ctx.rows, ctx.num_heads
+        )
+        grad_residual = grad_out if ctx.needs_input_grad[2] else None
+
+        return grad_flat, grad_weight, grad_residual, None, None, None
+
+
+def norm_forward(
+    flat: Tensor,
+    weight: Tensor,
+    rows: RaggedRows,
+    num_heads: int,
+    eps: float,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel; see :func:`scale_norm_rows`.
+
+    :param flat: As there; like ``residual``, with a last stride of 1.
+    :param weight: As there; contiguous.
+    :param rows: As there.
+    :param num_heads: As there.
+    :param eps: As there.
+    :param residual: As there.
+
+    :returns: The outputs, and the mean and the inverse standard deviation of each head
+        in float32. *Shapes:* ``(C,M)`` and ``(2,C,H)``.
+    """
+    num_rows, width = flat.shape
+    dtype = weight.dtype if residual is None else residual.dtype
+    out = flat.new_empty(num_rows, width, dtype=dtype)
+    stats = flat.new_empty(2, num_rows, num_heads, dtype=torch.float32)
+
+    if num_rows > 0:
+        head_dim = width // num_heads
+        block_dim = triton.next_power_of_2(head_dim)
+        forward_kernel[(triton.cdiv(num_rows, _TILE_ROWS) * num_heads,)](
+            *(flat, weight, flat if residual is None else residual, out, stats),
+            *(rows.segment_of_row, num_rows, rows.num_seqs, flat.stride(0)),
+            0 if residual is None else residual.stride(0),
+            *(num_heads, eps),
+            HAS_RESIDUAL=residual is not None,
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=block_dim,
+            TILE_ROWS=_TILE_ROWS,
+            num_warps=count_warps(block_dim),
+        )
+
+    return out, stats
+
+
+def norm_backward(
+    grad_out: Tensor,
+    flat: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    rows: RaggedRows,
+    num_heads: int,
+    other_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the backward kernel, and add up the gradient of the weight.
+
+    :param grad_out: The gradient of the outputs, with a last stride of 1. *Shape:*
+        ``(C,M)``.
+    :param flat: As in :func:`norm_forward`.
+    :param weight: As in :func:`norm_forward`.
+    :param stats: What :func:`norm_forward` returned.
+    :param rows: As in :func:`norm_forward`.
+    :param num_heads: As in :func:`norm_forward`.
+    :param other_grad: The gradient that ``flat`` gets elsewhere, as from a residual
+        connection around the norm, to which this one is added; with a last stride of 1.
+        *Shape:* ``(C,M)``.
+
+    :returns: The gradients of ``flat`` and ``weight``, as these.
+    """
+    num_rows, width = flat.shape
+    grad_flat = flat.new_empty(num_rows, width)
+    partials = new_partials(rows, _ROWS_PER_BLOCK, width)
+
+    if num_rows > 0:
+        head_dim = width // num_heads
+        block_dim = triton.next_power_of_2(head_dim)
+        backward_kernel[(triton.cdiv(num_rows, _ROWS_PER_BLOCK) * num_heads,)](
+            *(grad_out, flat, weight, stats),
+            grad_out if other_grad is None else other_grad,
+            *(grad_flat, partials, rows.segment_of_row, rows.begins),
+            *(num_rows, rows.num_seqs, grad_out.stride(0), flat.stride(0)),
+            0 if other_grad is None else other_grad.stride(0),
+            num_heads,
+            HAS_OTHER=other_grad is not None,
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=block_dim,
+            TILE_ROWS=_TILE_ROWS,
+            ROWS_PER_BLOCK=_ROWS_PER_BLOCK,
+            num_warps=count_warps(block_dim),
+        )
+
+    return grad_flat, sum_partials(partials, rows, _ROWS_PER_BLOCK, weight.dtype)
+
+
+def readable(flat: Tensor) -> Tensor:
+    """Copy rows whose channels do not lie side by side.
+
+    :param flat: *Shape:* ``(C,M)``.
+
+    :returns: ``flat``, or a copy with a last stride of 1. *Shape:* ``(C,M)``.
+    """
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def count_warps(block_dim: int) -> int:
+    """Tell how many warps read a row if each thread reads eight channels of it.
+
+    :param block_dim: The channels of a tile.
+
+    :returns: A power of two from 1 to 8.
+    """
+    return min(max(block_dim // 256, 1), 8)
