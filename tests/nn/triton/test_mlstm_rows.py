@@ -1,0 +1,90 @@
+"""Tests of `moxe_plugin.nn.triton.mlstm_rows`, against the cell in torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, bfloat16, float32
+from torch.testing import assert_close
+
+from moxe_plugin.nn.mlstm_cell import mlstm_parallel
+from moxe_plugin.nn.ragged import RaggedRows, ragged_rows
+
+pytest.importorskip("triton")
+
+
+def reference(
+    qkv: Tensor, gates: Tensor, seq_lens: list[list[int]], num_heads: int
+) -> Tensor:
+    """Run the cell in torch, segment by segment."""
+    outputs = []
+    flat = [length for lens in seq_lens for length in lens]
+    for seq, gate in zip(qkv.split(flat), gates.split(flat), strict=True):
+        # (S,3I) -> 3 x (H,S,D)
+        q, k, v = seq.unflatten(1, (3, num_heads, -1)).permute(1, 2, 0, 3)
+        i, f = gate.unflatten(1, (2, num_heads)).permute(1, 2, 0)
+        h, _ = mlstm_parallel(q, k, v, i, f, return_memory=False)
+        outputs.append(h.transpose(0, 1).flatten(1))
+
+    return torch.cat(outputs)
+
+
+def run(
+    qkv: Tensor, gates: Tensor, rows: RaggedRows, num_heads: int, direction: Tensor
+) -> list[Tensor]:
+    """Return the outputs of the kernels, and both gradients."""
+    from moxe_plugin.nn.triton.mlstm_rows import mlstm_rows
+
+    h = mlstm_rows(*qkv.chunk(3, dim=1), gates, rows, num_heads)
+
+    return [h, *torch.autograd.grad(h, [qkv, gates], direction.to(h.dtype))]
+
+
+def random_inputs(
+    num_rows: int, num_heads: int, head_dim: int, device: torch.device
+) -> list[Tensor]:
+    """Return q, k and v in one buffer, gates, and a gradient of the outputs."""
+    generator = torch.Generator().manual_seed(2)
+
+    def randn(width: int) -> Tensor:
+        return torch.randn(num_rows, width, generator=generator).to(device)
+
+    gates = randn(2 * num_heads)
+    # Open forget gates, as blocks begin with
+    gates[:, num_heads:] += 3
+
+    return [randn(3 * num_heads * head_dim), gates, randn(num_heads * head_dim)]
+
+
+@pytest.mark.parametrize(
+    ("seq_lens", "num_heads", "head_dim"),
+    [
+        pytest.param([[1]], 1, 16, id="one_step"),
+        pytest.param([[5, 0, 1], [0, 0, 0], [33, 32, 3]], 2, 48, id="experts"),
+        pytest.param([[70, 129, 64]], 2, 32, id="blocks"),
+        pytest.param([[0, 20], [9, 0]], 1, 80, id="masked_tile"),
+        pytest.param([[1000]], 1, 16, id="long"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
+def test_kernels_are_the_reference_with_all_gradients(
+    seq_lens: list[list[int]],
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    rows = ragged_rows(seq_lens, device)
+    qkv, gates, direction = random_inputs(rows.num_rows, num_heads, head_dim, device)
+    qkv = qkv.to(dtype).requires_grad_()
+    gates.requires_grad_()
+
+    actual = run(qkv, gates, rows, num_heads, direction)
+    h = reference(qkv.double(), gates.double(), seq_lens, num_heads)
+    grads = torch.autograd.grad(h, [qkv, gates], direction.to(dtype).double())
+
+    # A small denominator makes large outputs; an error is small beside these.
+    tolerance = 1e-5 if dtype == float32 else 2e-2
+    for x, y in zip(actual, [h, *grads], strict=True):
+        atol = tolerance * y.abs().max().item()
+        assert_close(x.double(), y.double(), rtol=tolerance, atol=atol)
