@@ -8,6 +8,8 @@ slots of each expert.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -52,18 +54,73 @@ def sum_partials(
     """
     width = partials.size(1)
     out = partials.new_empty(rows.num_experts, width, dtype=dtype)
-
-    grid = (triton.cdiv(width, _BLOCK_COLS), rows.num_experts)
-    _sum_kernel[grid](
-        *(partials, rows.begins, out, rows.num_seqs, width, rows_per_block),
-        BLOCK_ROWS=_BLOCK_ROWS,
-        BLOCK_COLS=_BLOCK_COLS,
-    )
+    _sum_up(partials, rows, rows_per_block, out, (width,))
 
     return out
 
 
+def sum_partials_in_parts(
+    partials: Tensor, rows: RaggedRows, rows_per_block: int, params: Sequence[Tensor]
+) -> list[Tensor]:
+    """Add up slots that have the sums for several parameters side by side.
+
+    :param partials: What programs wrote. *Shape:* ``(slots,width)``.
+    :param rows: The rows.
+    :param rows_per_block: As for :func:`new_partials`.
+    :param params: The parameters, in the order of their sums, of one type. *Shape:*
+        ``([E,]…)`` each, ``E * width`` elements in all.
+
+    :returns: The sums, each contiguous, and as its parameter.
+    """
+    sizes = [x.numel() for x in params]
+    out = partials.new_empty(sum(sizes), dtype=params[0].dtype)
+    widths = tuple(size // rows.num_experts for size in sizes)
+    _sum_up(partials, rows, rows_per_block, out, widths)
+
+    return [x.view(y.shape) for x, y in zip(out.split(sizes), params, strict=True)]
+
+
+def _sum_up(
+    partials: Tensor,
+    rows: RaggedRows,
+    rows_per_block: int,
+    out: Tensor,
+    widths: tuple[int, ...],
+) -> None:
+    width = partials.size(1)
+    grid = (triton.cdiv(width, _BLOCK_COLS), rows.num_experts)
+    _sum_kernel[grid](
+        *(partials, rows.begins, out, rows.num_seqs, width, rows_per_block),
+        WIDTHS=widths,
+        NUM_EXPERTS=rows.num_experts,
+        BLOCK_ROWS=_BLOCK_ROWS,
+        BLOCK_COLS=_BLOCK_COLS,
+    )
+
+
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
+def locate(begins, num_seqs, slot, ROWS: tl.constexpr, NUM_EXPERTS: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
+    """Tell whose rows a slot is for, and which: their first, and their end.
+
+    A grid of as many programs as there are slots so has rows of one expert in each
+    program; where there are none, the end is not after the first.
+    """
+    MASKED: tl.constexpr = triton.next_power_of_2(NUM_EXPERTS)
+    experts = tl.arange(0, MASKED)
+    is_expert = experts < NUM_EXPERTS
+    ends = tl.load(begins + (experts + 1) * num_seqs, mask=is_expert, other=0)
+    # The last slot of each expert, ascending
+    lasts = (ends + ROWS - 1) // ROWS - 1 + experts
+    expert = tl.sum((is_expert & (lasts < slot)).to(tl.int32), 0)
+
+    block = slot - expert
+    begin = tl.load(begins + expert * num_seqs)
+    end = tl.load(begins + (expert + 1) * num_seqs)
+
+    return expert, tl.maximum(begin, block * ROWS), tl.minimum(end, (block + 1) * ROWS)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # as above
 def _sum_kernel(  # type: ignore[no-untyped-def]  # as above
     partials,
     begins,
@@ -71,6 +128,8 @@ def _sum_kernel(  # type: ignore[no-untyped-def]  # as above
     num_seqs,
     width,
     rows_per_block,
+    WIDTHS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -93,5 +152,11 @@ def _sum_kernel(  # type: ignore[no-untyped-def]  # as above
             )
             slot += BLOCK_ROWS
 
-    at = out + expert.to(tl.int64) * width + cols
-    tl.store(at, tl.sum(total, 0).to(out.dtype.element_ty), mask=cols < width)
+    # (E,width) of each part, one after the other
+    at = expert * WIDTHS[0] + cols
+    first = 0
+    for i in tl.static_range(len(WIDTHS)):
+        inside = (cols >= first) & (cols < first + WIDTHS[i])
+        at = tl.where(inside, NUM_EXPERTS * first + expert * WIDTHS[i] + cols - first, at)
+        first += WIDTHS[i]
+    tl.store(out + at, tl.sum(total, 0).to(out.dtype.element_ty), mask=cols < width)

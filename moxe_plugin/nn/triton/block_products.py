@@ -1,0 +1,234 @@
+"""q, k, v and the gates of the mLSTM block, as one Triton kernel each way.
+
+::
+
+    q, k = head_wise(u);  v = head_wise(a)
+    i, f = [q, k, v] W_i + b_i, [q, k, v] W_f + b_f
+
+of rows that are sorted by expert, without padding. Forward, u and a are read and q, k
+and v are written once. Backward, the gradients of q, k and v and u and a are read and
+those of u and a are written once; what comes back through the gates is never stored.
+
+Verified by Triton's interpreter on a CPU, and compiled for compute capability 9.0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from moxe_plugin.nn.ragged import RaggedRows
+from moxe_plugin.nn.triton.block_products_kernels import (
+    backward_kernel,
+    forward_kernel,
+)
+from moxe_plugin.nn.triton.partials import new_partials, sum_partials_in_parts
+
+_MAX_BLOCK = 64
+_FORWARD_ROWS = 64
+_BACKWARD_ROWS = 64
+_RUN = 512
+"""How many rows a program of the backward kernel sums up."""
+
+
+class CellWeights(NamedTuple):
+    """The parameters, contiguous; without E for a block that is no bank."""
+
+    q: Tensor
+    """*Shape:* ``([E,]G,B,B)``, as ``k`` and ``v``."""
+
+    k: Tensor
+    v: Tensor
+
+    input_gate: Tensor
+    """*Shape:* ``([E,]3*I,H)``, as ``forget_gate``."""
+
+    forget_gate: Tensor
+
+    input_bias: Tensor
+    """*Shape:* ``([E,]H)``, as ``forget_bias``."""
+
+    forget_bias: Tensor
+
+
+def project_cell_inputs(
+    convolved: Tensor, conv_input: Tensor, weights: CellWeights, rows: RaggedRows
+) -> tuple[Tensor, Tensor]:
+    """Compute q, k and v, and what the gates are before their non-linearity.
+
+    Sums are float32; q, k and v are rounded to the type of ``convolved`` before they
+    meet the gates' weights, and all weights are.
+
+    :param convolved: u, contiguous. *Shape:* ``(C,I)``.
+    :param conv_input: a, of the same type; its last stride is 1. *Shape:* ``(C,I)``.
+    :param weights: The parameters.
+    :param rows: Where rows are.
+
+    :returns: q, k and v side by side, ``(C,3*I)``, and the gates i and f, float32,
+        ``(C,2*H)``.
+
+    :raises ValueError: The blocks of ``weights.q`` are of a size that is no power of 2,
+        or above 64.
+    """
+    return _CellInputs.apply(rows, convolved, conv_input, *weights)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+
+
+def project_forward(
+    convolved: Tensor, conv_input: Tensor, weights: CellWeights, rows: RaggedRows
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel; see :func:`project_cell_inputs`.
+
+    :param convolved: As there.
+    :param conv_input: As there.
+    :param weights: As there.
+    :param rows: As there.
+
+    :returns: As there.
+
+    :raises ValueError: As there.
+    """
+    num_rows, width = convolved.shape
+    num_heads = weights.input_bias.size(-1)
+    sizes = _sizes(convolved, weights)
+    qkv = convolved.new_empty(num_rows, 3 * width)
+    gates = convolved.new_empty(num_rows, 2 * num_heads, dtype=torch.float32)
+
+    if num_rows > 0:
+        num_experts = rows.num_experts
+        num_slots = triton.cdiv(num_rows, _FORWARD_ROWS) + num_experts - 1
+        forward_kernel[(num_slots,)](
+            *(convolved, conv_input, *weights, rows.begins, qkv, gates),
+            *(rows.num_seqs, conv_input.stride(0)),
+            NUM_EXPERTS=num_experts,
+            ROWS=_FORWARD_ROWS,
+            **sizes,
+            num_warps=4,
+            num_stages=2,
+        )
+
+    return qkv, gates
+
+
+def project_backward(
+    grad_qkv: Tensor,
+    grad_gates: Tensor,
+    convolved: Tensor,
+    conv_input: Tensor,
+    weights: CellWeights,
+    rows: RaggedRows,
+    grad_convolved: Tensor,
+    grad_conv_input: Tensor,
+    *,
+    adds_to_convolved: bool = False,
+    adds_to_conv_input: bool = False,
+) -> list[Tensor]:
+    """Launch the backward kernel, and sum up the gradients of the parameters.
+
+    :param grad_qkv: Its last stride is 1. *Shape:* ``(C,3*I)``.
+    :param grad_gates: Contiguous and float32. *Shape:* ``(C,2*H)``.
+    :param convolved: As for :func:`project_cell_inputs`, as what follows.
+    :param conv_input: As there.
+    :param weights: As there.
+    :param rows: As there.
+    :param grad_convolved: Gets the gradient; its last stride is 1. *Shape:* ``(C,I)``.
+    :param grad_conv_input: As ``grad_convolved``.
+    :param adds_to_convolved: Whether ``grad_convolved`` is added to.
+    :param adds_to_conv_input: Whether ``grad_conv_input`` is added to.
+
+    :returns: The gradients of the parameters, in their order.
+    """
+    num_rows, width = convolved.shape
+    sizes = _sizes(grad_qkv, weights)
+
+    if num_rows == 0:
+        return [torch.zeros_like(x) for x in weights]
+
+    num_experts = rows.num_experts
+    num_sums = sum(x.numel() for x in weights) // num_experts
+    partials = new_partials(rows, _RUN, num_sums)
+    grid = (triton.cdiv(width, sizes["SPAN"]), partials.size(0))
+    backward_kernel[grid](
+        *(grad_qkv, grad_gates, convolved, conv_input, *weights[:5], rows.begins),
+        *(grad_convolved, grad_conv_input, partials, rows.num_seqs),
+        *(grad_qkv.stride(0), conv_input.stride(0)),
+        *(grad_convolved.stride(0), grad_conv_input.stride(0), num_sums),
+        NUM_EXPERTS=num_experts,
+        RUN=_RUN,
+        ROWS=_BACKWARD_ROWS,
+        ADDS_CONVOLVED=adds_to_convolved,
+        ADDS_INPUT=adds_to_conv_input,
+        **sizes,
+        num_warps=8,
+        num_stages=2,
+    )
+
+    return sum_partials_in_parts(partials, rows, _RUN, weights)
+
+
+class _CellInputs(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: RaggedRows,
+        convolved: Tensor,
+        conv_input: Tensor,
+        *params: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(convolved, conv_input, *params)
+        ctx.rows = rows
+
+        return project_forward(convolved, conv_input, CellWeights(*params), rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_qkv: Tensor, grad_gates: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        convolved, conv_input, *params = ctx.saved_tensors
+        grad_convolved = torch.empty_like(convolved)
+        grad_conv_input = torch.empty_like(convolved)
+
+        if grad_qkv.stride(-1) != 1:
+            grad_qkv = grad_qkv.contiguous()
+
+        grad_params = project_backward(
+            *(grad_qkv, grad_gates.contiguous(), convolved, conv_input),
+            *(CellWeights(*params), ctx.rows, grad_convolved, grad_conv_input),
+        )
+
+        return None, grad_convolved, grad_conv_input, *grad_params
+
+
+def _sizes(seqs: Tensor, weights: CellWeights) -> dict[str, Any]:
+    num_groups, block = weights.q.shape[-3:-1]
+    num_heads = weights.input_bias.size(-1)
+
+    if block & (block - 1) or block > _MAX_BLOCK:
+        raise ValueError(
+            f"`weights.q` must have blocks of a power of 2, at most {_MAX_BLOCK}, but "
+            f"has blocks of {block} instead."
+        )
+
+    is_wide = seqs.dtype == torch.float32
+    highest = is_wide and torch.get_float32_matmul_precision() == "highest"
+
+    return {
+        "WIDTH": num_groups * block,
+        "BLOCK": block,
+        "NUM_HEADS": num_heads,
+        # Squares of float32 need as many registers as there are.
+        "SPAN": max(block, 32 if is_wide else 64),
+        "GATES": max(triton.next_power_of_2(2 * num_heads), 16),
+        "WIDE": _is_interpreted() and seqs.dtype == torch.bfloat16,
+        # TensorFloat-32 only where torch's own products may use it.
+        "PRECISION": "ieee" if highest else "tf32",
+    }
+
+
+def _is_interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
