@@ -30,6 +30,7 @@ from moxe_plugin.nn.native.library import (
     why_not_loaded,
 )
 from moxe_plugin.nn.native.products import Product
+from moxe_plugin.nn.padding import widen
 
 _CHOICES: Final = ("auto", "native", "torch")
 
@@ -72,6 +73,22 @@ def multiply(lhs: Tensor, rhs: Tensor) -> Tensor:
     )
 
     return out
+
+
+def multiply_widely(lhs: Tensor, rhs: Tensor) -> Tensor:
+    """Multiply matrices, without a gradient; the result has at least 32 bits.
+
+    On a GPU it is rounded to those only.
+
+    :param lhs: *Shape:* ``(m,k)``.
+    :param rhs: *Shape:* ``(k,n)``.
+
+    :returns: *Shape:* ``(m,n)``.
+    """
+    if lhs.is_cuda and lhs.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(lhs, rhs, out_dtype=torch.float32)
+
+    return widen(multiply(lhs, rhs))
 
 
 def add_product(out: Tensor, lhs: Tensor, rhs: Tensor) -> None:

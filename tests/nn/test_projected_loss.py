@@ -19,7 +19,8 @@ T, M, V = 11, 5, 17
 def _chunk_size(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(projected_loss, "CHUNK_SIZE", request.param)
+    for name in ("CHUNK_SIZE", "GPU_CHUNK_SIZE"):
+        monkeypatch.setattr(projected_loss, name, request.param)
 
 
 def make_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,3 +101,40 @@ def test_autocast_projects_in_its_precision(device: torch.device) -> None:
     assert_close(actual, expected)
     # bfloat16 has 8 bits of precision, of softmax and of the product's inputs.
     assert_close(grad(actual, weight), grad(expected, weight), rtol=2**-5, atol=2**-5)
+
+
+@pytest.mark.usefixtures("_chunk_size")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_of_gpus_compute_the_same(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    hidden, weight, targets, target_weights = make_inputs(device)
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+    # An id that means nothing, where it does not count.
+    others = targets.where(target_weights > 0, -100), target_weights.float()
+
+    monkeypatch.setattr(projected_loss, "_runs_triton", lambda _: False)
+    expected = projected_cross_entropy(*leaves, *others)
+    monkeypatch.setattr(projected_loss, "_runs_triton", lambda _: True)
+    actual = projected_cross_entropy(*leaves, *others)
+
+    # Torch rounds to bfloat16, Triton's interpreter truncates.
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
+    assert_close(actual, expected)
+    assert_close(
+        grad(3 * actual, leaves),
+        grad(3 * expected, leaves),
+        rtol=tolerance,
+        atol=tolerance,
+    )
+
+
+def test_gradients_have_the_types_of_their_inputs(device: torch.device) -> None:
+    hidden, weight, *others = make_inputs(device)
+    leaves = [hidden.detach().float(), weight.detach().bfloat16()]
+    leaves = [x.requires_grad_() for x in leaves]
+
+    for factor in (1, 2):
+        loss = factor * projected_cross_entropy(*leaves, *others)
+        assert [x.dtype for x in grad(loss, leaves)] == [x.dtype for x in leaves]

@@ -30,8 +30,9 @@ from moxe_plugin.nn.triton.block_products_kernels import (
 from moxe_plugin.nn.triton.partials import new_partials, sum_partials_in_parts
 
 _MAX_BLOCK = 64
-_FORWARD_ROWS = 64
-_BACKWARD_ROWS = 64
+_ROWS = 64
+"""Rows of a tile, and of a program of the forward kernel."""
+
 _RUN = 512
 """How many rows a program of the backward kernel sums up."""
 
@@ -100,15 +101,12 @@ def project_forward(
 
     if num_rows > 0:
         num_experts = rows.num_experts
-        num_slots = triton.cdiv(num_rows, _FORWARD_ROWS) + num_experts - 1
+        num_slots = triton.cdiv(num_rows, sizes["ROWS"]) + num_experts - 1
         forward_kernel[(num_slots,)](
             *(convolved, conv_input, *weights, rows.begins, qkv, gates),
             *(rows.num_seqs, conv_input.stride(0)),
             NUM_EXPERTS=num_experts,
-            ROWS=_FORWARD_ROWS,
             **sizes,
-            num_warps=4,
-            num_stages=2,
         )
 
     return qkv, gates
@@ -159,12 +157,9 @@ def project_backward(
         *(grad_convolved.stride(0), grad_conv_input.stride(0), num_sums),
         NUM_EXPERTS=num_experts,
         RUN=_RUN,
-        ROWS=_BACKWARD_ROWS,
         ADDS_CONVOLVED=adds_to_convolved,
         ADDS_INPUT=adds_to_conv_input,
         **sizes,
-        num_warps=8,
-        num_stages=2,
     )
 
     return sum_partials_in_parts(partials, rows, _RUN, weights)
@@ -221,12 +216,17 @@ def _sizes(seqs: Tensor, weights: CellWeights) -> dict[str, Any]:
         "WIDTH": num_groups * block,
         "BLOCK": block,
         "NUM_HEADS": num_heads,
-        # Squares of float32 need as many registers as there are.
+        # Tiles of float32 need as many registers as there are.
+        "ROWS": _ROWS // 2 if is_wide else _ROWS,
         "SPAN": max(block, 32 if is_wide else 64),
         "GATES": max(triton.next_power_of_2(2 * num_heads), 16),
         "WIDE": _is_interpreted() and seqs.dtype == torch.bfloat16,
         # TensorFloat-32 only where torch's own products may use it.
         "PRECISION": "ieee" if highest else "tf32",
+        # Of 8 warps two groups would split columns of 16-bit products, and exchange
+        # them by shared memory.
+        "num_warps": 8 if is_wide else 4,
+        "num_stages": 2,
     }
 
 

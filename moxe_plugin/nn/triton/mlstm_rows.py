@@ -9,7 +9,7 @@ Per segment and head, with ``F_t`` the running sum of ``logsigmoid(f)``, ``a = i
 
 A is known before any product, so nothing is rescaled. Backward, with ``dnorm = -<dh, h>
 / norm`` and ``dP_ts = <dh_t, v_s> / norm_t + dden_t``, every weight is an exponential,
-so ``da_s = sum_t P_ts dP_ts``.
+so ``da_s = sum_t P_ts dP_ts = <k_s, dk_s>``.
 
 P, den and ``exp(-m)`` all scale with ``exp(-A)``, so that h depends on A by the 1e-6
 only: ``dA = -<dh, h> * 1e-6 / norm``. This is not computed; it is at most 1e-6 of a
@@ -57,16 +57,16 @@ class Tiling(NamedTuple):
 
 
 HALF_TILINGS = {
-    "forward": Tiling(64, 64, 64, 8, 1),
-    "query_grad": Tiling(64, 64, 64, 8, 1),
-    "key_value_grad": Tiling(64, 64, 64, 8, 1),
+    "forward": Tiling(64, 64, 64, 4, 1),
+    "query_grad": Tiling(64, 64, 64, 4, 1),
+    "key_value_grad": Tiling(64, 64, 64, 4, 1),
 }
 """For bfloat16 and float16."""
 
 FLOAT_TILINGS = {
-    "forward": Tiling(32, 32, 32, 8, 1),
-    "query_grad": Tiling(32, 32, 32, 8, 1),
-    "key_value_grad": Tiling(32, 32, 32, 8, 1),
+    "forward": Tiling(32, 32, 32, 4, 1),
+    "query_grad": Tiling(32, 32, 32, 4, 1),
+    "key_value_grad": Tiling(32, 32, 32, 4, 1),
 }
 """For float32, whose tiles take twice the space."""
 
@@ -182,8 +182,8 @@ def mlstm_rows_backward(
     if num_rows == 0:
         return grad_gates
 
-    # <dh, h> and the gradient of a
-    grad_small = small.new_empty(2, num_heads, num_rows)
+    # The gradients of m and a, and what keys and values need of the norm
+    grad_small = torch.empty_like(small)
     head_dim = q.size(1) // num_heads
     num_segments = rows.begins.size(0) - 1
 
@@ -199,17 +199,16 @@ def mlstm_rows_backward(
 
     block, options = _options("key_value_grad", q.dtype, head_dim)
     num_blocks = -(-rows.max_len // block)
-    key_value_grad_kernel[(num_segments * num_blocks, num_heads)](
+    key_value_grad_kernel[(num_segments * num_blocks * 2, num_heads)](
         *(q, k, v, rows.begins, small, grad_h, grad_k, grad_v, grad_small),
         *(q.stride(0), k.stride(0), v.stride(0)),
         *(grad_h.stride(0), grad_k.stride(0), grad_v.stride(0)),
-        *(num_rows, num_blocks, head_dim**-0.5, NORMALIZER_EPS),
+        *(num_rows, num_blocks),
         **options,
     )
 
     gate_grad_kernel[(num_segments, num_heads)](
-        *(gates, rows.begins, small, grad_small, grad_gates),
-        *(gates.stride(0), num_rows, NORMALIZER_EPS),
+        *(gates, rows.begins, grad_small, grad_gates, gates.stride(0), num_rows),
         BLOCK=_GATE_BLOCK,
     )
 

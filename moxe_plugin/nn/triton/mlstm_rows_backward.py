@@ -19,21 +19,11 @@ from moxe_plugin.nn.triton.mlstm_rows_tiles import (
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
-def normalizer_grads(denominator, floor, overlap, eps):  # type: ignore[no-untyped-def]  # as above
-    """Compute ``1 / norm``, and the gradient of the denominator."""
-    inverse = 1.0 / (tl.maximum(tl.abs(denominator), floor) + eps)
-    sign = tl.where(denominator < 0.0, 1.0, -1.0)
-    is_floored = floor > tl.abs(denominator)
-    return inverse, tl.where(is_floored, 0.0, sign * overlap * inverse)
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # as above
 def add_query_grads(  # type: ignore[no-untyped-def]  # as above
     totals,
     grads,
-    inverse,
-    grad_denominator,
-    peak,
+    from_norm,
+    shift,
     t,
     start,
     k,
@@ -42,7 +32,6 @@ def add_query_grads(  # type: ignore[no-untyped-def]  # as above
     stride_k,
     stride_v,
     length,
-    scale,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -54,14 +43,14 @@ def add_query_grads(  # type: ignore[no-untyped-def]  # as above
     NUM: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     s = start + tl.arange(0, BLOCK_S)
     vs = load_tiles(v, stride_v, s, s < length, D, BLOCK_D)
-    ks = load_tiles(k, stride_k, s, s < length, D, BLOCK_D)
     a = tl.load(small + s, mask=s < length, other=0.0)
 
-    # The gradient of a weight, which is this pair's q.k times the decay
     grad = multiply_all(grads, vs, NUM, BLOCK_T, BLOCK_S, WIDE, PRECISION)
-    grad = grad * inverse[:, None] + grad_denominator[:, None]
-    decay = decays(a[None, :], peak[:, None], s[None, :], t[:, None], length)
-    return add_weighted(totals, grad * decay * scale, ks, NUM, WIDE, PRECISION)
+    grad += from_norm[:, None]
+    grad *= decays(a[None, :], shift[:, None], s[None, :], t[:, None], length)
+    # Not before: they take the values' place in shared memory.
+    ks = load_tiles(k, stride_k, s, s < length, D, BLOCK_D)
+    return add_weighted(totals, grad, ks, NUM, WIDE, PRECISION)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
@@ -91,7 +80,7 @@ def query_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Compute ``<dh, h>`` and the gradient of a block of queries."""
+    """Compute what the norm is to gradients, and the gradient of a block of queries."""
     NUM: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     block, begin, length, head, at = place(begins, num_blocks, num_rows)
     if block * BLOCK_T >= length:
@@ -111,12 +100,22 @@ def query_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     overlap = tl.zeros((BLOCK_T,), tl.float32)
     for i in tl.static_range(NUM):
         overlap += tl.sum(grads[i].to(tl.float32) * hs[i].to(tl.float32), 1)
-    tl.store(grad_small + at + t, overlap, mask=valid)
 
     peak = tl.load(small + plane + t, mask=valid, other=0.0)
     floor = tl.load(small + 2 * plane + t, mask=valid, other=1.0)
     denominator = tl.load(small + 3 * plane + t, mask=valid, other=1.0)
-    inverse, grad_denominator = normalizer_grads(denominator, floor, overlap, eps)
+
+    norm = tl.maximum(tl.abs(denominator), floor) + eps
+    is_floored = floor > tl.abs(denominator)
+    grad_m = tl.where(is_floored, overlap * floor / norm, 0.0)
+    from_norm = tl.where(denominator < 0.0, overlap, -overlap)
+    from_norm = tl.where(is_floored, 0.0, from_norm)
+    # exp(a - shift) is exp(a - A) / norm / sqrt(D).
+    shift = peak + tl.log(norm / scale)
+    grad_small += at
+    tl.store(grad_small + t, grad_m, mask=valid)
+    tl.store(grad_small + 2 * plane + t, from_norm, mask=valid)
+    tl.store(grad_small + 3 * plane + t, shift, mask=valid)
 
     totals = zero_tiles(NUM, BLOCK_T, BLOCK_D)
     end = tl.minimum((block + 1) * BLOCK_T, length)
@@ -125,16 +124,16 @@ def query_grad_kernel(  # type: ignore[no-untyped-def]  # as above
         start = 0
         while start < end:
             totals = add_query_grads(
-                *(totals, grads, inverse, grad_denominator, peak, t, start, k, v),
-                *(small, stride_k, stride_v, length, scale),
+                *(totals, grads, from_norm, shift, t, start, k, v, small),
+                *(stride_k, stride_v, length),
                 *(D, BLOCK_T, BLOCK_S, BLOCK_D, WIDE, PRECISION),
             )
             start += BLOCK_S
     else:
         for start in range(0, end, BLOCK_S):
             totals = add_query_grads(
-                *(totals, grads, inverse, grad_denominator, peak, t, start, k, v),
-                *(small, stride_k, stride_v, length, scale),
+                *(totals, grads, from_norm, shift, t, start, k, v, small),
+                *(stride_k, stride_v, length),
                 *(D, BLOCK_T, BLOCK_S, BLOCK_D, WIDE, PRECISION),
             )
 
@@ -142,25 +141,20 @@ def query_grad_kernel(  # type: ignore[no-untyped-def]  # as above
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
-def add_key_grads(  # type: ignore[no-untyped-def]  # as above
-    key_grads,
-    value_grads,
-    grad_a,
-    ks,
-    vs,
+def add_key_value_grads(  # type: ignore[no-untyped-def]  # as above
+    totals,
+    xs,
+    is_key,
     a,
     s,
     start,
-    q,
-    grad_h,
-    small,
+    y,
+    z,
     grad_small,
-    stride_q,
-    stride_grad_h,
+    stride_y,
+    stride_z,
     plane,
     length,
-    scale,
-    eps,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -168,29 +162,21 @@ def add_key_grads(  # type: ignore[no-untyped-def]  # as above
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add what the queries from ``start`` give to the gradients of keys and values."""
+    """Add what the block of queries from ``start`` gives to gradients."""
     NUM: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     t = start + tl.arange(0, BLOCK_T)
     valid = t < length
-    qs = load_tiles(q, stride_q, t, valid, D, BLOCK_D)
-    grads = load_tiles(grad_h, stride_grad_h, t, valid, D, BLOCK_D)
-    peak = tl.load(small + plane + t, mask=valid, other=0.0)
-    floor = tl.load(small + 2 * plane + t, mask=valid, other=1.0)
-    denominator = tl.load(small + 3 * plane + t, mask=valid, other=1.0)
-    overlap = tl.load(grad_small + t, mask=valid, other=0.0)
-    inverse, grad_denominator = normalizer_grads(denominator, floor, overlap, eps)
+    ys = load_tiles(y, stride_y, t, valid, D, BLOCK_D)
+    from_norm = tl.load(grad_small + 2 * plane + t, mask=valid & is_key, other=0.0)
+    shift = tl.load(grad_small + 3 * plane + t, mask=valid, other=0.0)
 
     # Keys first, so that no tile of weights has to be transposed.
-    decay = decays(a[:, None], peak[None, :], s[:, None], t[None, :], length) * scale
-    pairs = multiply_all(ks, qs, NUM, BLOCK_S, BLOCK_T, WIDE, PRECISION) * decay
-    weights = pairs * inverse[None, :]
-    value_grads = add_weighted(value_grads, weights, grads, NUM, WIDE, PRECISION)
-
-    grad = multiply_all(vs, grads, NUM, BLOCK_S, BLOCK_T, WIDE, PRECISION)
-    grad = grad * inverse[None, :] + grad_denominator[None, :]
-    grad_a += tl.sum(grad * pairs, 1)
-    key_grads = add_weighted(key_grads, grad * decay, qs, NUM, WIDE, PRECISION)
-    return key_grads, value_grads, grad_a
+    weights = multiply_all(xs, ys, NUM, BLOCK_S, BLOCK_T, WIDE, PRECISION)
+    weights += from_norm[None, :]
+    weights *= decays(a[:, None], shift[None, :], s[:, None], t[None, :], length)
+    # Not before: they take the place of the others in shared memory.
+    zs = load_tiles(z, stride_z, t, valid, D, BLOCK_D)
+    return add_weighted(totals, weights, zs, NUM, WIDE, PRECISION)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
@@ -212,8 +198,6 @@ def key_value_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     stride_grad_v,
     num_rows,
     num_blocks,
-    scale,
-    eps,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -222,9 +206,14 @@ def key_value_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Compute the gradients of a block of keys and values, and of a."""
+    """Compute the gradient of a block of keys, and of a, or of a block of values.
+
+    Two programs, as both gradients at once would not fit in registers. They differ in
+    what is multiplied: ``<v_s, dh_t>`` weighs ``q_t``, ``<k_s, q_t>`` weighs ``dh_t``.
+    """
     NUM: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    block, begin, length, head, at = place(begins, num_blocks, num_rows)
+    own, begin, length, head, at = place(begins, 2 * num_blocks, num_rows)
+    block, is_key = own // 2, own % 2 == 0
     if block * BLOCK_S >= length:
         return
     plane = tl.num_programs(1).to(tl.int64) * num_rows
@@ -236,36 +225,42 @@ def key_value_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     grad_h += begin * stride_grad_h + head * D
     grad_k += begin * stride_grad_k + head * D
     grad_v += begin * stride_grad_v + head * D
+    x, stride_x = tl.where(is_key, v, k), tl.where(is_key, stride_v, stride_k)
+    y, stride_y = tl.where(is_key, grad_h, q), tl.where(is_key, stride_grad_h, stride_q)
+    z, stride_z = tl.where(is_key, q, grad_h), tl.where(is_key, stride_q, stride_grad_h)
 
     s = block * BLOCK_S + tl.arange(0, BLOCK_S)
     valid = s < length
-    ks = load_tiles(k, stride_k, s, valid, D, BLOCK_D)
-    vs = load_tiles(v, stride_v, s, valid, D, BLOCK_D)
+    xs = load_tiles(x, stride_x, s, valid, D, BLOCK_D)
     a = tl.load(small + s, mask=valid, other=0.0)
 
-    key_grads = zero_tiles(NUM, BLOCK_S, BLOCK_D)
-    value_grads = zero_tiles(NUM, BLOCK_S, BLOCK_D)
-    grad_a = tl.zeros((BLOCK_S,), tl.float32)
+    totals = zero_tiles(NUM, BLOCK_S, BLOCK_D)
     # Where the block of queries begins that has the first key.
     first = block * BLOCK_S // BLOCK_T * BLOCK_T
     if INTERPRETED:
         # The interpreter takes no tensor as the end of a range.
         start = first
         while start < length:
-            key_grads, value_grads, grad_a = add_key_grads(
-                *(key_grads, value_grads, grad_a, ks, vs, a, s, start, q, grad_h),
-                *(small, grad_small, stride_q, stride_grad_h, plane, length),
-                *(scale, eps, D, BLOCK_T, BLOCK_S, BLOCK_D, WIDE, PRECISION),
+            totals = add_key_value_grads(
+                *(totals, xs, is_key, a, s, start, y, z, grad_small),
+                *(stride_y, stride_z, plane, length),
+                *(D, BLOCK_T, BLOCK_S, BLOCK_D, WIDE, PRECISION),
             )
             start += BLOCK_T
     else:
         for start in range(first, length, BLOCK_T):
-            key_grads, value_grads, grad_a = add_key_grads(
-                *(key_grads, value_grads, grad_a, ks, vs, a, s, start, q, grad_h),
-                *(small, grad_small, stride_q, stride_grad_h, plane, length),
-                *(scale, eps, D, BLOCK_T, BLOCK_S, BLOCK_D, WIDE, PRECISION),
+            totals = add_key_value_grads(
+                *(totals, xs, is_key, a, s, start, y, z, grad_small),
+                *(stride_y, stride_z, plane, length),
+                *(D, BLOCK_T, BLOCK_S, BLOCK_D, WIDE, PRECISION),
             )
 
-    store_tiles(grad_k, stride_grad_k, s, valid, key_grads, D, BLOCK_D)
-    store_tiles(grad_v, stride_grad_v, s, valid, value_grads, D, BLOCK_D)
-    tl.store(grad_small + plane + s, grad_a, mask=valid)
+    grad = tl.where(is_key, grad_k, grad_v)
+    stride_grad = tl.where(is_key, stride_grad_k, stride_grad_v)
+    store_tiles(grad, stride_grad, s, valid, totals, D, BLOCK_D)
+    if is_key:
+        ks = load_tiles(k, stride_k, s, valid, D, BLOCK_D)
+        grad_a = tl.zeros((BLOCK_S,), tl.float32)
+        for i in tl.static_range(NUM):
+            grad_a += tl.sum(totals[i] * ks[i].to(tl.float32), 1)
+        tl.store(grad_small + plane + s, grad_a, mask=valid)

@@ -65,12 +65,10 @@ def gate_kernel(  # type: ignore[no-untyped-def]  # as above
 def gate_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     gates,
     begins,
-    small,
     grad_small,
     grad_gates,
     stride,
     num_rows,
-    eps,
     BLOCK: tl.constexpr,
 ):
     """Compute the gradients of both gates of a segment and head."""
@@ -88,13 +86,9 @@ def gate_grad_kernel(  # type: ignore[no-untyped-def]  # as above
         forget_preact = tl.load(
             gates + (begin + t) * stride + num_heads + head, mask=valid, other=0.0
         )
-        floor = tl.load(small + 2 * plane + at + t, mask=valid, other=1.0)
-        denominator = tl.load(small + 3 * plane + at + t, mask=valid, other=1.0)
-        overlap = tl.load(grad_small + at + t, mask=valid, other=0.0)
+        grad_m = tl.load(grad_small + at + t, mask=valid, other=0.0)
         grad_a = tl.load(grad_small + plane + at + t, mask=valid, other=0.0)
 
-        is_floored = floor > tl.abs(denominator)
-        grad_m = tl.where(is_floored, overlap * floor / (floor + eps), 0.0)
         grad_decay = grad_m - grad_a
         grad_log_forget = later + tl.cumsum(grad_decay, 0, reverse=True)
         grad_forget = grad_log_forget / (1.0 + tl.exp(forget_preact))

@@ -45,11 +45,12 @@ def add_keys(  # type: ignore[no-untyped-def]  # as above
     NUM: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     s = start + tl.arange(0, BLOCK_S)
     ks = load_tiles(k, stride_k, s, s < length, D, BLOCK_D)
-    vs = load_tiles(v, stride_v, s, s < length, D, BLOCK_D)
     a = tl.load(small + s, mask=s < length, other=0.0)
 
     weights = multiply_all(qs, ks, NUM, BLOCK_T, BLOCK_S, WIDE, PRECISION) * scale
     weights *= decays(a[None, :], peak[:, None], s[None, :], t[:, None], length)
+    # Not before: they take the keys' place in shared memory.
+    vs = load_tiles(v, stride_v, s, s < length, D, BLOCK_D)
     totals = add_weighted(totals, weights, vs, NUM, WIDE, PRECISION)
     return totals, denominator + tl.sum(weights, 1)
 

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from moxe_plugin.nn.ragged import RaggedRows
 
-_BLOCK_ROWS = 64
-_BLOCK_COLS = 32
+_NARROW = 64, 32
+"""Slots and columns that a program adds up at a time, of a few sums."""
+
+_WIDE = 16, 256
+"""The same of many sums."""
 
 
 def new_partials(rows: RaggedRows, rows_per_block: int, width: int) -> Tensor:
@@ -88,13 +91,14 @@ def _sum_up(
     widths: tuple[int, ...],
 ) -> None:
     width = partials.size(1)
-    grid = (triton.cdiv(width, _BLOCK_COLS), rows.num_experts)
+    block_rows, block_cols = _NARROW if width < 8192 else _WIDE
+    grid = (triton.cdiv(width, block_cols), rows.num_experts)
     _sum_kernel[grid](
         *(partials, rows.begins, out, rows.num_seqs, width, rows_per_block),
         WIDTHS=widths,
         NUM_EXPERTS=rows.num_experts,
-        BLOCK_ROWS=_BLOCK_ROWS,
-        BLOCK_COLS=_BLOCK_COLS,
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLS=block_cols,
     )
 
 
@@ -157,6 +161,8 @@ def _sum_kernel(  # type: ignore[no-untyped-def]  # as above
     first = 0
     for i in tl.static_range(len(WIDTHS)):
         inside = (cols >= first) & (cols < first + WIDTHS[i])
-        at = tl.where(inside, NUM_EXPERTS * first + expert * WIDTHS[i] + cols - first, at)
+        at = tl.where(
+            inside, NUM_EXPERTS * first + expert * WIDTHS[i] + cols - first, at
+        )
         first += WIDTHS[i]
     tl.store(out + at, tl.sum(total, 0).to(out.dtype.element_ty), mask=cols < width)

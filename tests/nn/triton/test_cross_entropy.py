@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 pytest.importorskip("triton")
 
-from moxe_plugin.nn.triton.cross_entropy import cross_entropy_  # noqa: E402  # needs triton
+from moxe_plugin.nn.triton.cross_entropy import cross_entropy_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Blocks have at most 4,096 columns.

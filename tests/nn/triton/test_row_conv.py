@@ -11,14 +11,14 @@ from torch.testing import assert_close
 
 pytest.importorskip("triton")
 
-from moxe_plugin.nn.ragged import RaggedRows, ragged_rows  # noqa: E402  # needs triton
-from moxe_plugin.nn.triton.row_conv import (  # noqa: E402  # needs triton
+from moxe_plugin.nn.ragged import RaggedRows, ragged_rows
+from moxe_plugin.nn.triton.row_conv import (
     causal_conv_silu,
     causal_conv_silu_backward,
 )
 
 K = 4
-# Blocks have 64 rows and 128 columns.
+# Blocks have 32 rows forward, 64 backward, and 128 columns.
 LENS = [
     pytest.param([[67, 1, 2]], 130, id="no-bank"),
     pytest.param([[3, 0, 60], [0, 0, 0], [1, 5, 2], [1, 0, 71]], 6, id="bank"),
