@@ -116,14 +116,14 @@ class _ProjectedCrossEntropy(Function):
     def backward(
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        grads = (
+        of_hidden, of_weight = (
             _scale(grad, grad_output, dtype) if needs_grad else None
             for grad, dtype, needs_grad in zip(
                 ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True
             )
         )
 
-        return (*grads, None, None, None, None)
+        return of_hidden, of_weight, None, None, None, None
 
 
 def _scale(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -181,6 +181,7 @@ def _runs_native(logits: Tensor) -> bool:
 def _runs_triton(logits: Tensor) -> bool:
     return (
         logits.is_cuda
+        and type(logits) is Tensor
         and logits.dtype in _GPU_DTYPES
         and not torch.compiler.is_compiling()
         and _has_triton()

@@ -110,21 +110,22 @@ def test_kernels_of_gpus_compute_the_same(
 ) -> None:
     pytest.importorskip("triton")
     hidden, weight, targets, target_weights = make_inputs(device)
-    leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
     # An id that means nothing, where it does not count.
-    others = targets.where(target_weights > 0, -100), target_weights.float()
+    targets = targets.where(target_weights > 0, -100)
+    inputs = (hidden, weight, targets, target_weights.float())
 
     monkeypatch.setattr(projected_loss, "_runs_triton", lambda _: False)
-    expected = projected_cross_entropy(*leaves, *others)
+    expected = projected_cross_entropy(*inputs)
     monkeypatch.setattr(projected_loss, "_runs_triton", lambda _: True)
-    actual = projected_cross_entropy(*leaves, *others)
+    actual = projected_cross_entropy(*inputs)
 
     # Torch rounds to bfloat16, Triton's interpreter truncates.
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
     assert_close(actual, expected)
     assert_close(
-        grad(3 * actual, leaves),
-        grad(3 * expected, leaves),
+        grad(3 * actual, [hidden, weight]),
+        grad(3 * expected, [hidden, weight]),
         rtol=tolerance,
         atol=tolerance,
     )
@@ -132,9 +133,10 @@ def test_kernels_of_gpus_compute_the_same(
 
 def test_gradients_have_the_types_of_their_inputs(device: torch.device) -> None:
     hidden, weight, *others = make_inputs(device)
-    leaves = [hidden.detach().float(), weight.detach().bfloat16()]
-    leaves = [x.requires_grad_() for x in leaves]
+    hidden = hidden.detach().float().requires_grad_()
+    weight = weight.detach().bfloat16().requires_grad_()
 
     for factor in (1, 2):
-        loss = factor * projected_cross_entropy(*leaves, *others)
-        assert [x.dtype for x in grad(loss, leaves)] == [x.dtype for x in leaves]
+        loss = factor * projected_cross_entropy(hidden, weight, *others)
+        dtypes = [x.dtype for x in grad(loss, [hidden, weight])]
+        assert dtypes == [torch.float32, torch.bfloat16]

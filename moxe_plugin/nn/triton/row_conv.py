@@ -154,7 +154,8 @@ class _CausalConvSiLU(Function):
         if grad_output.stride(1) != 1:
             grad_output = grad_output.contiguous()
 
-        grads = causal_conv_silu_backward(grad_output, *ctx.saved_tensors, ctx.rows)
+        flat, weight, bias = ctx.saved_tensors
+        grads = causal_conv_silu_backward(grad_output, flat, weight, bias, ctx.rows)
 
         return (*grads, None)
 

@@ -22,19 +22,19 @@ def _place(width, COLS: tl.constexpr):  # type: ignore[no-untyped-def]  # as abo
     return program // num_tiles, program % num_tiles * COLS + tl.arange(0, COLS)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def _load(tensor, row, stride, col, mask):  # type: ignore[no-untyped-def]  # as above
     at = tensor + row.to(tl.int64) * stride + col
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def _store(out, row, stride, col, mask, x):  # type: ignore[no-untyped-def]  # as above
     at = out + row.to(tl.int64) * stride + col
     tl.store(at, x.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def _load_taps(weight, bias, expert, width, col, mask):  # type: ignore[no-untyped-def]  # as above
     row = expert * 4
     w0 = _load(weight, row, width, col, mask)
@@ -45,7 +45,7 @@ def _load_taps(weight, bias, expert, width, col, mask):  # type: ignore[no-untyp
     return w0, w1, w2, w3, _load(bias, expert, width, col, mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def _load_window(flat, step_of_row, row, stride, col, mask):  # type: ignore[no-untyped-def]  # as above
     # Where the step is k, there are k rows of the segment before.
     step = tl.load(step_of_row + row)
@@ -56,7 +56,7 @@ def _load_window(flat, step_of_row, row, stride, col, mask):  # type: ignore[no-
     return x0, x1, x2
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def _load_four(tensor, row, begin, end, stride, col, mask):  # type: ignore[no-untyped-def]  # as above
     r0, r1, r2, r3 = row, row + 1, row + 2, row + 3
     x0 = _load(tensor, r0, stride, col, mask & (r0 >= begin) & (r0 < end))
@@ -67,7 +67,7 @@ def _load_four(tensor, row, begin, end, stride, col, mask):  # type: ignore[no-u
     return x0, x1, x2, x3
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def _load_steps(step_of_row, row, limit):  # type: ignore[no-untyped-def]  # as above
     s0 = tl.load(step_of_row + row, mask=row < limit, other=0)
     s1 = tl.load(step_of_row + row + 1, mask=row + 1 < limit, other=0)
@@ -77,7 +77,7 @@ def _load_steps(step_of_row, row, limit):  # type: ignore[no-untyped-def]  # as 
     return s0, s1, s2, s3
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def _convolve(window, x, step, taps):  # type: ignore[no-untyped-def]  # as above
     """Return the sum, and the window, in which nothing is before a segment."""
     is_first = step == 0
@@ -89,7 +89,7 @@ def _convolve(window, x, step, taps):  # type: ignore[no-untyped-def]  # as abov
     return y, (x0, x1, x2)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def _forward(out, row, end, width, col, mask, window, x, step, taps):  # type: ignore[no-untyped-def]  # as above
     """Store the output of a row, and return the window of the next."""
     y, window = _convolve(window, x, step, taps)
@@ -141,7 +141,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # as above
         expert += 1
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def _backward(window, pending, sums, x, grad, step, is_own, taps):  # type: ignore[no-untyped-def]  # as above
     """Return what three inputs are followed by a row, and the complete gradient."""
     y, window = _convolve(window, x, step, taps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,6 +41,18 @@ def make_inputs(
     return flat, weight, bias, rows
 
 
+Leaves: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+def make_leaves(tensors: Leaves) -> tuple[Leaves, Leaves]:
+    """Return the tensors with gradients, and the same in float64."""
+    flat, weight, bias = (x.detach().requires_grad_() for x in tensors)
+    wide = (x.detach().double().requires_grad_() for x in tensors)
+    wide_flat, wide_weight, wide_bias = wide
+
+    return (flat, weight, bias), (wide_flat, wide_weight, wide_bias)
+
+
 def reference(
     flat: Tensor, weight: Tensor, bias: Tensor, lens: list[list[int]]
 ) -> Tensor:
@@ -58,9 +72,8 @@ def reference(
 def test_outputs_and_gradients_are_those_of_each_segment(
     lens: list[list[int]], width: int, device: torch.device
 ) -> None:
-    *tensors, rows = make_inputs(lens, width, device)
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    wide = [x.detach().double().requires_grad_() for x in tensors]
+    flat, weight, bias, rows = make_inputs(lens, width, device)
+    leaves, wide = make_leaves((flat, weight, bias))
 
     actual = causal_conv_silu(*leaves, rows)
     expected = reference(*wide, lens)
@@ -80,9 +93,9 @@ def test_bfloat16_is_rounded_once(
 ) -> None:
     lens = [[9, 70], [0, 8]]
     flat, weight, bias, rows = make_inputs(lens, 6, device)
-    tensors = (flat.bfloat16(), weight.to(of_parameters), bias.to(of_parameters))
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    wide = [x.detach().double().requires_grad_() for x in tensors]
+    leaves, wide = make_leaves(
+        (flat.bfloat16(), weight.to(of_parameters), bias.to(of_parameters))
+    )
 
     actual = causal_conv_silu(*leaves, rows)
     expected = reference(*wide, lens)
@@ -123,7 +136,7 @@ def test_block_that_is_no_bank_has_parameters_without_experts(
     device: torch.device,
 ) -> None:
     flat, weight, bias, rows = make_inputs([[5, 3]], 6, device)
-    leaves = [weight[0].clone().requires_grad_(), bias[0].clone().requires_grad_()]
+    leaves = (weight[0].clone().requires_grad_(), bias[0].clone().requires_grad_())
 
     actual = causal_conv_silu(flat, *leaves, rows)
 
