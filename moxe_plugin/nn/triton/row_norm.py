@@ -82,8 +82,10 @@ class _ScaleNormRows(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, stats = ctx.saved_tensors
+
         grad_flat, grad_weight = norm_backward(
-            readable(grad_out), *ctx.saved_tensors, ctx.rows, ctx.num_heads
+            readable(grad_out), flat, weight, stats, ctx.rows, ctx.num_heads
         )
         grad_residual = grad_out if ctx.needs_input_grad[2] else None
 

@@ -11,22 +11,22 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
-def load_rows(x, row, stride, col, mask):  # type: ignore[no-untyped-def]  # as above
+@triton.jit
+def load_rows(x, row, stride, col, mask):  # type: ignore[no-untyped-def]  # Triton has no types
     """Read channels `col` of the rows `row` of `x` as float32; 0 where masked."""
     at = x + row.to(tl.int64)[:, None] * stride + col[None, :]
 
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def store_rows(x, value, row, stride, col, mask):  # type: ignore[no-untyped-def]  # as above
     """Write what :func:`load_rows` reads."""
     at = x + row.to(tl.int64)[:, None] * stride + col[None, :]
     tl.store(at, value.to(x.dtype.element_ty), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def load_scale(weight, expert, width, col, mask):  # type: ignore[no-untyped-def]  # as above
     """Read channels `col` of an expert's weight as float32; 0 where masked."""
     at = weight + expert * width + col
@@ -45,7 +45,7 @@ def standardize(x, mask, eps, DIM: tl.constexpr):  # type: ignore[no-untyped-def
     return centered * tl.expand_dims(rstd, -1), mean, rstd
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def store_stats(stats, mean, rstd, row, num_rows, head, num_heads, is_row):  # type: ignore[no-untyped-def]  # as above
     """Write mean and rstd of a head to ``stats``, ``(2,C,H)``."""
     at = stats + row.to(tl.int64) * num_heads + head
@@ -53,7 +53,7 @@ def store_stats(stats, mean, rstd, row, num_rows, head, num_heads, is_row):  # t
     tl.store(at + num_rows.to(tl.int64) * num_heads, rstd, mask=is_row)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def standardize_again(x, stats, row, num_rows, head, num_heads, is_row):  # type: ignore[no-untyped-def]  # as above
     """Give ``(x - mean) * rstd``, and rstd, from ``stats``."""
     at = stats + row.to(tl.int64) * num_heads + head
@@ -75,7 +75,7 @@ def norm_gradient(grad, normed, rstd, DIM: tl.constexpr):  # type: ignore[no-unt
     return centered * tl.expand_dims(rstd, -1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def find_experts(segment_of_row, num_seqs, first, end):  # type: ignore[no-untyped-def]  # as above
     """Give the first and the last expert of the rows from `first` to before `end`."""
     return (
@@ -84,7 +84,7 @@ def find_experts(segment_of_row, num_seqs, first, end):  # type: ignore[no-untyp
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def clip_to_expert(begins, num_seqs, expert, first, end):  # type: ignore[no-untyped-def]  # as above
     """Give where, from `first` to `end`, the rows of an expert begin and end."""
     return (

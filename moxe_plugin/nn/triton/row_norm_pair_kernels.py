@@ -19,14 +19,14 @@ from moxe_plugin.nn.triton.row_norm_kernels import (
 )
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
-def _load(x, row, stride, col, mask):  # type: ignore[no-untyped-def]  # as above
+@triton.jit
+def _load(x, row, stride, col, mask):  # type: ignore[no-untyped-def]  # Triton has no types
     at = x + row.to(tl.int64)[None, :, None] * stride + col[:, None, :]
 
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def _store(x, value, row, stride, col, mask):  # type: ignore[no-untyped-def]  # as above
     at = x + row.to(tl.int64)[None, :, None] * stride + col[:, None, :]
     tl.store(at, value.to(x.dtype.element_ty), mask=mask)
