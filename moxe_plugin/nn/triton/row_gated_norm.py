@@ -22,7 +22,7 @@ from moxe_plugin.nn.triton.row_gated_norm_kernels import (
     backward_kernel,
     forward_kernel,
 )
-from moxe_plugin.nn.triton.row_norm import count_warps, readable
+from moxe_plugin.nn.triton.row_norm import MAX_REGISTERS, count_warps, readable
 
 _FORWARD_TILE_ROWS = 4
 """The rows of a tile."""
@@ -213,6 +213,7 @@ def gated_norm_backward(
             TILE_ROWS=_BACKWARD_TILE_ROWS,
             ROWS_PER_BLOCK=_ROWS_PER_BLOCK,
             num_warps=count_warps(block_dim),
+            maxnreg=MAX_REGISTERS,
         )
 
     sums = sum_partials(partials, rows, _ROWS_PER_BLOCK, norm_weight.dtype)

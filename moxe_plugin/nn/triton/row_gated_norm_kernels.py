@@ -104,8 +104,8 @@ def backward_kernel(  # type: ignore[no-untyped-def]  # as above
     expert, last_expert = find_experts(segment_of_row, num_seqs, first, end)
     while expert <= last_expert:
         row_0, expert_end = clip_to_expert(begins, num_seqs, expert, first, end)
-        norm_scale = load_scale(norm_weight, expert, width, col, is_channel)
-        skip_scale = load_scale(skip, expert, width, col, is_channel)
+        norm_scale = load_scale(norm_weight, expert, width, col, is_channel)[None, :]
+        skip_scale = load_scale(skip, expert, width, col, is_channel)[None, :]
         grad_norm_scale = tl.zeros((BLOCK_DIM,), tl.float32)
         grad_skip_scale = tl.zeros((BLOCK_DIM,), tl.float32)
 

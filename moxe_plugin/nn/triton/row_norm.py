@@ -24,7 +24,13 @@ _TILE_ROWS = 4
 """The rows of a tile."""
 
 _ROWS_PER_BLOCK = 32
-"""The rows that a program of the backward pass sums up, a multiple of the former."""
+"""The rows that a program of the backward pass sums up."""
+
+MAX_REGISTERS = 128
+"""Those of a thread in the backward pass, of which 512 then share a multiprocessor.
+
+Left to itself, the compiler takes so many that too few threads wait for memory.
+"""
 
 
 def scale_norm_rows(
@@ -76,8 +82,10 @@ class _ScaleNormRows(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, stats = ctx.saved_tensors
+
         grad_flat, grad_weight = norm_backward(
-            readable(grad_out), *ctx.saved_tensors, ctx.rows, ctx.num_heads
+            readable(grad_out), flat, weight, stats, ctx.rows, ctx.num_heads
         )
         grad_residual = grad_out if ctx.needs_input_grad[2] else None
 
@@ -158,6 +166,7 @@ def norm_backward(
     if num_rows > 0:
         head_dim = width // num_heads
         block_dim = triton.next_power_of_2(head_dim)
+        num_warps = count_warps(block_dim)
         backward_kernel[(triton.cdiv(num_rows, _ROWS_PER_BLOCK) * num_heads,)](
             *(grad_out, flat, weight, stats),
             grad_out if other_grad is None else other_grad,
@@ -168,9 +177,11 @@ def norm_backward(
             HAS_OTHER=other_grad is not None,
             HEAD_DIM=head_dim,
             BLOCK_DIM=block_dim,
-            TILE_ROWS=_TILE_ROWS,
+            # More rows pay where warps must wait for each other, but take registers.
+            TILE_ROWS=_TILE_ROWS if num_warps > 1 else _TILE_ROWS // 2,
             ROWS_PER_BLOCK=_ROWS_PER_BLOCK,
-            num_warps=count_warps(block_dim),
+            num_warps=num_warps,
+            maxnreg=MAX_REGISTERS,
         )
 
     return grad_flat, sum_partials(partials, rows, _ROWS_PER_BLOCK, weight.dtype)

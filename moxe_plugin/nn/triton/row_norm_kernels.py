@@ -11,41 +11,41 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
-def load_rows(x, row, stride, col, mask):  # type: ignore[no-untyped-def]  # as above
+@triton.jit
+def load_rows(x, row, stride, col, mask):  # type: ignore[no-untyped-def]  # Triton has no types
     """Read channels `col` of the rows `row` of `x` as float32; 0 where masked."""
     at = x + row.to(tl.int64)[:, None] * stride + col[None, :]
 
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def store_rows(x, value, row, stride, col, mask):  # type: ignore[no-untyped-def]  # as above
     """Write what :func:`load_rows` reads."""
     at = x + row.to(tl.int64)[:, None] * stride + col[None, :]
     tl.store(at, value.to(x.dtype.element_ty), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
-def load_scale(weight, expert, width, col, is_channel):  # type: ignore[no-untyped-def]  # as above
-    """Read channels `col` of an expert's weight as a row of float32."""
-    scale = tl.load(weight + expert * width + col, mask=is_channel, other=0.0)
+@triton.jit
+def load_scale(weight, expert, width, col, mask):  # type: ignore[no-untyped-def]  # as above
+    """Read channels `col` of an expert's weight as float32; 0 where masked."""
+    at = weight + expert * width + col
 
-    return scale.to(tl.float32)[None, :]
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def standardize(x, mask, eps, DIM: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     """Give ``(x - mean) * rstd``, mean and rstd of the last axis; 0 where masked."""
-    mean = tl.sum(x, 1) / DIM
+    mean = tl.sum(x, -1) / DIM
     # Masked channels must not count in the variance.
-    centered = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 1) / DIM + eps)
+    centered = tl.where(mask, x - tl.expand_dims(mean, -1), 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, -1) / DIM + eps)
 
-    return centered * rstd[:, None], mean, rstd
+    return centered * tl.expand_dims(rstd, -1), mean, rstd
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def store_stats(stats, mean, rstd, row, num_rows, head, num_heads, is_row):  # type: ignore[no-untyped-def]  # as above
     """Write mean and rstd of a head to ``stats``, ``(2,C,H)``."""
     at = stats + row.to(tl.int64) * num_heads + head
@@ -53,7 +53,7 @@ def store_stats(stats, mean, rstd, row, num_rows, head, num_heads, is_row):  # t
     tl.store(at + num_rows.to(tl.int64) * num_heads, rstd, mask=is_row)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def standardize_again(x, stats, row, num_rows, head, num_heads, is_row):  # type: ignore[no-untyped-def]  # as above
     """Give ``(x - mean) * rstd``, and rstd, from ``stats``."""
     at = stats + row.to(tl.int64) * num_heads + head
@@ -67,14 +67,15 @@ def standardize_again(x, stats, row, num_rows, head, num_heads, is_row):  # type
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def norm_gradient(grad, normed, rstd, DIM: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     """Give the gradient of x for that of ``normed``, which is 0 where masked."""
-    mean_grad = tl.sum(grad, 1) / DIM
-    mean_product = tl.sum(grad * normed, 1) / DIM
-    centered = grad - mean_grad[:, None] - normed * mean_product[:, None]
+    mean_grad = tl.sum(grad, -1) / DIM
+    mean_product = tl.sum(grad * normed, -1) / DIM
+    centered = grad - tl.expand_dims(mean_grad, -1)
+    centered -= normed * tl.expand_dims(mean_product, -1)
 
-    return centered * rstd[:, None]
+    return centered * tl.expand_dims(rstd, -1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def find_experts(segment_of_row, num_seqs, first, end):  # type: ignore[no-untyped-def]  # as above
     """Give the first and the last expert of the rows from `first` to before `end`."""
     return (
@@ -83,7 +84,7 @@ def find_experts(segment_of_row, num_seqs, first, end):  # type: ignore[no-untyp
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def clip_to_expert(begins, num_seqs, expert, first, end):  # type: ignore[no-untyped-def]  # as above
     """Give where, from `first` to `end`, the rows of an expert begin and end."""
     return (
@@ -186,7 +187,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]  # as above
             )
 
             grad_scale += tl.sum(grad * normed, 0)
-            grad_x = norm_gradient(grad * scale, normed, rstd, HEAD_DIM)
+            grad_x = norm_gradient(grad * scale[None, :], normed, rstd, HEAD_DIM)
             if HAS_OTHER:
                 grad_x += load_rows(other_grad, row, other_stride, col, mask)
             store_rows(grad_flat, grad_x, row, width, col, mask)

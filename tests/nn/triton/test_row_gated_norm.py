@@ -95,11 +95,11 @@ def test_takes_bfloat16(hidden_dtype: torch.dtype) -> None:
 def test_writes_the_gradient_of_the_gate_where_told() -> None:
     inputs = GatedNormInputs(*draw_inputs(ROWS, 24))
     grad = draw(ROWS.num_rows, 24, seed=5)
-    _, stats = gated_norm_forward(inputs, ROWS, 4, EPS)
-    expected = gated_norm_backward(grad, inputs, stats, ROWS, 4)
+    _, stats = gated_norm_forward(inputs, ROWS, 2, EPS)
+    expected = gated_norm_backward(grad, inputs, stats, ROWS, 2)
 
     wide = torch.full((ROWS.num_rows, 48), 7.0)
-    actual = gated_norm_backward(grad, inputs, stats, ROWS, 4, wide[:, 24:])
+    actual = gated_norm_backward(grad, inputs, stats, ROWS, 2, wide[:, 24:])
 
     assert torch.equal(wide[:, 24:], expected.gate)
     assert torch.equal(wide[:, :24], torch.full((ROWS.num_rows, 24), 7.0))

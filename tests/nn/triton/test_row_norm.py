@@ -105,8 +105,8 @@ def test_adds_the_gradient_from_elsewhere() -> None:
     flat, other, grad = (draw(rows.num_rows, 24, seed=x) for x in range(3))
     weight = draw(rows.num_experts, 24, seed=3)
 
-    _, stats = norm_forward(flat, weight, rows, 4, EPS)
-    args = (grad, flat, weight, stats, rows, 4)
+    _, stats = norm_forward(flat, weight, rows, 1, EPS)
+    args = (grad, flat, weight, stats, rows, 1)
     grad_flat, grad_weight = norm_backward(*args)
     summed, same_weight = norm_backward(*args, other_grad=other)
 

@@ -1,0 +1,214 @@
+"""What the sLSTM block does between its cell and its feed-forward network, on rows.
+
+``x2 = x + norm_per_head(cell) * w1;  n = norm(x2) * w2``, as a Triton kernel for each
+direction, which reads and writes each row once.
+
+Verified by Triton's interpreter on a CPU, and compiled for compute capability 9.0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from moxe_plugin.nn.ragged import RaggedRows
+from moxe_plugin.nn.triton.partials import new_partials, sum_partials
+from moxe_plugin.nn.triton.row_norm import MAX_REGISTERS, count_warps, readable
+from moxe_plugin.nn.triton.row_norm_pair_kernels import (
+    backward_kernel,
+    forward_kernel,
+)
+
+_TILE_ROWS = 2
+"""The rows of a tile."""
+
+_ROWS_PER_BLOCK = 32
+"""The rows that a program of the backward pass sums up."""
+
+
+class NormPairGrads(NamedTuple):
+    """The gradients of the arguments of :func:`residual_norm_pair`, as these."""
+
+    flat: Tensor
+    weight: Tensor
+    residual: Tensor
+    next_weight: Tensor
+
+
+def residual_norm_pair(
+    flat: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    next_weight: Tensor,
+    rows: RaggedRows,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Add a norm per head to a residual, and normalise the sum over its whole width.
+
+    Computed in float32, the second norm of the sum as it is returned.
+
+    :param flat: What is normalised per head. *Shape:* ``(C,M)``.
+    :param weight: The first norm's scale. *Shape:* ``(E,M)``.
+    :param residual: *Shape:* ``(C,M)``.
+    :param next_weight: The second norm's scale. *Shape:* ``(E,M)``.
+    :param rows: The rows.
+    :param num_heads: The number of heads of the first norm, which divides M.
+    :param eps: What variances are increased by.
+
+    :returns: The sum, of the type of ``residual``, and its norm, of that of
+        ``next_weight``. *Shapes:* ``(C,M)``.
+    """
+    return _ResidualNormPair.apply(  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+        flat, weight, residual, next_weight, rows, num_heads, eps
+    )
+
+
+class _ResidualNormPair(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        flat: Tensor,
+        weight: Tensor,
+        residual: Tensor,
+        next_weight: Tensor,
+        rows: RaggedRows,
+        num_heads: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        flat, weight, next_weight = (
+            *(readable(flat), weight.contiguous(), next_weight.contiguous()),
+        )
+
+        summed, normed_sum, stats = norm_pair_forward(
+            flat, weight, readable(residual), next_weight, rows, num_heads, eps
+        )
+
+        ctx.save_for_backward(flat, weight, summed, next_weight, stats)
+        ctx.rows, ctx.num_heads = rows, num_heads
+
+        return summed, normed_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_summed: Tensor, grad_normed_sum: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        grads = norm_pair_backward(
+            *(readable(grad_summed), readable(grad_normed_sum)),
+            *(*ctx.saved_tensors, ctx.rows, ctx.num_heads),
+        )
+
+        return *grads, None, None, None
+
+
+def norm_pair_forward(
+    flat: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    next_weight: Tensor,
+    rows: RaggedRows,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward kernel; see :func:`residual_norm_pair`.
+
+    :param flat: As there; like ``residual``, with a last stride of 1.
+    :param weight: As there; like ``next_weight``, contiguous.
+    :param residual: As there.
+    :param next_weight: As there.
+    :param rows: As there.
+    :param num_heads: As there.
+    :param eps: As there.
+
+    :returns: The sum and its norm; and the mean and the inverse standard deviation of
+        each head and, last, of the sum, in float32. *Shapes:* ``(C,M)`` twice, and
+        ``(2,C,H+1)``.
+    """
+    num_rows, width = flat.shape
+    summed = residual.new_empty(num_rows, width)
+    normed_sum = next_weight.new_empty(num_rows, width)
+    stats = flat.new_empty(2, num_rows, num_heads + 1, dtype=torch.float32)
+
+    if num_rows > 0:
+        head_dim = width // num_heads
+        block_heads = triton.next_power_of_2(num_heads)
+        block_dim = triton.next_power_of_2(head_dim)
+        forward_kernel[(triton.cdiv(num_rows, _TILE_ROWS),)](
+            *(flat, weight, residual, next_weight, summed, normed_sum, stats),
+            *(rows.segment_of_row, num_rows, rows.num_seqs),
+            *(flat.stride(0), residual.stride(0), eps),
+            NUM_HEADS=num_heads,
+            BLOCK_HEADS=block_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=block_dim,
+            TILE_ROWS=_TILE_ROWS,
+            num_warps=count_warps(block_heads * block_dim),
+        )
+
+    return summed, normed_sum, stats
+
+
+def norm_pair_backward(
+    grad_summed: Tensor,
+    grad_normed_sum: Tensor,
+    flat: Tensor,
+    weight: Tensor,
+    summed: Tensor,
+    next_weight: Tensor,
+    stats: Tensor,
+    rows: RaggedRows,
+    num_heads: int,
+) -> NormPairGrads:
+    """Launch the backward kernel, and add up the gradients of both weights.
+
+    :param grad_summed: The gradient of the sum, with a last stride of 1. *Shape:*
+        ``(C,M)``.
+    :param grad_normed_sum: The gradient of its norm, with a last stride of 1. *Shape:*
+        ``(C,M)``.
+    :param flat: As in :func:`norm_pair_forward`.
+    :param weight: As in :func:`norm_pair_forward`.
+    :param summed: The sum that :func:`norm_pair_forward` returned.
+    :param next_weight: As in :func:`norm_pair_forward`.
+    :param stats: What :func:`norm_pair_forward` returned.
+    :param rows: As in :func:`norm_pair_forward`.
+    :param num_heads: As in :func:`norm_pair_forward`.
+
+    :returns: The gradients.
+    """
+    num_rows, width = flat.shape
+    grad_flat = flat.new_empty(num_rows, width)
+    grad_residual = summed.new_empty(num_rows, width)
+    # Those of the first norm's weight, and of the second's
+    partials = new_partials(rows, _ROWS_PER_BLOCK, 2 * width)
+
+    if num_rows > 0:
+        head_dim = width // num_heads
+        block_heads = triton.next_power_of_2(num_heads)
+        block_dim = triton.next_power_of_2(head_dim)
+        backward_kernel[(triton.cdiv(num_rows, _ROWS_PER_BLOCK),)](
+            *(grad_summed, grad_normed_sum, flat, weight, summed, next_weight, stats),
+            *(grad_flat, grad_residual, partials, rows.segment_of_row, rows.begins),
+            *(num_rows, rows.num_seqs, grad_summed.stride(0)),
+            *(grad_normed_sum.stride(0), flat.stride(0)),
+            NUM_HEADS=num_heads,
+            BLOCK_HEADS=block_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=block_dim,
+            TILE_ROWS=_TILE_ROWS,
+            ROWS_PER_BLOCK=_ROWS_PER_BLOCK,
+            num_warps=count_warps(block_heads * block_dim),
+            maxnreg=MAX_REGISTERS,
+        )
+
+    sums = sum_partials(partials, rows, _ROWS_PER_BLOCK, weight.dtype)
+
+    return NormPairGrads(
+        *(grad_flat, sums[:, :width]),
+        *(grad_residual, sums[:, width:].to(next_weight.dtype)),
+    )
