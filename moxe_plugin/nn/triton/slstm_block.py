@@ -86,8 +86,7 @@ class _SLSTMBlockRows(Function):
     ) -> Tensor:
         w = SLSTMWeights(*stack_params(params, flat.dtype))
         flat = flat.contiguous()
-        num_rows, width = flat.shape
-        num_heads, head_dim = w.gate_proj.shape[1:3]
+        num_heads = w.gate_proj.size(1)
 
         normed, stats = norm_forward(flat, w.norm, rows, 1, eps)
         convolved = causal_conv_silu_forward(normed, w.conv_weight, w.conv_bias, rows)
@@ -96,25 +95,18 @@ class _SLSTMBlockRows(Function):
         gates_if = multiply_head_rows(convolved, gate_if, rows)
         gates_zo = multiply_head_rows(normed, gate_zo, rows)
 
-        outputs = flat.new_empty(num_rows, width, dtype=torch.float32)
-        before = torch.empty_like(flat)
-        pairs = outputs.new_empty(num_rows, num_heads, 2, head_dim, 2)
-        cs = torch.empty_like(outputs)
-        scan_forward(
-            *(gates_if, gates_zo, w.gate_bias, w.recurrent_weight, rows),
-            *(outputs, before, pairs, cs),
+        outputs, saved = scan_forward(
+            *(gates_if, gates_zo, w.gate_bias, w.recurrent_weight, rows), saves=True
         )
 
-        mixed, out_stats = norm_forward(
-            outputs, w.out_norm, rows, num_heads, eps, flat
-        )
+        mixed, out_stats = norm_forward(outputs, w.out_norm, rows, num_heads, eps, flat)
         ffn_normed, ffn_stats = norm_forward(mixed, w.ffn_norm, rows, 1, eps)
         projected = multiply_rows(ffn_normed, w.ffn_up_proj, rows)
         gated = silu_product_forward(projected)
         out = multiply_add_rows(mixed, gated, w.ffn_down_proj, rows)
 
         ctx.save_for_backward(
-            *(flat, stats, normed, convolved, outputs, before, pairs, cs),
+            *(flat, stats, normed, convolved, outputs, *saved),
             *(out_stats, mixed, ffn_stats, ffn_normed, projected, gated, *w),
         )
         ctx.rows, ctx.params = rows, [(x.dtype, x.shape) for x in params]
@@ -125,7 +117,7 @@ class _SLSTMBlockRows(Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         flat, stats, normed, convolved, outputs, before, *others = ctx.saved_tensors
-        pairs, cs, out_stats, mixed, ffn_stats, ffn_normed, *others = others
+        gates, cs, out_stats, mixed, ffn_stats, ffn_normed, *others = others
         projected, gated, *params = others
         rows: RaggedRows = ctx.rows
         w = SLSTMWeights(*params)
@@ -145,7 +137,7 @@ class _SLSTMBlockRows(Function):
         )
 
         grad_if, grad_zo, grad_bias = scan_backward(
-            w.recurrent_weight, rows, pairs, cs, grad_outputs
+            w.recurrent_weight, rows, gates, cs, grad_outputs
         )
         grad_recurrent = torch.empty_like(w.recurrent_weight)
         grad_gate_proj = torch.empty_like(w.gate_proj)

@@ -5,7 +5,7 @@ The equations of :mod:`moxe_plugin.nn.slstm_cell`; :mod:`.slstm_rows_kernels` te
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import triton
@@ -15,7 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.ragged_products import multiply_columns
-from moxe_plugin.nn.triton.slstm_rows_kernels import backward_kernel, forward_kernel
+from moxe_plugin.nn.triton.slstm_rows_kernels import (
+    slstm_backward_kernel,
+    slstm_forward_kernel,
+)
 
 BLOCK_N: Final = 8
 """Segments of a program: the least number of columns that the tensor cores take."""
@@ -45,7 +48,7 @@ def slstm_rows(
 ) -> Tensor:
     """Run the cells over all segments, each from an empty memory.
 
-    States are float32; y and the gates' gradients are rounded to R's type.
+    States are float32; outputs and the gates' gradients are rounded to R's type.
 
     :param gates_if: The inputs' share of the pre-activations of i and f. *Shape:*
         ``(C,H*2*D)``.
@@ -54,7 +57,7 @@ def slstm_rows(
     :param weight: R, input first; see :func:`supports`. *Shape:* ``(E,H,D,4,D)``.
     :param rows: Where rows stand.
 
-    :returns: The outputs, float32. *Shape:* ``(C,H*D)``.
+    :returns: The outputs, in R's type. *Shape:* ``(C,H*D)``.
     """
     return _SLSTMRows.apply(gates_if, gates_zo, bias, weight, rows)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
@@ -70,22 +73,12 @@ class _SLSTMRows(Function):
         rows: RaggedRows,
     ) -> Tensor:
         weight = weight.contiguous()
-        num_heads, head_dim = weight.shape[1:3]
-        shape = (rows.num_rows, num_heads, head_dim)
 
-        outputs = weight.new_empty(
-            rows.num_rows, num_heads * head_dim, dtype=torch.float32
+        outputs, saved = scan_forward(
+            gates_if, gates_zo, bias, weight, rows, saves=any(ctx.needs_input_grad)
         )
-        before, pairs, cs = None, None, None
-        if any(ctx.needs_input_grad):
-            before = weight.new_empty(outputs.shape)
-            # The pairs w and z, then 1 - sigmoid(f) and o
-            pairs = outputs.new_empty(*shape[:2], 2, head_dim, 2)
-            cs = outputs.new_empty(outputs.shape)
 
-        scan_forward(gates_if, gates_zo, bias, weight, rows, outputs, before, pairs, cs)
-
-        ctx.save_for_backward(weight, before, pairs, cs)
+        ctx.save_for_backward(weight, *saved)
         ctx.rows, ctx.bias_dtype = rows, bias.dtype
         ctx.gates_dtype = gates_if.dtype
 
@@ -94,11 +87,12 @@ class _SLSTMRows(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        weight, before, pairs, cs = ctx.saved_tensors
+        weight, *saved = ctx.saved_tensors
         rows: RaggedRows = ctx.rows
+        before, gates, cs = saved
 
         grad_if, grad_zo, grad_bias = scan_backward(
-            weight, rows, pairs, cs, grad_outputs.contiguous()
+            weight, rows, gates, cs, grad_outputs.contiguous()
         )
 
         num_experts, num_heads, head_dim = weight.shape[:3]
@@ -117,17 +111,30 @@ class _SLSTMRows(Function):
         )
 
 
+class SavedSteps(NamedTuple):
+    """What the backward pass of the cells needs."""
+
+    before: Tensor
+    """What each row was multiplied with: the output one step before. *Shape:*
+    ``(C,H*D)``."""
+
+    gates: Tensor
+    """w, 1 - sigmoid(f), tanh(z) and sigmoid(o), float32. *Shape:*
+    ``(C,H*4*D)``."""
+
+    cs: Tensor
+    """c, float32. *Shape:* ``(C,H*D)``."""
+
+
 def scan_forward(
     gates_if: Tensor,
     gates_zo: Tensor,
     bias: Tensor,
     weight: Tensor,
     rows: RaggedRows,
-    outputs: Tensor,
-    before: Tensor | None,
-    pairs: Tensor | None,
-    cs: Tensor | None,
-) -> None:
+    *,
+    saves: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Launch the forward kernel.
 
     :param gates_if: See :func:`slstm_rows`.
@@ -135,38 +142,43 @@ def scan_forward(
     :param bias: See :func:`slstm_rows`.
     :param weight: Contiguous.
     :param rows: See :func:`slstm_rows`.
-    :param outputs: Gets the outputs.
-    :param before: Gets what each row was multiplied with, the outputs one step before,
-        if the gradient needs it as what follows. *Shape:* ``(C,H*D)``.
-    :param pairs: Gets w and tanh(z), then 1 - sigmoid(f) and sigmoid(o). *Shape:*
-        ``(C,H,2,D,2)``.
-    :param cs: Gets c. *Shape:* ``(C,H*D)``.
+    :param saves: Whether a backward pass is to come.
+
+    :returns: The outputs in R's type, and :class:`SavedSteps`, or nothing.
     """
     num_heads, head_dim = weight.shape[1:3]
+    width = num_heads * head_dim
 
-    # Without them any pointer does: nothing is stored.
-    saved = [outputs if x is None else x for x in (before, pairs, cs)]
+    outputs = weight.new_empty(rows.num_rows, width)
+    saved: tuple[Tensor, ...] = ()
+    if saves:
+        gates = weight.new_empty(rows.num_rows, 4 * width, dtype=torch.float32)
+        cs = gates.new_empty(rows.num_rows, width)
+        saved = SavedSteps(torch.empty_like(outputs), gates, cs)
 
     if rows.max_len > 0:
-        forward_kernel[_grid(rows, num_heads)](
+        slstm_forward_kernel[_grid(rows, num_heads)](
             *(rows.begins, gates_if, gates_zo, bias.contiguous(), weight, outputs),
-            *saved,
+            # Without them any pointer does: nothing is stored.
+            *(saved or (outputs, outputs, outputs)),
             *(num_heads, rows.num_seqs, gates_if.stride(0), gates_zo.stride(0)),
-            SAVES=before is not None,
+            SAVES=saves,
             **_constants(head_dim),
         )
 
+    return outputs, saved
+
 
 def scan_backward(
-    weight: Tensor, rows: RaggedRows, pairs: Tensor, cs: Tensor, grad_outputs: Tensor
+    weight: Tensor, rows: RaggedRows, gates: Tensor, cs: Tensor, grad_outputs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel.
 
     :param weight: Contiguous.
     :param rows: See :func:`slstm_rows`.
-    :param pairs: As :func:`scan_forward` left it.
-    :param cs: As :func:`scan_forward` left it.
-    :param grad_outputs: Contiguous float32. *Shape:* ``(C,H*D)``.
+    :param gates: See :class:`SavedSteps`.
+    :param cs: See :class:`SavedSteps`.
+    :param grad_outputs: Contiguous. *Shape:* ``(C,H*D)``.
 
     :returns: The gradients of both gates, in R's type, and of the bias, ``(E,H,4,D)``.
     """
@@ -176,10 +188,10 @@ def scan_backward(
     grad_if, grad_zo = (
         weight.new_empty(rows.num_rows, num_heads * 2 * head_dim) for _ in range(2)
     )
-    grad_bias = grad_outputs.new_empty(num_experts, num_heads, grid[0], 4, head_dim)
+    grad_bias = cs.new_empty(num_experts, num_heads, grid[0], 4, head_dim)
 
-    backward_kernel[grid](
-        *(rows.begins, weight, pairs, cs, grad_outputs, grad_if, grad_zo, grad_bias),
+    slstm_backward_kernel[grid](
+        *(rows.begins, weight, gates, cs, grad_outputs, grad_if, grad_zo, grad_bias),
         *(num_heads, rows.num_seqs),
         **_constants(head_dim),
     )

@@ -12,8 +12,14 @@ the *tail* (Q = 0 if D is a power of two). Nothing is padded, or R would not fit
 Backward, dy is the sum over gates of ``R_g dg``. Its Q channels of the tail would be
 less than the 64 rows that the tensor cores take. Gates come in pairs instead: columns
 of the right factor are ``(segment, half)``, half 0 being i or f and half 1 being z or
-o; the rows of the tail are ``(half, channel)``, and what has two different halves is
-not used. As a product is bound by reading R, twice the columns cost nothing.
+o; rows are ``(half, channel)``, and what has two different halves is not used. As a
+product is bound by reading R, twice the columns cost nothing.
+
+What takes the time of a step is latency: waits for products, and tensors that go from
+the threads that have them to those that store them, through shared memory. So products
+are few and large, what is stored for the backward pass is one tensor, and where things
+are is computed from what does not change: a vector of places that does would go from
+thread to thread at each step.
 """
 
 from __future__ import annotations
@@ -32,25 +38,31 @@ def _multiply(r, x, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # Trit
 
 
 @triton.jit
-def _multiply_twice(
-    r, y, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr
-):  # type: ignore[no-untyped-def]  # as above
-    # The tensor cores take 8 columns, but Triton gives them no fewer than 16.
-    twice = tl.reshape(tl.join(y, y), (y.shape[0], 2 * BLOCK_N))
-    product, _ = tl.split(tl.reshape(_multiply(r, twice, WIDE), (SIZE, BLOCK_N, 2)))
-    return product
+def _columns(x, y, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, element: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
+    # Two of (SIZE,N) -> (SIZE,N*2). Of what is rounded first, Triton 3.5 and 3.6 put the
+    # tensor before this shape into shared memory, in a layout that they do not have.
+    return tl.reshape(tl.join(x, y), (SIZE, 2 * BLOCK_N)).to(element)
 
 
 @triton.jit
-def _gate_tile(outs, OUT: tl.constexpr, ins, D: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    # Where R^T of some gates is: rows (gate, output), columns inputs
-    return ((outs // OUT) * D + outs % OUT)[:, None] + ins[None, :] * (4 * D)
+def _by_gate(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
+    # (4*SIZE,N*2), gate by gate, every column twice -> four of (SIZE,N)
+    x = tl.permute(tl.reshape(x, (2, 2, SIZE, BLOCK_N, 2)), (2, 3, 1, 0, 4))
+    x, _ = tl.split(x)
+    first, second = tl.split(x)
+    i, f = tl.split(first)
+    z, o = tl.split(second)
+    return i, f, z, o
 
 
 @triton.jit
-def _part(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    # (2*SIZE,N), gate by gate -> two of (SIZE,N)
-    return tl.split(tl.permute(tl.reshape(x, (2, SIZE, BLOCK_N)), (1, 2, 0)))
+def _own_half(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
+    # ((half, SIZE),(N, half)) -> (SIZE,N), the sum of both halves' own
+    x = tl.permute(tl.reshape(x, (2, SIZE, BLOCK_N, 2)), (1, 2, 3, 0))
+    first, second = tl.split(x)
+    own, _ = tl.split(first)
+    _, other = tl.split(second)
+    return own + other
 
 
 @triton.jit
@@ -76,8 +88,42 @@ def _advance(i, f, z, o, c, log_n):  # type: ignore[no-untyped-def]  # as above
     return w, not_f, z, o, c, log_n
 
 
+@triton.jit
+def _store_step(
+    outputs,
+    before,
+    gates,
+    cs,
+    place,
+    cols,
+    H,
+    D: tl.constexpr,
+    y,
+    w,
+    not_f,
+    z,
+    o,
+    c,
+    valid,
+    is_next,
+    SAVES: tl.constexpr,
+):  # type: ignore[no-untyped-def]  # as above
+    at = place[None, :] + cols[:, None]
+    y = y.to(outputs.dtype.element_ty)
+    tl.store(outputs + at, y, mask=valid[None, :])
+    if SAVES:
+        tl.store(before + at + H * D, y, mask=is_next[None, :])
+        tl.store(cs + at, c, mask=valid[None, :])
+        # In a tensor of shape (C,H,4,D)
+        at = 4 * place[None, :] + cols[:, None]
+        tl.store(gates + at, w, mask=valid[None, :])
+        tl.store(gates + at + D, not_f, mask=valid[None, :])
+        tl.store(gates + at + 2 * D, z, mask=valid[None, :])
+        tl.store(gates + at + 3 * D, o, mask=valid[None, :])
+
+
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
-def forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
+def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
     begins,
     gates_if,
     gates_zo,
@@ -85,7 +131,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel
     weight,
     outputs,
     before,
-    pairs,
+    gates,
     cs,
     H,
     N,
@@ -102,132 +148,165 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel
     head, expert = tl.program_id(1), tl.program_id(2)
     segments = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_segment = segments < N
-    at = begins + expert * N + segments
-    first = tl.load(at, mask=is_segment, other=0)
-    lens = tl.load(at + 1, mask=is_segment, other=0) - first
+    first = tl.load(begins + expert * N + segments, mask=is_segment, other=0)
+    last = tl.load(begins + expert * N + segments + 1, mask=is_segment, other=0)
+    lens = last - first
     first = first.to(tl.int64)
     num_steps = tl.max(lens)
 
     stack = (expert * H + head).to(tl.int64)
-    element = weight.dtype.element_ty
-    base = weight + stack * 4 * D * D
-    bodies, gate_bodies = tl.arange(0, P), tl.arange(0, 2 * P)
-    r_if = tl.load(base + _gate_tile(gate_bodies, P, bodies, D))
-    r_zo = tl.load(base + 2 * D + _gate_tile(gate_bodies, P, bodies, D))
-    gate_at = (gate_bodies // P) * D + gate_bodies % P
-    biases = bias + stack * 4 * D + gate_at
-    bias_if = tl.load(biases).to(tl.float32)[:, None]
-    bias_zo = tl.load(biases + 2 * D).to(tl.float32)[:, None]
+    element: tl.constexpr = weight.dtype.element_ty
+    # R^T: rows (gate, output), columns inputs
+    bodies = tl.arange(0, P)
+    outs = tl.arange(0, 4 * P)
+    from_body = weight + stack * 4 * D * D + (outs // P * D + outs % P)[:, None]
+    r = tl.load(from_body + bodies[None, :] * (4 * D))
+    biases = bias + stack * 4 * D
+    bias_i = tl.load(biases + bodies).to(tl.float32)[:, None]
+    bias_f = tl.load(biases + D + bodies).to(tl.float32)[:, None]
+    bias_z = tl.load(biases + 2 * D + bodies).to(tl.float32)[:, None]
+    bias_o = tl.load(biases + 3 * D + bodies).to(tl.float32)[:, None]
 
     c = tl.zeros((P, BLOCK_N), tl.float32)
     log_n = tl.full((P, BLOCK_N), -1e30, tl.float32)
-    y = tl.zeros((P, BLOCK_N), element)
+    y = tl.zeros((P, BLOCK_N), tl.float32)
+    valid = lens > 0
+    place = (first * H + head) * D
+    if SAVES:
+        tl.store(before + place[None, :] + bodies[:, None], y, mask=valid[None, :])
+
+    at_if = gates_if + (first * stride_if + head * 2 * D)[None, :] + bodies[:, None]
+    at_zo = gates_zo + (first * stride_zo + head * 2 * D)[None, :] + bodies[:, None]
+    next_i = tl.load(at_if, mask=valid[None, :], other=0.0)
+    next_f = tl.load(at_if + D, mask=valid[None, :], other=0.0)
+    next_z = tl.load(at_zo, mask=valid[None, :], other=0.0)
+    next_o = tl.load(at_zo + D, mask=valid[None, :], other=0.0)
     if Q > 0:
-        tails, gate_tails = P + tl.arange(0, Q), tl.arange(0, 2 * Q)
-        r_if_tail = tl.load(base + _gate_tile(gate_bodies, P, tails, D))
-        r_zo_tail = tl.load(base + 2 * D + _gate_tile(gate_bodies, P, tails, D))
-        r_tail = tl.load(base + P + _gate_tile(tl.arange(0, 4 * Q), Q, bodies, D))
-        r_tail_tail = tl.load(base + P + _gate_tile(tl.arange(0, 4 * Q), Q, tails, D))
-        gate_at_tail = P + (gate_tails // Q) * D + gate_tails % Q
-        biases = bias + stack * 4 * D + gate_at_tail
-        bias_if_tail = tl.load(biases).to(tl.float32)[:, None]
-        bias_zo_tail = tl.load(biases + 2 * D).to(tl.float32)[:, None]
+        tails = P + tl.arange(0, Q)
+        r_tail = tl.load(from_body + tails[None, :] * (4 * D))
+        outs_tail = tl.arange(0, 4 * Q)
+        from_tail = weight + stack * 4 * D * D + P
+        from_tail = from_tail + (outs_tail // Q * D + outs_tail % Q)[:, None]
+        r_of_tail = tl.load(from_tail + bodies[None, :] * (4 * D))
+        r_of_tail_tail = tl.load(from_tail + tails[None, :] * (4 * D))
+        bias_i_tail = tl.load(biases + tails).to(tl.float32)[:, None]
+        bias_f_tail = tl.load(biases + D + tails).to(tl.float32)[:, None]
+        bias_z_tail = tl.load(biases + 2 * D + tails).to(tl.float32)[:, None]
+        bias_o_tail = tl.load(biases + 3 * D + tails).to(tl.float32)[:, None]
         c_tail = tl.zeros((Q, BLOCK_N), tl.float32)
         log_n_tail = tl.full((Q, BLOCK_N), -1e30, tl.float32)
-        y_tail = tl.zeros((Q, BLOCK_N), element)
-
-    from_if = gates_if + first * stride_if + head * 2 * D
-    from_zo = gates_zo + first * stride_zo + head * 2 * D
-    valid = (lens > 0)[None, :]
-    next_if = tl.load(from_if[None, :] + gate_at[:, None], mask=valid, other=0.0)
-    next_zo = tl.load(from_zo[None, :] + gate_at[:, None], mask=valid, other=0.0)
-    if Q > 0:
-        next_if_tail = tl.load(
-            from_if[None, :] + gate_at_tail[:, None], mask=valid, other=0.0
-        )
-        next_zo_tail = tl.load(
-            from_zo[None, :] + gate_at_tail[:, None], mask=valid, other=0.0
-        )
+        y_tail = tl.zeros((Q, BLOCK_N), tl.float32)
+        if SAVES:
+            at = place[None, :] + tails[:, None]
+            tl.store(before + at, y_tail, mask=valid[None, :])
+        at_if = gates_if + (first * stride_if + head * 2 * D)[None, :] + tails[:, None]
+        at_zo = gates_zo + (first * stride_zo + head * 2 * D)[None, :] + tails[:, None]
+        next_i_tail = tl.load(at_if, mask=valid[None, :], other=0.0)
+        next_f_tail = tl.load(at_if + D, mask=valid[None, :], other=0.0)
+        next_z_tail = tl.load(at_zo, mask=valid[None, :], other=0.0)
+        next_o_tail = tl.load(at_zo + D, mask=valid[None, :], other=0.0)
 
     # The interpreter takes no tensor as the end of a range.
     t = 0
     while t < num_steps:
-        valid = (t < lens)[None, :]
-        x_if = next_if.to(tl.float32) + bias_if
-        x_zo = next_zo.to(tl.float32) + bias_zo
-        # What the next step reads arrives during this one.
-        from_if += stride_if
-        from_zo += stride_zo
-        is_next = (t + 1 < lens)[None, :]
-        next_if = tl.load(from_if[None, :] + gate_at[:, None], mask=is_next, other=0.0)
-        next_zo = tl.load(from_zo[None, :] + gate_at[:, None], mask=is_next, other=0.0)
-
+        valid = t < lens
+        is_next = t + 1 < lens
         row = first + t
-        place = (row * H + head)[None, :] * D
-        if SAVES:
-            tl.store(before + place + bodies[:, None], y, mask=valid)
+        place = (row * H + head) * D
+        # Of the step to come, which arrives during this one
+        from_if = gates_if + ((row + 1) * stride_if + head * 2 * D)[None, :]
+        from_zo = gates_zo + ((row + 1) * stride_zo + head * 2 * D)[None, :]
+        i_in, f_in = next_i.to(tl.float32) + bias_i, next_f.to(tl.float32) + bias_f
+        z_in, o_in = next_z.to(tl.float32) + bias_z, next_o.to(tl.float32) + bias_o
+        next_i = tl.load(from_if + bodies[:, None], mask=is_next[None, :], other=0.0)
+        next_f = tl.load(
+            from_if + (D + bodies)[:, None], mask=is_next[None, :], other=0.0
+        )
+        next_z = tl.load(from_zo + bodies[:, None], mask=is_next[None, :], other=0.0)
+        next_o = tl.load(
+            from_zo + (D + bodies)[:, None], mask=is_next[None, :], other=0.0
+        )
 
-        x_if += _multiply_twice(r_if, y, 2 * P, BLOCK_N, WIDE)
-        x_zo += _multiply_twice(r_zo, y, 2 * P, BLOCK_N, WIDE)
+        # The tensor cores take 8 columns, but Triton gives them no fewer than 16.
+        y_twice = _columns(y, y, P, BLOCK_N, element)
+        x = _multiply(r, y_twice, WIDE)
         if Q > 0:
-            x_if_tail = next_if_tail.to(tl.float32) + bias_if_tail
-            x_zo_tail = next_zo_tail.to(tl.float32) + bias_zo_tail
-            next_if_tail = tl.load(
-                from_if[None, :] + gate_at_tail[:, None], mask=is_next, other=0.0
+            tail_twice = _columns(y_tail, y_tail, Q, BLOCK_N, element)
+            x += _multiply(r_tail, tail_twice, WIDE)
+            x_tail = _multiply(r_of_tail, y_twice, WIDE)
+            x_tail += _multiply(r_of_tail_tail, tail_twice, WIDE)
+            i, f, z, o = _by_gate(x_tail, Q, BLOCK_N)
+            i += next_i_tail.to(tl.float32) + bias_i_tail
+            f += next_f_tail.to(tl.float32) + bias_f_tail
+            z += next_z_tail.to(tl.float32) + bias_z_tail
+            o += next_o_tail.to(tl.float32) + bias_o_tail
+            next_i_tail = tl.load(
+                from_if + tails[:, None], mask=is_next[None, :], other=0.0
             )
-            next_zo_tail = tl.load(
-                from_zo[None, :] + gate_at_tail[:, None], mask=is_next, other=0.0
+            next_f_tail = tl.load(
+                from_if + (D + tails)[:, None], mask=is_next[None, :], other=0.0
             )
-            if SAVES:
-                tl.store(before + place + tails[:, None], y_tail, mask=valid)
-            x_if += _multiply_twice(r_if_tail, y_tail, 2 * P, BLOCK_N, WIDE)
-            x_zo += _multiply_twice(r_zo_tail, y_tail, 2 * P, BLOCK_N, WIDE)
-            x_tail = _multiply_twice(r_tail, y, 4 * Q, BLOCK_N, WIDE) + _multiply_twice(
-                r_tail_tail, y_tail, 4 * Q, BLOCK_N, WIDE
+            next_z_tail = tl.load(
+                from_zo + tails[:, None], mask=is_next[None, :], other=0.0
             )
-            # (4*Q,N) -> (2,Q*N…) twice: first the pair of gates, then the gate
-            halves = tl.permute(tl.reshape(x_tail, (2, 2, Q, BLOCK_N)), (2, 3, 1, 0))
-            if_tail, zo_tail = tl.split(halves)
-            i, f = tl.split(if_tail)
-            z, o = tl.split(zo_tail)
-            i_in, f_in = _part(x_if_tail, Q, BLOCK_N)
-            z_in, o_in = _part(x_zo_tail, Q, BLOCK_N)
-            w, not_f, z, o, c_new, log_n_new = _advance(
-                i + i_in, f + f_in, z + z_in, o + o_in, c_tail, log_n_tail
+            next_o_tail = tl.load(
+                from_zo + (D + tails)[:, None], mask=is_next[None, :], other=0.0
             )
-            c_tail = tl.where(valid, c_new, c_tail)
-            log_n_tail = tl.where(valid, log_n_new, log_n_tail)
-            output = o * c_new
-            y_tail = output.to(element)
-            tl.store(outputs + place + tails[:, None], output, mask=valid)
-            if SAVES:
-                tl.store(cs + place + tails[:, None], c_new, mask=valid)
-                pair = pairs + 4 * place + 2 * tails[:, None]
-                pair = pair[:, :, None] + tl.arange(0, 2)[None, None, :]
-                tl.store(pair, tl.join(w, z), mask=valid[:, :, None])
-                tl.store(pair + 2 * D, tl.join(not_f, o), mask=valid[:, :, None])
+            w, not_f, z, o, c_tail, log_n_tail = _advance(
+                i, f, z, o, c_tail, log_n_tail
+            )
+            y_tail = o * c_tail
+            _store_step(
+                outputs,
+                before,
+                gates,
+                cs,
+                place,
+                tails,
+                H,
+                D,
+                y_tail,
+                w,
+                not_f,
+                z,
+                o,
+                c_tail,
+                valid,
+                is_next,
+                SAVES,
+            )
 
-        i, f = _part(x_if, P, BLOCK_N)
-        z, o = _part(x_zo, P, BLOCK_N)
-        w, not_f, z, o, c_new, log_n_new = _advance(i, f, z, o, c, log_n)
-        c = tl.where(valid, c_new, c)
-        log_n = tl.where(valid, log_n_new, log_n)
-        output = o * c_new
-        y = output.to(element)
-        tl.store(outputs + place + bodies[:, None], output, mask=valid)
-        if SAVES:
-            tl.store(cs + place + bodies[:, None], c_new, mask=valid)
-            pair = pairs + 4 * place + 2 * bodies[:, None]
-            pair = pair[:, :, None] + tl.arange(0, 2)[None, None, :]
-            tl.store(pair, tl.join(w, z), mask=valid[:, :, None])
-            tl.store(pair + 2 * D, tl.join(not_f, o), mask=valid[:, :, None])
+        i, f, z, o = _by_gate(x, P, BLOCK_N)
+        w, not_f, z, o, c, log_n = _advance(
+            i + i_in, f + f_in, z + z_in, o + o_in, c, log_n
+        )
+        y = o * c
+        _store_step(
+            outputs,
+            before,
+            gates,
+            cs,
+            place,
+            bodies,
+            H,
+            D,
+            y,
+            w,
+            not_f,
+            z,
+            o,
+            c,
+            valid,
+            is_next,
+            SAVES,
+        )
         t += 1
 
 
 @triton.jit
 def _retreat(grad_y, dh, grad_c, grad_log_n, w, z, not_f, o, c, c_old):  # type: ignore[no-untyped-def]  # as above
     # The gradients of one step; all that is loaded is 0 where a segment has ended.
-    total_y = grad_y + dh
+    total_y = grad_y + dh.to(tl.float32)
     total_c = grad_c + total_y * o
     d_i = total_c * w * (1.0 - w) * (z - c_old) + grad_log_n * w
     grad_log_n -= d_i
@@ -240,24 +319,41 @@ def _retreat(grad_y, dh, grad_c, grad_log_n, w, z, not_f, o, c, c_old):  # type:
 
 
 @triton.jit
-def _columns(x, y, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    # Two of (SIZE,N) -> (SIZE,N*2)
-    return tl.reshape(tl.join(x, y), (SIZE, 2 * BLOCK_N))
+def _load_gates(gates, place, cols, D: tl.constexpr, valid):  # type: ignore[no-untyped-def]  # as above
+    # What `_store_step` stored: w, 1 - sigmoid(f), tanh(z) and sigmoid(o)
+    at = gates + 4 * place[None, :] + cols[:, None]
+    w = tl.load(at, mask=valid[None, :], other=0.0)
+    not_f = tl.load(at + D, mask=valid[None, :], other=0.0)
+    z = tl.load(at + 2 * D, mask=valid[None, :], other=0.0)
+    o = tl.load(at + 3 * D, mask=valid[None, :], other=0.0)
+    return w, not_f, z, o
 
 
 @triton.jit
-def _own_half(x, y, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    # Half 0 of x and half 1 of y, (SIZE,N*2) each, summed
-    own, _ = tl.split(tl.reshape(x, (SIZE, BLOCK_N, 2)))
-    _, other = tl.split(tl.reshape(y, (SIZE, BLOCK_N, 2)))
-    return own + other
+def _store_grads(
+    grad_if, grad_zo, place, cols, D: tl.constexpr, d_i, d_f, d_z, d_o, valid
+):  # type: ignore[no-untyped-def]  # as above
+    # In tensors of shape (C,H,2,D), gate first
+    at = 2 * place[None, :] + cols[:, None]
+    tl.store(grad_if + at, d_i, mask=valid[None, :])
+    tl.store(grad_if + at + D, d_f, mask=valid[None, :])
+    tl.store(grad_zo + at, d_z, mask=valid[None, :])
+    tl.store(grad_zo + at + D, d_o, mask=valid[None, :])
+
+
+@triton.jit
+def _store_sums(grad_bias, cols, D: tl.constexpr, sum_i, sum_f, sum_z, sum_o):  # type: ignore[no-untyped-def]  # as above
+    tl.store(grad_bias + cols, tl.sum(sum_i, 1))
+    tl.store(grad_bias + D + cols, tl.sum(sum_f, 1))
+    tl.store(grad_bias + 2 * D + cols, tl.sum(sum_z, 1))
+    tl.store(grad_bias + 3 * D + cols, tl.sum(sum_o, 1))
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
-def backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
+def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
     begins,
     weight,
-    pairs,
+    gates,
     cs,
     grad_outputs,
     grad_if,
@@ -281,73 +377,68 @@ def backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kerne
     first = first.to(tl.int64)
 
     stack = (expert * H + head).to(tl.int64)
-    element = weight.dtype.element_ty
-    bodies, halves = tl.arange(0, P), tl.arange(0, 2)
-    base = weight + stack * 4 * D * D
-    # R, rows inputs: of i, f, z and o
-    r = base + bodies[:, None] * (4 * D) + bodies[None, :]
-    r_i, r_f = tl.load(r), tl.load(r + D)
-    r_z, r_o = tl.load(r + 2 * D), tl.load(r + 3 * D)
+    element: tl.constexpr = weight.dtype.element_ty
+    # R: rows (half, input), columns outputs, of i and z, and of f and o
+    bodies = tl.arange(0, P)
+    ins = tl.arange(0, 2 * P)
+    from_body = weight + stack * 4 * D * D
+    from_body = from_body + (ins % P * (4 * D) + ins // P * 2 * D)[:, None]
+    r_iz = tl.load(from_body + bodies[None, :])
+    r_fo = tl.load(from_body + D + bodies[None, :])
     zeros = tl.zeros((P, BLOCK_N), tl.float32)
     grad_c, grad_log_n, grad_y = zeros, zeros, zeros
     sum_i, sum_f, sum_z, sum_o = zeros, zeros, zeros, zeros
 
     t = tl.max(lens) - 1
-    row = first + t
-    place = (row * H + head) * D
-    valid = ((t >= 0) & (t < lens))[None, :]
-    has_old = ((t > 0) & (t - 1 < lens))[None, :]
-    at_body = place[None, :] + bodies[:, None]
-    at_pair = (4 * place[None, :] + 2 * bodies[:, None])[:, :, None] + halves
-    next_dh = tl.load(grad_outputs + at_body, mask=valid, other=0.0)
-    next_wz = tl.load(pairs + at_pair, mask=valid[:, :, None], other=0.0)
-    next_fo = tl.load(pairs + at_pair + 2 * D, mask=valid[:, :, None], other=0.0)
-    next_c = tl.load(cs + at_body, mask=valid, other=0.0)
-    next_c_old = tl.load(cs + at_body - H * D, mask=has_old, other=0.0)
+    valid = (t >= 0) & (t < lens)
+    has_old = (t > 0) & (t - 1 < lens)
+    place = ((first + t) * H + head) * D
+    at = place[None, :] + bodies[:, None]
+    next_dh = tl.load(grad_outputs + at, mask=valid[None, :], other=0.0)
+    next_w, next_not_f, next_z, next_o = _load_gates(gates, place, bodies, D, valid)
+    next_c = tl.load(cs + at, mask=valid[None, :], other=0.0)
+    next_c_old = tl.load(cs + at - H * D, mask=has_old[None, :], other=0.0)
     if Q > 0:
         tails = P + tl.arange(0, Q)
-        # The tail's inputs of the gates: (gate, output) in pairs (i, f), (z, o)
-        gate_tails = tl.arange(0, 2 * Q)
-        at_gate_tail = P + (gate_tails // Q) * D + gate_tails % Q
-        r = base + bodies[:, None] * (4 * D) + at_gate_tail[None, :]
-        r_if_tail, r_zo_tail = tl.load(r), tl.load(r + 2 * D)
-        # The tail's rows (half, input): of i and z, of f and o
-        ins = P + gate_tails % Q
-        r = base + (ins * 4 * D + (gate_tails // Q) * 2 * D)[:, None]
-        r_tail_iz = tl.load(r + bodies[None, :])
-        r_tail_fo = tl.load(r + D + bodies[None, :])
-        r_tail_tail = tl.load(r + at_gate_tail[None, :])
+        # The tail's outputs: (gate, output) in pairs (i, f), (z, o)
+        pairs = tl.arange(0, 2 * Q)
+        outs_tail = P + pairs // Q * D + pairs % Q
+        r_tail = tl.load(from_body + outs_tail[None, :])
+        from_tail = weight + stack * 4 * D * D
+        from_tail = (
+            from_tail + ((P + pairs % Q) * (4 * D) + pairs // Q * 2 * D)[:, None]
+        )
+        r_iz_of_tail = tl.load(from_tail + bodies[None, :])
+        r_fo_of_tail = tl.load(from_tail + D + bodies[None, :])
+        r_tail_of_tail = tl.load(from_tail + outs_tail[None, :])
         zeros = tl.zeros((Q, BLOCK_N), tl.float32)
         grad_c_tail, grad_log_n_tail, grad_y_tail = zeros, zeros, zeros
         sum_i_tail, sum_f_tail, sum_z_tail, sum_o_tail = zeros, zeros, zeros, zeros
-        at_tail = place[None, :] + tails[:, None]
-        at_pair_tail = (4 * place[None, :] + 2 * tails[:, None])[:, :, None] + halves
-        next_dh_tail = tl.load(grad_outputs + at_tail, mask=valid, other=0.0)
-        next_wz_tail = tl.load(pairs + at_pair_tail, mask=valid[:, :, None], other=0.0)
-        next_fo_tail = tl.load(
-            pairs + at_pair_tail + 2 * D, mask=valid[:, :, None], other=0.0
+        at = place[None, :] + tails[:, None]
+        next_dh_tail = tl.load(grad_outputs + at, mask=valid[None, :], other=0.0)
+        next_w_tail, next_not_f_tail, next_z_tail, next_o_tail = _load_gates(
+            gates, place, tails, D, valid
         )
-        next_c_tail = tl.load(cs + at_tail, mask=valid, other=0.0)
-        next_c_old_tail = tl.load(cs + at_tail - H * D, mask=has_old, other=0.0)
+        next_c_tail = tl.load(cs + at, mask=valid[None, :], other=0.0)
+        next_c_old_tail = tl.load(cs + at - H * D, mask=has_old[None, :], other=0.0)
 
     while t >= 0:
-        valid = (t < lens)[None, :]
-        # (C,H,2,D), gate first
-        at_gate = ((first + t) * H + head)[None, :] * (2 * D)
-        w, z = tl.split(next_wz)
-        not_f, o = tl.split(next_fo)
+        valid = t < lens
+        is_next = (t > 0) & (t - 1 < lens)
+        has_old = (t > 1) & (t - 2 < lens)
+        row = first + t
+        place = (row * H + head) * D
+        # Of the step to come, which arrives during this one
+        place_next = ((row - 1) * H + head) * D
+        at_next = place_next[None, :] + bodies[:, None]
+        w, not_f, z, o = next_w, next_not_f, next_z, next_o
         dh, c, c_old = next_dh, next_c, next_c_old
-        # What the next step reads arrives during this one.
-        is_next = ((t > 0) & (t - 1 < lens))[None, :]
-        has_old = ((t > 1) & (t - 2 < lens))[None, :]
-        place -= H * D
-        at_body = place[None, :] + bodies[:, None]
-        at_pair = (4 * place[None, :] + 2 * bodies[:, None])[:, :, None] + halves
-        next_dh = tl.load(grad_outputs + at_body, mask=is_next, other=0.0)
-        next_wz = tl.load(pairs + at_pair, mask=is_next[:, :, None], other=0.0)
-        next_fo = tl.load(pairs + at_pair + 2 * D, mask=is_next[:, :, None], other=0.0)
+        next_dh = tl.load(grad_outputs + at_next, mask=is_next[None, :], other=0.0)
+        next_w, next_not_f, next_z, next_o = _load_gates(
+            gates, place_next, bodies, D, is_next
+        )
         next_c = c_old
-        next_c_old = tl.load(cs + at_body - H * D, mask=has_old, other=0.0)
+        next_c_old = tl.load(cs + at_next - H * D, mask=has_old[None, :], other=0.0)
 
         d_i, d_f, d_z, d_o, grad_c, grad_log_n = _retreat(
             grad_y, dh, grad_c, grad_log_n, w, z, not_f, o, c, c_old
@@ -356,100 +447,78 @@ def backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kerne
         sum_f += d_f
         sum_z += d_z
         sum_o += d_o
-        d_i, d_f, d_z, d_o = (
-            d_i.to(element),
-            d_f.to(element),
-            d_z.to(element),
-            d_o.to(element),
-        )
-        of_gate = at_gate + bodies[:, None]
-        tl.store(grad_if + of_gate, d_i, mask=valid)
-        tl.store(grad_if + of_gate + D, d_f, mask=valid)
-        tl.store(grad_zo + of_gate, d_z, mask=valid)
-        tl.store(grad_zo + of_gate + D, d_o, mask=valid)
-        iz = _columns(d_i, d_z, P, BLOCK_N)
-        fo = _columns(d_f, d_o, P, BLOCK_N)
-        dy_if = _multiply(r_i, iz, WIDE) + _multiply(r_f, fo, WIDE)
-        dy_zo = _multiply(r_z, iz, WIDE) + _multiply(r_o, fo, WIDE)
+        _store_grads(grad_if, grad_zo, place, bodies, D, d_i, d_f, d_z, d_o, valid)
+        iz = _columns(d_i, d_z, P, BLOCK_N, element)
+        fo = _columns(d_f, d_o, P, BLOCK_N, element)
+        dy = _multiply(r_iz, iz, WIDE) + _multiply(r_fo, fo, WIDE)
 
         if Q > 0:
-            w, z = tl.split(next_wz_tail)
-            not_f, o = tl.split(next_fo_tail)
-            dh, c, c_old = next_dh_tail, next_c_tail, next_c_old_tail
-            at_tail = place[None, :] + tails[:, None]
-            at_pair_tail = (4 * place[None, :] + 2 * tails[:, None])[
-                :, :, None
-            ] + halves
-            next_dh_tail = tl.load(grad_outputs + at_tail, mask=is_next, other=0.0)
-            next_wz_tail = tl.load(
-                pairs + at_pair_tail, mask=is_next[:, :, None], other=0.0
+            at_tail = place_next[None, :] + tails[:, None]
+            w_tail, not_f_tail, z_tail, o_tail = (
+                next_w_tail,
+                next_not_f_tail,
+                next_z_tail,
+                next_o_tail,
             )
-            next_fo_tail = tl.load(
-                pairs + at_pair_tail + 2 * D, mask=is_next[:, :, None], other=0.0
+            dh_tail, c_new, c_before = next_dh_tail, next_c_tail, next_c_old_tail
+            next_dh_tail = tl.load(
+                grad_outputs + at_tail, mask=is_next[None, :], other=0.0
             )
-            next_c_tail = c_old
-            next_c_old_tail = tl.load(cs + at_tail - H * D, mask=has_old, other=0.0)
-
+            next_w_tail, next_not_f_tail, next_z_tail, next_o_tail = _load_gates(
+                gates, place_next, tails, D, is_next
+            )
+            next_c_tail = c_before
+            next_c_old_tail = tl.load(
+                cs + at_tail - H * D, mask=has_old[None, :], other=0.0
+            )
             d_i_tail, d_f_tail, d_z_tail, d_o_tail, grad_c_tail, grad_log_n_tail = (
                 _retreat(
                     grad_y_tail,
-                    dh,
+                    dh_tail,
                     grad_c_tail,
                     grad_log_n_tail,
-                    w,
-                    z,
-                    not_f,
-                    o,
-                    c,
-                    c_old,
+                    w_tail,
+                    z_tail,
+                    not_f_tail,
+                    o_tail,
+                    c_new,
+                    c_before,
                 )
             )
             sum_i_tail += d_i_tail
             sum_f_tail += d_f_tail
             sum_z_tail += d_z_tail
             sum_o_tail += d_o_tail
-            d_i_tail, d_f_tail, d_z_tail, d_o_tail = (
-                d_i_tail.to(element),
-                d_f_tail.to(element),
-                d_z_tail.to(element),
-                d_o_tail.to(element),
+            _store_grads(
+                grad_if,
+                grad_zo,
+                place,
+                tails,
+                D,
+                d_i_tail,
+                d_f_tail,
+                d_z_tail,
+                d_o_tail,
+                valid,
             )
-            of_tail = at_gate + tails[:, None]
-            tl.store(grad_if + of_tail, d_i_tail, mask=valid)
-            tl.store(grad_if + of_tail + D, d_f_tail, mask=valid)
-            tl.store(grad_zo + of_tail, d_z_tail, mask=valid)
-            tl.store(grad_zo + of_tail + D, d_o_tail, mask=valid)
             # (Q,N*2) twice -> ((gate, output),N*2)
             both = tl.join(
-                _columns(d_i_tail, d_z_tail, Q, BLOCK_N),
-                _columns(d_f_tail, d_o_tail, Q, BLOCK_N),
+                _columns(d_i_tail, d_z_tail, Q, BLOCK_N, tl.float32),
+                _columns(d_f_tail, d_o_tail, Q, BLOCK_N, tl.float32),
             )
             both = tl.reshape(tl.permute(both, (2, 0, 1)), (2 * Q, 2 * BLOCK_N))
-            dy_if += _multiply(r_if_tail, both, WIDE)
-            dy_zo += _multiply(r_zo_tail, both, WIDE)
-            dy_tail = (
-                _multiply(r_tail_iz, iz, WIDE)
-                + _multiply(r_tail_fo, fo, WIDE)
-                + _multiply(r_tail_tail, both, WIDE)
-            )
-            # ((half, input),(segment, half)) -> own halves
-            dy_tail = tl.reshape(dy_tail, (2, Q, 2 * BLOCK_N))
-            first_half, second_half = tl.split(tl.permute(dy_tail, (1, 2, 0)))
-            grad_y_tail = _own_half(first_half, second_half, Q, BLOCK_N)
+            both = both.to(element)
+            dy += _multiply(r_tail, both, WIDE)
+            dy_tail = _multiply(r_iz_of_tail, iz, WIDE)
+            dy_tail += _multiply(r_fo_of_tail, fo, WIDE)
+            dy_tail += _multiply(r_tail_of_tail, both, WIDE)
+            grad_y_tail = _own_half(dy_tail, Q, BLOCK_N)
 
-        grad_y = _own_half(dy_if, dy_zo, P, BLOCK_N)
+        grad_y = _own_half(dy, P, BLOCK_N)
         t -= 1
 
     # In a tensor of shape (E,H,blocks,4,D)
-    at = (stack * tl.num_programs(0) + tl.program_id(0)) * 4 * D
-    at_bias = grad_bias + at + bodies
-    tl.store(at_bias, tl.sum(sum_i, 1))
-    tl.store(at_bias + D, tl.sum(sum_f, 1))
-    tl.store(at_bias + 2 * D, tl.sum(sum_z, 1))
-    tl.store(at_bias + 3 * D, tl.sum(sum_o, 1))
+    grad_bias += (stack * tl.num_programs(0) + tl.program_id(0)) * 4 * D
+    _store_sums(grad_bias, bodies, D, sum_i, sum_f, sum_z, sum_o)
     if Q > 0:
-        at_bias = grad_bias + at + tails
-        tl.store(at_bias, tl.sum(sum_i_tail, 1))
-        tl.store(at_bias + D, tl.sum(sum_f_tail, 1))
-        tl.store(at_bias + 2 * D, tl.sum(sum_z_tail, 1))
-        tl.store(at_bias + 3 * D, tl.sum(sum_o_tail, 1))
+        _store_sums(grad_bias, tails, D, sum_i_tail, sum_f_tail, sum_z_tail, sum_o_tail)

@@ -82,14 +82,14 @@ def test_slstm_rows_match_single_steps(head_dim: int, dtype: torch.dtype) -> Non
     outputs = slstm_rows(*inputs, rows)
     expected = run_steps(*expected_inputs, rows)
 
-    assert outputs.dtype == float32
+    assert outputs.dtype == dtype
     assert_close(outputs.double(), expected, atol=2e-2, rtol=0)
-    assert (outputs - expected).norm() < 2e-3 * expected.norm()
+    assert (outputs - expected).norm() < 4e-3 * expected.norm()
 
     grad = torch.randn(
         expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
     )
-    grads = torch.autograd.grad(outputs, inputs, grad.float())
+    grads = torch.autograd.grad(outputs, inputs, grad.to(dtype))
     expected_grads = torch.autograd.grad(expected, expected_inputs, grad)
     for actual, wanted, leaf in zip(grads, expected_grads, inputs, strict=True):
         assert actual.dtype == leaf.dtype
