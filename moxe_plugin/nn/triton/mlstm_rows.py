@@ -64,9 +64,9 @@ HALF_TILINGS = {
 """For bfloat16 and float16."""
 
 FLOAT_TILINGS = {
-    "forward": Tiling(32, 32, 32, 4, 1),
-    "query_grad": Tiling(32, 32, 32, 4, 1),
-    "key_value_grad": Tiling(32, 32, 32, 4, 1),
+    "forward": Tiling(32, 32, 32, 8, 1),
+    "query_grad": Tiling(32, 32, 32, 8, 1),
+    "key_value_grad": Tiling(32, 32, 32, 8, 1),
 }
 """For float32, whose tiles take twice the space."""
 
