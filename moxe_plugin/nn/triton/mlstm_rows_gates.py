@@ -10,8 +10,8 @@ import triton.language as tl
 from moxe_plugin.nn.triton.mlstm_rows_tiles import place
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
-def larger(x, y):  # type: ignore[no-untyped-def]  # as above
+@triton.jit
+def larger(x, y):  # type: ignore[no-untyped-def]  # Triton has no annotations
     """Combine two values in a running maximum."""
     return tl.maximum(x, y)
 

@@ -35,7 +35,8 @@ def run(
     """Return the outputs of the kernels, and both gradients."""
     from moxe_plugin.nn.triton.mlstm_rows import mlstm_rows
 
-    h = mlstm_rows(*qkv.chunk(3, dim=1), gates, rows, num_heads)
+    q, k, v = qkv.chunk(3, dim=1)
+    h = mlstm_rows(q, k, v, gates, rows, num_heads)
 
     return [h, *torch.autograd.grad(h, [qkv, gates], direction.to(h.dtype))]
 
@@ -153,7 +154,8 @@ def test_what_kernels_cannot_run_is_refused(device: torch.device) -> None:
     rows = ragged_rows([[2]], device)
     qkv, gates, _ = random_inputs(2, 2, 16, device)
 
+    q, k, v = qkv.chunk(3, dim=1)
     with pytest.raises(ValueError, match="float64"):
-        mlstm_rows(*qkv.double().chunk(3, dim=1), gates, rows, 2)
+        mlstm_rows(q.double(), k.double(), v.double(), gates, rows, 2)
     with pytest.raises(ValueError, match="multiple of 16"):
-        mlstm_rows(*qkv.chunk(3, dim=1), gates, rows, 4)
+        mlstm_rows(q, k, v, gates, rows, 4)
