@@ -64,11 +64,24 @@ HALF_TILINGS = {
 """For bfloat16 and float16."""
 
 FLOAT_TILINGS = {
-    "forward": Tiling(32, 32, 32, 4, 1),
-    "query_grad": Tiling(32, 32, 32, 4, 1),
-    "key_value_grad": Tiling(32, 32, 32, 4, 1),
+    "forward": Tiling(32, 32, 32, 8, 1),
+    "query_grad": Tiling(32, 32, 32, 8, 1),
+    "key_value_grad": Tiling(32, 32, 32, 8, 1),
 }
 """For float32, whose tiles take twice the space."""
+
+TF32_TILINGS = {
+    "forward": Tiling(32, 32, 64, 4, 1),
+    "query_grad": Tiling(32, 32, 64, 4, 1),
+    "key_value_grad": Tiling(32, 32, 64, 4, 1),
+}
+"""For float32 that tensor cores may round: other tiles would not fit in registers."""
+
+MAX_HEAD_DIM = 512
+"""Blocks of wider heads would not fit in shared memory."""
+
+_WIDE_HEAD_DIM = 320
+"""Blocks of wider heads do not fit in the registers of fewer than 8 warps."""
 
 _GATE_BLOCK = 256
 """The positions that a program of the gates has at once."""
@@ -87,7 +100,8 @@ def mlstm_rows(
     :param gates: Logarithms of all heads' input gates, then logits of their forget
         gates, float32. *Shape:* ``(C,2H)``.
     :param rows: Where the rows are.
-    :param num_heads: The number of heads H; D is a multiple of 16.
+    :param num_heads: The number of heads H; D is a multiple of 16, 512 at
+        most.
 
     :returns: The outputs ``(C,I)``, in the precision of ``q``.
 
@@ -98,10 +112,10 @@ def mlstm_rows(
             f"q must be float32, bfloat16 or float16 and gates float32, but they are "
             f"{q.dtype} and {gates.dtype}."
         )
-    if q.size(1) % (16 * num_heads) != 0:
+    if q.size(1) % (16 * num_heads) != 0 or q.size(1) > MAX_HEAD_DIM * num_heads:
         raise ValueError(
-            f"The width of a head must be a multiple of 16, but {num_heads} heads have "
-            f"{q.size(1)} channels."
+            f"The width of a head must be a multiple of 16 up to {MAX_HEAD_DIM}, but "
+            f"{num_heads} heads have {q.size(1)} channels."
         )
 
     return _MLSTMRows.apply(q, k, v, gates, rows, num_heads)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
@@ -267,8 +281,11 @@ def _options(
 def _cached_options(
     kernel: str, dtype: torch.dtype, head_dim: int, highest: bool
 ) -> tuple[int, dict[str, Any]]:
-    is_float = dtype == torch.float32
-    tiling = (FLOAT_TILINGS if is_float else HALF_TILINGS)[kernel]
+    if dtype != torch.float32:
+        tiling = HALF_TILINGS[kernel]
+    else:
+        tiling = (FLOAT_TILINGS if highest else TF32_TILINGS)[kernel]
+    num_warps = 8 if head_dim > _WIDE_HEAD_DIM else tiling.num_warps
     is_interpreted = bool(triton.knobs.runtime.interpret)
     own = tiling.block_s if kernel == "key_value_grad" else tiling.block_t
 
@@ -278,8 +295,8 @@ def _cached_options(
         "BLOCK_S": tiling.block_s,
         "BLOCK_D": min(tiling.block_d, triton.next_power_of_2(head_dim)),
         "WIDE": is_interpreted and dtype == torch.bfloat16,
-        "PRECISION": "ieee" if is_float and highest else "tf32",
+        "PRECISION": "ieee" if dtype == torch.float32 and highest else "tf32",
         "INTERPRETED": is_interpreted,
-        "num_warps": tiling.num_warps,
+        "num_warps": num_warps,
         "num_stages": tiling.num_stages,
     }

@@ -170,10 +170,11 @@ def add_key_value_grads(  # type: ignore[no-untyped-def]  # as above
     from_norm = tl.load(grad_small + 2 * plane + t, mask=valid & is_key, other=0.0)
     shift = tl.load(grad_small + 3 * plane + t, mask=valid, other=0.0)
 
-    # Keys first, so that no tile of weights has to be transposed.
-    weights = multiply_all(xs, ys, NUM, BLOCK_S, BLOCK_T, WIDE, PRECISION)
-    weights += from_norm[None, :]
-    weights *= decays(a[:, None], shift[None, :], s[:, None], t[None, :], length)
+    # Queries first: a thread has few rows, and what it knows of each is in registers.
+    weights = multiply_all(ys, xs, NUM, BLOCK_T, BLOCK_S, WIDE, PRECISION)
+    weights += from_norm[:, None]
+    weights *= decays(a[None, :], shift[:, None], s[None, :], t[:, None], length)
+    weights = tl.trans(weights.to(z.dtype.element_ty))
     # Not before: they take the place of the others in shared memory.
     zs = load_tiles(z, stride_z, t, valid, D, BLOCK_D)
     return add_weighted(totals, weights, zs, NUM, WIDE, PRECISION)
@@ -248,19 +249,20 @@ def key_value_grad_kernel(  # type: ignore[no-untyped-def]  # as above
             )
             start += BLOCK_T
     else:
-        for start in range(first, length, BLOCK_T):
+        # What is moved out of this loop would not fit in registers beside it.
+        for start in tl.range(first, length, BLOCK_T, disable_licm=True):
             totals = add_key_value_grads(
                 *(totals, xs, is_key, a, s, start, y, z, grad_small),
                 *(stride_y, stride_z, plane, length),
                 *(D, BLOCK_T, BLOCK_S, BLOCK_D, WIDE, PRECISION),
             )
 
-    grad = tl.where(is_key, grad_k, grad_v)
-    stride_grad = tl.where(is_key, stride_grad_k, stride_grad_v)
-    store_tiles(grad, stride_grad, s, valid, totals, D, BLOCK_D)
     if is_key:
+        store_tiles(grad_k, stride_grad_k, s, valid, totals, D, BLOCK_D)
         ks = load_tiles(k, stride_k, s, valid, D, BLOCK_D)
         grad_a = tl.zeros((BLOCK_S,), tl.float32)
         for i in tl.static_range(NUM):
             grad_a += tl.sum(totals[i] * ks[i].to(tl.float32), 1)
         tl.store(grad_small + plane + s, grad_a, mask=valid)
+    else:
+        store_tiles(grad_v, stride_grad_v, s, valid, totals, D, BLOCK_D)

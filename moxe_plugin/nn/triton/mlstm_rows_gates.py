@@ -10,8 +10,8 @@ import triton.language as tl
 from moxe_plugin.nn.triton.mlstm_rows_tiles import place
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
-def larger(x, y):  # type: ignore[no-untyped-def]  # as above
+@triton.jit
+def larger(x, y):  # type: ignore[no-untyped-def]  # Triton has no annotations
     """Combine two values in a running maximum."""
     return tl.maximum(x, y)
 
@@ -91,7 +91,10 @@ def gate_grad_kernel(  # type: ignore[no-untyped-def]  # as above
 
         grad_decay = grad_m - grad_a
         grad_log_forget = later + tl.cumsum(grad_decay, 0, reverse=True)
-        grad_forget = grad_log_forget / (1.0 + tl.exp(forget_preact))
+        # 1 - sigmoid(f), of exponents that cannot overflow
+        small_exp = tl.exp(-tl.abs(forget_preact))
+        closing = tl.where(forget_preact > 0.0, small_exp, 1.0) / (1.0 + small_exp)
+        grad_forget = grad_log_forget * closing
 
         out = grad_gates + (begin + t) * 2 * num_heads + head
         tl.store(out, grad_a, mask=valid)

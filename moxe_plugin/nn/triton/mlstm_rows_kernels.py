@@ -119,6 +119,6 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # as above
     inverse = 1.0 / (tl.maximum(tl.abs(denominator), floor) + eps)
     hs = ()
     for i in tl.static_range(NUM):
-        hs = hs + (totals[i] * inverse[:, None],)  # noqa: RUF005  # as above
+        hs = hs + (totals[i] * inverse[:, None],)  # type: ignore[assignment]  # noqa: RUF005  # as above
     store_tiles(h + begin * stride_h + head * D, stride_h, t, valid, hs, D, BLOCK_D)
     tl.store(small + 3 * plane + t, denominator, mask=valid)

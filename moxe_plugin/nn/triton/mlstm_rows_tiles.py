@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
-def place(begins, num_blocks, num_rows):  # type: ignore[no-untyped-def]  # as above
+@triton.jit
+def place(begins, num_blocks, num_rows):  # type: ignore[no-untyped-def]  # Triton has no annotations
     """Tell a program its block, its segment's first row and length, and its head.
 
     The head comes first as a number, then as where its row of ``(H,C)`` has the
@@ -50,7 +50,7 @@ def load_tiles(  # type: ignore[no-untyped-def]  # as above
         mask = valid[:, None]
         if start + BLOCK_D > D:
             mask = mask & (cols < D)[None, :]
-        tiles = tiles + (  # noqa: RUF005  # Triton has no starred tuples
+        tiles = tiles + (  # type: ignore[assignment]  # noqa: RUF005  # Triton has no starred tuples
             tl.load(at + steps[:, None] * stride + cols[None, :], mask=mask, other=0.0),
         )
     return tiles
@@ -80,7 +80,7 @@ def zero_tiles(  # type: ignore[no-untyped-def]  # as above
     """Make a tuple of tiles to add to."""
     tiles = ()
     for _ in tl.static_range(NUM):
-        tiles = tiles + (tl.zeros((BLOCK, BLOCK_D), tl.float32),)  # noqa: RUF005  # as above
+        tiles = tiles + (tl.zeros((BLOCK, BLOCK_D), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005  # as above
     return tiles
 
 
@@ -109,11 +109,11 @@ def add_weighted(  # type: ignore[no-untyped-def]  # as above
     weights = weights.to(xs[0].dtype)
     new = ()
     for i in tl.static_range(NUM):
-        new = new + (product(weights, xs[i], totals[i], WIDE, PRECISION),)  # noqa: RUF005  # as above
+        new = new + (product(weights, xs[i], totals[i], WIDE, PRECISION),)  # type: ignore[assignment]  # noqa: RUF005  # as above
     return new
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit
 def decays(a, peak, s, t, length):  # type: ignore[no-untyped-def]  # as above
     """Weigh keys ``s`` at queries ``t``; each argument has the axis of its side."""
     # Masked before exp, which could overflow for keys that are in the future.

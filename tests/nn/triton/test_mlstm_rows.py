@@ -35,7 +35,8 @@ def run(
     """Return the outputs of the kernels, and both gradients."""
     from moxe_plugin.nn.triton.mlstm_rows import mlstm_rows
 
-    h = mlstm_rows(*qkv.chunk(3, dim=1), gates, rows, num_heads)
+    q, k, v = qkv.chunk(3, dim=1)
+    h = mlstm_rows(q, k, v, gates, rows, num_heads)
 
     return [h, *torch.autograd.grad(h, [qkv, gates], direction.to(h.dtype))]
 
@@ -88,3 +89,73 @@ def test_kernels_are_the_reference_with_all_gradients(
     for x, y in zip(actual, [h, *grads], strict=True):
         atol = tolerance * y.abs().max().item()
         assert_close(x.double(), y.double(), rtol=tolerance, atol=atol)
+
+
+def test_gradients_are_written_between_others(device: torch.device) -> None:
+    from moxe_plugin.nn.triton.mlstm_rows import (
+        mlstm_rows_backward,
+        mlstm_rows_forward,
+    )
+
+    num_heads, head_dim = 2, 16
+    width = num_heads * head_dim
+    rows = ragged_rows([[3, 18]], device)
+    qkv, gates, direction = random_inputs(rows.num_rows, num_heads, head_dim, device)
+    expected = run(
+        *(qkv.requires_grad_(), gates.requires_grad_(), rows, num_heads, direction)
+    )
+
+    with torch.no_grad():
+        q, k, v = qkv.chunk(3, dim=1)
+        # Rows of gates and outputs are farther apart than they are wide, too.
+        wide_gates = torch.cat([gates, gates], dim=1)[:, : 2 * num_heads]
+        grad_h = torch.cat([direction, direction], dim=1)[:, :width]
+        h, small = mlstm_rows_forward(q, k, v, wide_gates, rows, num_heads)
+        grad = torch.full((rows.num_rows, 4 * width), 7.0, device=device)
+        grads = grad.split(width, dim=1)
+        grad_gates = mlstm_rows_backward(
+            *(q, k, v, wide_gates, h, small, grad_h, *grads[:3], rows)
+        )
+
+    for x, y in zip([h, grad[:, : 3 * width], grad_gates], expected, strict=True):
+        assert_close(x, y, rtol=0, atol=0)
+    assert (grads[3] == 7).all()
+
+
+def test_no_rows_are_no_work(device: torch.device) -> None:
+    rows = ragged_rows([[0, 0], [0, 0]], device)
+    qkv, gates, direction = random_inputs(0, 2, 16, device)
+
+    h, grad_qkv, grad_gates = run(
+        *(qkv.requires_grad_(), gates.requires_grad_(), rows, 2, direction)
+    )
+
+    assert h.shape == (0, 32)
+    assert grad_qkv.shape == (0, 96)
+    assert grad_gates.shape == (0, 4)
+
+
+@pytest.mark.parametrize("gate", [-1e4, -80.0, 80.0, 1e4])
+def test_kernels_are_finite_at_extreme_gates(gate: float, device: torch.device) -> None:
+    rows = ragged_rows([[20]], device)
+    qkv, gates, direction = random_inputs(20, 2, 16, device)
+    gates[:, 0] = gate
+    gates[:, 1] = -gate
+    gates[:, 2] = -gate
+    gates[10:, 3] = gate
+
+    for x in run(qkv.requires_grad_(), gates.requires_grad_(), rows, 2, direction):
+        assert x.isfinite().all()
+
+
+def test_what_kernels_cannot_run_is_refused(device: torch.device) -> None:
+    from moxe_plugin.nn.triton.mlstm_rows import mlstm_rows
+
+    rows = ragged_rows([[2]], device)
+    qkv, gates, _ = random_inputs(2, 2, 16, device)
+
+    q, k, v = qkv.chunk(3, dim=1)
+    with pytest.raises(ValueError, match="float64"):
+        mlstm_rows(q.double(), k.double(), v.double(), gates, rows, 2)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        mlstm_rows(q, k, v, gates, rows, 4)
