@@ -1,8 +1,9 @@
-"""Products of the rows of experts by torch alone, for devices on which the host waits.
+"""Products of the rows of experts by torch alone, for GPUs.
 
-No gradients here. A product is some microseconds on a GPU, and so is each view that the
-host makes for it: all views of a tensor are made by one call, and results are written
-where they belong. cuBLAS takes any matrix of which one stride is 1, results too.
+No gradients here. A product takes a GPU some microseconds, and each view that the host
+makes for it takes as long: all views of a tensor are made by one call, and results are
+written where they belong. cuBLAS takes any matrix of which one stride is 1, also for
+results; with others torch copies.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def expert_products(
     out = rows.new_empty(rows.size(0), weight.size(2))
     parts = zip(
         counts,
-        rows.split_with_sizes(counts),  # type: ignore[no-untyped-call]  # torch
+        rows.split_with_sizes(counts),
         weight.unbind(),
-        out.split_with_sizes(counts),  # type: ignore[no-untyped-call]  # torch
+        out.split_with_sizes(counts),
         strict=True,
     )
     for count, x, w, y in parts:
@@ -70,8 +71,8 @@ def expert_outer_products(lhs: Tensor, rhs: Tensor, counts: Sequence[int]) -> Te
 
     out = lhs.new_empty(len(counts), lhs.size(1), rhs.size(1))
     parts = zip(
-        lhs.t().split_with_sizes(counts, 1),  # type: ignore[no-untyped-call]  # torch
-        rhs.split_with_sizes(counts),  # type: ignore[no-untyped-call]  # torch
+        lhs.t().split_with_sizes(counts, 1),
+        rhs.split_with_sizes(counts),
         out.unbind(),
         strict=True,
     )
@@ -100,9 +101,9 @@ def head_products(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor
 
     parts = zip(
         counts,
-        lhs.split_with_sizes(counts, 1),  # type: ignore[no-untyped-call]  # torch
+        lhs.split_with_sizes(counts, 1),
         weight.unbind(),
-        result.split_with_sizes(counts, 1),  # type: ignore[no-untyped-call]  # torch
+        result.split_with_sizes(counts, 1),
         strict=True,
     )
     for count, x, w, y in parts:
@@ -130,8 +131,8 @@ def head_outer_products(
     others = rhs.view(num_rows, num_groups, num_out).transpose(0, 1)
 
     parts = zip(
-        columns.split_with_sizes(counts, 2),  # type: ignore[no-untyped-call]  # torch
-        others.split_with_sizes(counts, 1),  # type: ignore[no-untyped-call]  # torch
+        columns.split_with_sizes(counts, 2),
+        others.split_with_sizes(counts, 1),
         out.unbind(),
         strict=True,
     )
