@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moxe_plugin.nn.expert_products import head_outer_products, head_products
 from moxe_plugin.nn.native import products as native
 from moxe_plugin.nn.native.products import Product
 from moxe_plugin.nn.products import multiply_all, runs_native
@@ -69,6 +70,9 @@ def multiply_rows(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor
 
     :returns: *Shape:* ``(C,G*out)``.
     """
+    if rows.is_cuda:
+        return head_products(rows, weight, counts)
+
     out = rows.new_empty(rows.size(0), weight.size(1) * weight.size(3))
 
     if runs_native(rows, weight):
@@ -103,6 +107,11 @@ def multiply_columns(
         1. *Shape:* ``(E,G,in,out)``.
     :param counts: The number of rows of each expert, C in all.
     """
+    if lhs.is_cuda:
+        head_outer_products(lhs, rhs, out, counts)
+
+        return
+
     if runs_native(lhs, rhs, out):
         native.multiply_columns(lhs, rhs, out, counts)
 

@@ -91,7 +91,7 @@ def _sum_up(
     widths: tuple[int, ...],
 ) -> None:
     width = partials.size(1)
-    block_rows, block_cols = _NARROW if width < 8192 else _WIDE
+    block_rows, block_cols = _NARROW if width < 2048 else _WIDE
     grid = (triton.cdiv(width, block_cols), rows.num_experts)
     _sum_kernel[grid](
         *(partials, rows.begins, out, rows.num_seqs, width, rows_per_block),
@@ -157,12 +157,10 @@ def _sum_kernel(  # type: ignore[no-untyped-def]  # as above
             slot += BLOCK_ROWS
 
     # (E,width) of each part, one after the other
-    at = expert * WIDTHS[0] + cols
+    at = cols
     first = 0
     for i in tl.static_range(len(WIDTHS)):
-        inside = (cols >= first) & (cols < first + WIDTHS[i])
-        at = tl.where(
-            inside, NUM_EXPERTS * first + expert * WIDTHS[i] + cols - first, at
-        )
+        shift = (NUM_EXPERTS - 1) * first + expert * WIDTHS[i]
+        at = tl.where(cols >= first, cols + shift, at)
         first += WIDTHS[i]
     tl.store(out + at, tl.sum(total, 0).to(out.dtype.element_ty), mask=cols < width)

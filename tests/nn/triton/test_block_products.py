@@ -19,7 +19,7 @@ from moxe_plugin.nn.triton.block_products import (
 
 NUM_HEADS = 3
 LAYOUTS = [
-    pytest.param([[40, 0, 1], [0] * 3, [1, 5, 0], [64, 0, 9], [0] * 3], id="idle"),
+    pytest.param([[40, 0, 1], [0] * 3, [1, 5, 0], [64, 0, 9]], id="idle"),
     pytest.param([[0], [64], [64]], id="whole_blocks"),
     pytest.param([[0, 0], [0, 0]], id="no_row"),
     pytest.param([[75, 0, 66]], id="no_bank"),
@@ -98,9 +98,11 @@ def test_kernels_are_the_products_of_the_block_with_gradients(
     convolved, conv_input, weights = draw(rows, num_groups, block, dtype)
 
     leaves = leaves_of(convolved, conv_input, *weights, dtype=dtype)
-    actual = project_cell_inputs(*leaves[:2], CellWeights(*leaves[2:]), rows)
+    u, a, *params = leaves
+    actual = project_cell_inputs(u, a, CellWeights(*params), rows)
     exact = leaves_of(convolved, conv_input, *weights, dtype=float64)
-    expected = compute_reference(*exact[:2], CellWeights(*exact[2:]), rows)
+    u, a, *params = exact
+    expected = compute_reference(u, a, CellWeights(*params), rows)
 
     assert [x.dtype for x in actual] == [dtype, float32]
     directions = [torch.randn_like(x) for x in actual]

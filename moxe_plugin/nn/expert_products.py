@@ -1,0 +1,149 @@
+"""Products of the rows of experts by torch alone, for GPUs.
+
+No gradients here. A product takes a GPU some microseconds, and each view that the host
+makes for it takes as long: all views of a tensor are made by one call, and results are
+written where they belong. cuBLAS takes any matrix of which one stride is 1, also for
+results; with others torch copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MAX_LOOP = 8
+"""Up to so many experts are multiplied one by one."""
+
+
+def expert_products(
+    rows: Tensor,
+    weight: Tensor,
+    counts: Sequence[int],
+    ends: Tensor | None = None,
+) -> Tensor:
+    """Multiply rows by their expert's weight.
+
+    More than 8 experts are multiplied by one kernel, if it is possible: rows are
+    bfloat16, the widths multiples of 8, and ``ends`` is given.
+
+    :param rows: Sorted by expert. *Shape:* ``(C,in)``.
+    :param weight: *Shape:* ``(E,in,out)``.
+    :param counts: The number of rows of each expert, C in all.
+    :param ends: Where the rows of each expert end, int32, on the rows' device. *Shape:*
+        ``(E)``.
+
+    :returns: *Shape:* ``(C,out)``.
+    """
+    if len(counts) == 1:
+        return torch.mm(rows, weight[0])
+
+    if ends is not None and len(counts) > _MAX_LOOP and _fits_one_kernel(rows, weight):
+        return torch._grouped_mm(rows, weight, offs=ends)
+
+    out = rows.new_empty(rows.size(0), weight.size(2))
+    parts = zip(
+        counts,
+        rows.split_with_sizes(counts),
+        weight.unbind(),
+        out.split_with_sizes(counts),
+        strict=True,
+    )
+    for count, x, w, y in parts:
+        if count > 0:
+            torch.mm(x, w, out=y)
+
+    return out
+
+
+def expert_outer_products(lhs: Tensor, rhs: Tensor, counts: Sequence[int]) -> Tensor:
+    """Compute each expert's ``lhs^T rhs``.
+
+    :param lhs: Sorted by expert. *Shape:* ``(C,in)``.
+    :param rhs: Sorted by expert. *Shape:* ``(C,out)``.
+    :param counts: The number of rows of each expert, C in all.
+
+    :returns: 0 for an expert without a row. *Shape:* ``(E,in,out)``.
+    """
+    if len(counts) == 1:
+        return torch.mm(lhs.t(), rhs).unsqueeze(0)
+
+    out = lhs.new_empty(len(counts), lhs.size(1), rhs.size(1))
+    parts = zip(
+        lhs.t().split_with_sizes(counts, 1),
+        rhs.split_with_sizes(counts),
+        out.unbind(),
+        strict=True,
+    )
+    for x, y, z in parts:
+        # Of no rows, torch makes 0.
+        torch.mm(x, y, out=z)
+
+    return out
+
+
+def head_products(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+    """Multiply rows by their expert's weights, one for each group of channels.
+
+    :param rows: Sorted by expert. *Shape:* ``(C,G*in)``.
+    :param weight: *Shape:* ``(E,G,in,out)``.
+    :param counts: The number of rows of each expert, C in all.
+
+    :returns: *Shape:* ``(C,G*out)``.
+    """
+    _, num_groups, num_in, num_out = weight.shape
+    num_rows = rows.size(0)
+    out = rows.new_empty(num_rows, num_groups * num_out)
+    # (C,G*D) -> (G,C,D)
+    lhs = rows.view(num_rows, num_groups, num_in).transpose(0, 1)
+    result = out.view(num_rows, num_groups, num_out).transpose(0, 1)
+
+    parts = zip(
+        counts,
+        lhs.split_with_sizes(counts, 1),
+        weight.unbind(),
+        result.split_with_sizes(counts, 1),
+        strict=True,
+    )
+    for count, x, w, y in parts:
+        if count > 0:
+            torch.bmm(x, w, out=y)
+
+    return out
+
+
+def head_outer_products(
+    lhs: Tensor, rhs: Tensor, out: Tensor, counts: Sequence[int]
+) -> None:
+    """Compute each expert's ``lhs^T rhs``, for each group of channels.
+
+    :param lhs: Sorted by expert. *Shape:* ``(C,G*in)``.
+    :param rhs: Sorted by expert. *Shape:* ``(C,G*out)``.
+    :param out: Where the results go, 0 for an expert without a row; its last stride is
+        1. *Shape:* ``(E,G,in,out)``.
+    :param counts: The number of rows of each expert, C in all.
+    """
+    _, num_groups, num_in, num_out = out.shape
+    num_rows = lhs.size(0)
+    # (C,G*in) -> (G,in,C)
+    columns = lhs.view(num_rows, num_groups, num_in).permute(1, 2, 0)
+    others = rhs.view(num_rows, num_groups, num_out).transpose(0, 1)
+
+    parts = zip(
+        columns.split_with_sizes(counts, 2),
+        others.split_with_sizes(counts, 1),
+        out.unbind(),
+        strict=True,
+    )
+    for x, y, z in parts:
+        torch.bmm(x, y, out=z)
+
+
+def _fits_one_kernel(rows: Tensor, weight: Tensor) -> bool:
+    # It wants strides that are multiples of 16 bytes.
+    return (
+        rows.dtype == torch.bfloat16
+        and rows.stride(1) == 1
+        and all(size % 8 == 0 for size in (rows.stride(0), *weight.shape[1:]))
+    )
