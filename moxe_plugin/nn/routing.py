@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -54,6 +55,34 @@ class Routing(NamedTuple):
     expert_weights: Tensor
     """The weights of the chosen experts, eq. (9); 0 at empty places; rows sum to 1.
     *Shape:* ``(T,K)``."""
+
+
+def stack_routings(routings: Sequence[Routing]) -> Routing:
+    """Put the routings of all layers into one, as losses and statistics take it.
+
+    So little work for each layer takes a GPU less time than a call for each.
+
+    :param routings: The routings of the L layers.
+
+    :returns: The routing, in whose tensors a dimension L follows that of the tokens.
+    """
+
+    # (T,…) each -> (L,T,…) -> (T,L,…): each layer's gradient is then contiguous.
+    def stack(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(tensors)).transpose(0, 1)
+
+    logits, biased, probs, unbiased, _, indices, weights = zip(*routings, strict=True)
+    difficulties = [r.difficulty for r in routings if r.difficulty is not None]
+
+    return Routing(
+        stack(logits),
+        stack(biased),
+        stack(probs),
+        stack(unbiased),
+        stack(difficulties) if difficulties else None,
+        stack(indices),
+        stack(weights),
+    )
 
 
 class Router(Module, ABC):
@@ -243,9 +272,9 @@ def normalized_entropy(probs: Tensor) -> Tensor:
     ``-sum_i p_i ln(max(p_i, 1e-6)) / ln(E)``: MoxE eq. (11). The floor inside the
     logarithm is that of the authors' code; it keeps the gradient finite.
 
-    :param probs: Probabilities. *Shape:* ``(T,E)``.
+    :param probs: Probabilities. *Shape:* ``(T,…,E)``.
 
-    :returns: Entropies in [0, 1], no unit. *Shape:* ``(T)``.
+    :returns: Entropies in [0, 1], no unit. *Shape:* ``(T,…)``.
 
     :raises ValueError: ``E`` is 1, for which normalized entropy is undefined.
     """
@@ -259,7 +288,7 @@ def normalized_entropy(probs: Tensor) -> Tensor:
 
     log_probs = probs.clamp(min=MIN_ENTROPY_PROB).log()
 
-    return -(probs * log_probs).sum(dim=-1) / math.log(num_experts)
+    return (probs * log_probs).sum(dim=-1) / -math.log(num_experts)
 
 
 def _lecun_normal_(tensor: Tensor, *, fan_in: int) -> None:
