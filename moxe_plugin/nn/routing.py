@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -233,26 +234,26 @@ class DifficultyRouter(Router):
 
     @override
     def _route(self, hidden: Tensor) -> Routing:
-        logits = self._score(hidden)
+        # (T,M) -> (T,E+1): one product reads the hidden states once.
+        weight = torch.cat([self.weight, self.difficulty_weight.unsqueeze(0)])
+        scores = linear(hidden, weight.to(hidden.dtype))
+        logits, score = scores.split([self.num_experts, 1], dim=-1)
 
-        # (T,M) -> (T,1)
-        difficulty = sigmoid(
-            linear(
-                hidden,
-                self.difficulty_weight.unsqueeze(0).to(hidden.dtype),
-                self.difficulty_bias.to(hidden.dtype),
-            )
+        if self.bias is not None:
+            logits = logits + self.bias.to(hidden.dtype)
+
+        difficulty = sigmoid(score + self.difficulty_bias.to(hidden.dtype))
+
+        signs = _difficulty_signs(
+            self.num_mlstm_experts,
+            self.num_experts,
+            self.difficulty_bias_scale,
+            hidden.dtype,
+            hidden.device,
         )
 
-        strength = self.difficulty_bias_scale * self.modulation(difficulty)
-
-        num_mlstm = self.num_mlstm_experts
-        num_others = self.num_experts - num_mlstm
-
-        # (T,1) -> (T,E)
-        biased_logits = logits + torch.cat(
-            [strength.expand(-1, num_mlstm), -strength.expand(-1, num_others)], dim=-1
-        )
+        # The strength times the sign: no copies of the strengths of all experts.
+        biased_logits = torch.addcmul(logits, self.modulation(difficulty), signs)
 
         probs = softmax(biased_logits, dim=-1)
 
@@ -289,6 +290,22 @@ def normalized_entropy(probs: Tensor) -> Tensor:
     log_probs = probs.clamp(min=MIN_ENTROPY_PROB).log()
 
     return (probs * log_probs).sum(dim=-1) / -math.log(num_experts)
+
+
+@lru_cache(maxsize=32)
+def _difficulty_signs(
+    num_mlstm_experts: int,
+    num_experts: int,
+    scale: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    # An evaluation may be first, whose tensors could not be used in training.
+    with torch.inference_mode(False):
+        signs = torch.full((num_experts,), -scale, dtype=dtype, device=device)
+        signs[:num_mlstm_experts] = scale
+
+    return signs
 
 
 def _lecun_normal_(tensor: Tensor, *, fan_in: int) -> None:
