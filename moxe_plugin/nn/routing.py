@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor, float32, promote_types
 from torch.nn import Module, Parameter
-from torch.nn.functional import linear, sigmoid, softmax
+from torch.nn.functional import linear, softmax
 from torch.nn.init import trunc_normal_, zeros_
 from typing_extensions import override
-
-from moxe_plugin.nn.modulation import Modulation, standard_modulation
 
 if TYPE_CHECKING:
     from moxe_plugin.nn.selection import ExpertSelection
@@ -117,7 +114,7 @@ class Router(Module, ABC):
 
     def reset_parameters(self) -> None:
         """Reset the parameters to their initial values."""
-        _lecun_normal_(self.weight, fan_in=self.model_dim)
+        lecun_normal_(self.weight, fan_in=self.model_dim)
 
         if self.bias is not None:
             zeros_(self.bias)
@@ -167,106 +164,6 @@ class StandardRouter(Router):
         return Routing(logits, logits, probs, probs, None, *self.selection(probs))
 
 
-class DifficultyRouter(Router):
-    """Routes hard tokens towards the mLSTM experts: MoxE eqs. (5)-(8).
-
-    ``d = sigmoid(w_d h + b_d)``; with ``s = gamma * modulation(d)`` the mLSTM experts
-    ``0 .. num_mlstm_experts - 1`` get the bias ``+s`` and all others ``-s``.
-
-    :param model_dim: The dimensionality of the model.
-    :param selection: Chooses experts by their probabilities, after the difficulty bias.
-    :param num_mlstm_experts: How many of the first experts hard tokens are sent to. In
-        the paper it is half of them; we leave it free.
-    :param difficulty_bias_scale: The scale gamma of the bias.
-    :param modulation: How strongly a difficulty acts: :func:`standard_modulation`, or
-        a :class:`MaskedModulation` or :class:`ProportionalModulation`.
-    :param bias: Whether the scores have a learned bias ``b_r``.
-
-    :raises ValueError: ``num_mlstm_experts`` does not fit the number of experts, or
-        ``difficulty_bias_scale`` is negative.
-    """
-
-    difficulty_weight: Parameter
-    difficulty_bias: Parameter
-
-    def __init__(
-        self,
-        model_dim: int,
-        selection: ExpertSelection,
-        *,
-        num_mlstm_experts: int,
-        difficulty_bias_scale: float,
-        modulation: Modulation = standard_modulation,
-        bias: bool = False,
-    ) -> None:
-        super().__init__(model_dim, selection, bias=bias)
-
-        if not 0 < num_mlstm_experts < self.num_experts:
-            raise ValueError(
-                "`num_mlstm_experts` must be greater than 0 and less than "
-                f"`num_experts` ({self.num_experts}), but is {num_mlstm_experts} "
-                "instead."
-            )
-
-        if not difficulty_bias_scale >= 0.0:
-            raise ValueError(
-                "`difficulty_bias_scale` must be greater than or equal to 0, but is "
-                f"{difficulty_bias_scale} instead."
-            )
-
-        self.num_mlstm_experts = num_mlstm_experts
-        self.difficulty_bias_scale = difficulty_bias_scale
-        self.modulation = modulation
-
-        self.difficulty_weight = Parameter(torch.empty(model_dim))
-        # FSDP2 refuses parameters without a dimension.
-        self.difficulty_bias = Parameter(torch.empty(1))
-
-        self.reset_parameters()
-
-    @override
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-
-        _lecun_normal_(self.difficulty_weight, fan_in=self.model_dim)
-
-        zeros_(self.difficulty_bias)
-
-    @override
-    def _route(self, hidden: Tensor) -> Routing:
-        # (T,M) -> (T,E+1): one product reads the hidden states once.
-        weight = torch.cat([self.weight, self.difficulty_weight.unsqueeze(0)])
-        scores = linear(hidden, weight.to(hidden.dtype))
-        logits, score = scores.split([self.num_experts, 1], dim=-1)
-
-        if self.bias is not None:
-            logits = logits + self.bias.to(hidden.dtype)
-
-        difficulty = sigmoid(score + self.difficulty_bias.to(hidden.dtype))
-
-        signs = _difficulty_signs(
-            self.num_mlstm_experts,
-            self.num_experts,
-            self.difficulty_bias_scale,
-            hidden.dtype,
-            hidden.device,
-        )
-
-        # The strength times the sign: no copies of the strengths of all experts.
-        biased_logits = torch.addcmul(logits, self.modulation(difficulty), signs)
-
-        probs = softmax(biased_logits, dim=-1)
-
-        return Routing(
-            logits,
-            biased_logits,
-            probs,
-            softmax(logits, dim=-1),
-            difficulty.squeeze(-1),
-            *self.selection(probs),
-        )
-
-
 def normalized_entropy(probs: Tensor) -> Tensor:
     """Compute the entropy of distributions over experts as a share of its maximum.
 
@@ -292,24 +189,14 @@ def normalized_entropy(probs: Tensor) -> Tensor:
     return (probs * log_probs).sum(dim=-1) / -math.log(num_experts)
 
 
-@lru_cache(maxsize=32)
-def _difficulty_signs(
-    num_mlstm_experts: int,
-    num_experts: int,
-    scale: float,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    # An evaluation may be first, whose tensors could not be used in training.
-    with torch.inference_mode(False):
-        signs = torch.full((num_experts,), -scale, dtype=dtype, device=device)
-        signs[:num_mlstm_experts] = scale
+def lecun_normal_(tensor: Tensor, *, fan_in: int) -> None:
+    """Draw from a normal distribution of standard deviation ``fan_in ** -0.5``.
 
-    return signs
+    As in JAX it is truncated, and wider by as much as truncation narrows it.
 
-
-def _lecun_normal_(tensor: Tensor, *, fan_in: int) -> None:
-    # As in JAX: truncated, and wider by as much as truncation narrows it.
+    :param tensor: What to fill.
+    :param fan_in: The number of inputs.
+    """
     std = fan_in**-0.5 / TRUNCATED_NORMAL_STD
 
     trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)

@@ -34,6 +34,9 @@ class ExpertSelection(Module, ABC):
     :param num_experts: The number of experts.
     """
 
+    fixed_top_k: int | None = None
+    """How many experts are chosen, if these are each token's most probable ones."""
+
     def __init__(self, num_experts: int) -> None:
         super().__init__()
 
@@ -106,7 +109,7 @@ class TopKSelection(ExpertSelection):
 
         self._check_top_k("top_k", top_k)
 
-        self.top_k = top_k
+        self.top_k = self.fixed_top_k = top_k
 
     @override
     def forward(self, probs: Tensor) -> tuple[Tensor, Tensor]:

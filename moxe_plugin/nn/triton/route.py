@@ -100,6 +100,8 @@ class _RouteScores(Function):
         ctx.save_for_backward(probs, unbiased, difficulty, indices, weights)
         ctx.settings = settings
         ctx.mark_non_differentiable(indices)
+        # The indices would get zeros too.
+        ctx.set_materialize_grads(False)
 
         return biased, probs, unbiased, difficulty, indices, weights
 
@@ -108,23 +110,33 @@ class _RouteScores(Function):
     @once_differentiable
     def backward(
         ctx: Any,
-        grad_biased: Tensor,
-        grad_probs: Tensor,
-        grad_unbiased: Tensor,
-        grad_difficulty: Tensor,
-        _: Tensor,
-        grad_weights: Tensor,
+        grad_biased: Tensor | None,
+        grad_probs: Tensor | None,
+        grad_unbiased: Tensor | None,
+        grad_difficulty: Tensor | None,
+        _: None,
+        grad_weights: Tensor | None,
     ) -> tuple[Tensor, Tensor, None]:
-        saved = ctx.saved_tensors
-        num_tokens, num_experts = saved[0].shape
+        probs, unbiased, difficulty, indices, weights = ctx.saved_tensors
+        num_tokens, num_experts = probs.shape
 
-        grad_scores = grad_biased.new_empty(num_tokens, num_experts + 1)
+        def given(grad: Tensor | None, output: Tensor) -> Tensor:
+            return torch.zeros_like(output) if grad is None else grad
+
         # Of a stack of layers these are often parts, or expanded.
-        grads = (grad_biased, grad_probs, grad_unbiased, grad_difficulty)
+        grad_biased = given(grad_biased, probs)
+        grad_probs = given(grad_probs, probs)
+        grad_unbiased = given(grad_unbiased, probs)
+        grad_difficulty = given(grad_difficulty, difficulty)
+        grad_weights = given(grad_weights, weights).contiguous()
+
+        grad_scores = probs.new_empty(num_tokens, num_experts + 1)
 
         if num_tokens > 0:
             _route_backward_kernel[(triton.cdiv(num_tokens, _BLOCK_TOKENS),)](
-                *(*saved, *grads, grad_weights.contiguous(), grad_scores, num_tokens),
+                *(probs, unbiased, difficulty, indices, weights),
+                *(grad_biased, grad_probs, grad_unbiased, grad_difficulty),
+                *(grad_weights, grad_scores, num_tokens),
                 *(grad_biased.stride(0), grad_biased.stride(1)),
                 *(grad_probs.stride(0), grad_probs.stride(1)),
                 *(grad_unbiased.stride(0), grad_unbiased.stride(1)),

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, float64, nan, tensor
 from torch.testing import assert_close
 
-from moxe_plugin.nn.routing import DifficultyRouter, Routing
+from moxe_plugin.nn.difficulty_router import DifficultyRouter
+from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.selection import TopKSelection
 
 pytest.importorskip("triton")
@@ -93,6 +94,33 @@ def test_ties_and_what_is_no_number_are_chosen_in_order(device: torch.device) ->
 
     assert actual[4].tolist() == [[0, 1, 2], [0, 1, 2], [1, 3, 0]]
     assert actual[4].tolist() == expected[4].tolist()
+
+
+@pytest.mark.parametrize("output", range(6))
+def test_each_output_has_a_gradient_of_its_own(
+    output: int, device: torch.device
+) -> None:
+    torch.manual_seed(6)
+    scores = torch.randn(3, 5, device=device, requires_grad=True)
+    bias = tensor([0.1], device=device, requires_grad=True)
+    both = route_both(4, 2, 2, scores, bias)
+
+    if output == 4:
+        assert not both[0][output].requires_grad
+        return
+
+    direction = torch.randn_like(both[0][output])
+    actual, expected = (
+        torch.autograd.grad(
+            outputs[output],
+            [scores, bias],
+            direction.to(outputs[0].dtype),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for outputs in both
+    )
+    assert_close(actual, expected)
 
 
 def test_no_token_is_routed_nowhere(device: torch.device) -> None:
