@@ -60,7 +60,7 @@ class LossFreeSelection(ExpertSelection):
     def forward(self, probs: Tensor) -> tuple[Tensor, Tensor]:
         scores = probs.detach() + self.load_bias.to(probs.dtype)
 
-        return self._weigh(probs, self._rank(scores)[:, : self.top_k])
+        return self._weigh(probs, self._rank(scores, self.top_k))
 
     @torch.no_grad()
     def adjust(self, expert_loads: Tensor) -> None:

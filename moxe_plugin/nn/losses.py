@@ -1,6 +1,7 @@
 """Auxiliary losses: MoxE eqs. (10)-(20), and one more for a dynamic number of experts.
 
-Each is the mean over tokens, in float32.
+Each is the mean over tokens, in float32. Where tensors have more dimensions, behind
+that of the tokens, such as that of the layers, it is also the mean over these.
 
 Those that balance the load compare means over a batch, and so depend on what the batch
 is: the sum of two batches' losses is not the loss of both. As is usual, the batch is
@@ -41,8 +42,8 @@ def difficulty_loss(
     ``mean((difficulty - H(router_probs) / ln(E)) ** 2)``: MoxE eqs. (10), (11), where
     ``H`` is the entropy in nats. Computed in float32 (float64 stays float64).
 
-    :param difficulty: Predicted difficulty in [0, 1]. *Shape:* ``(T)``.
-    :param router_probs: Routing probabilities before the bias. *Shape:* ``(T,E)``.
+    :param difficulty: Predicted difficulty in [0, 1]. *Shape:* ``(T,…)``.
+    :param router_probs: Routing probabilities before the bias. *Shape:* ``(T,…,E)``.
     :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
     :param stop_gradient: Whether the entropy is a constant target. The paper leaves
         this open; by default, as in the authors' code, it is not.
@@ -54,7 +55,9 @@ def difficulty_loss(
     if stop_gradient:
         entropy = entropy.detach()
 
-    return _mean((_at_least_float32(difficulty) - entropy).square(), token_mask)
+    errors = (_at_least_float32(difficulty) - entropy).square()
+
+    return _mean(errors, token_mask).mean()
 
 
 def group_loss(
@@ -78,7 +81,8 @@ def group_loss(
     As in the authors' code, 1e-8 is added inside the logarithms. Computed in float32
     (float64 stays float64).
 
-    :param router_probs: Routing probabilities after the bias. *Shape:* ``(T,E)``.
+    :param router_probs: Routing probabilities after the bias. *Shape:*
+        ``(T,…,E)``.
     :param num_mlstm_experts: How many of the first experts are mLSTM experts.
     :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
     :param form: Which of the forms to compute.
@@ -92,10 +96,13 @@ def group_loss(
 
     probs = _at_least_float32(router_probs)
 
-    mlstm_prob = _mean(probs[:, :num_mlstm_experts].sum(dim=-1), token_mask, group)
-    slstm_prob = _mean(probs[:, num_mlstm_experts:].sum(dim=-1), token_mask, group)
+    # (T,…,E) -> (…,E)
+    mean_probs = _mean(probs, token_mask, group)
 
-    return _GROUP_LOSS_FORMS[form](torch.stack([mlstm_prob, slstm_prob]))
+    parts = mean_probs.tensor_split([num_mlstm_experts], dim=-1)
+    group_probs = torch.stack([part.sum(dim=-1) for part in parts])
+
+    return _GROUP_LOSS_FORMS[form](group_probs).mean()
 
 
 def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
@@ -105,12 +112,14 @@ def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
     float64).
 
     :param logits: Router logits. The paper leaves open which; the authors' code takes
-        those after the bias. *Shape:* ``(T,E)``.
+        those after the bias. *Shape:* ``(T,…,E)``.
     :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
 
     :returns: The mean over tokens, no unit. *Shape:* ``()``.
     """
-    return _mean(_at_least_float32(logits).logsumexp(dim=-1).square(), token_mask)
+    log_sums = _at_least_float32(logits).logsumexp(dim=-1)
+
+    return _mean(log_sums.square(), token_mask).mean()
 
 
 def load_balancing_loss(
@@ -133,9 +142,10 @@ def load_balancing_loss(
     The gradient flows through the probabilities. Computed in float32 (float64 stays
     float64).
 
-    :param router_probs: Routing probabilities after the bias. *Shape:* ``(T,E)``.
+    :param router_probs: Routing probabilities after the bias. *Shape:*
+        ``(T,…,E)``.
     :param expert_indices: The experts of each token; -1 at empty places. *Shape:*
-        ``(T,K)``.
+        ``(T,…,K)``.
     :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
     :param form: Which of the forms to compute.
     :param group: The processes whose tokens are the batch; this one's if ``None``.
@@ -148,15 +158,18 @@ def load_balancing_loss(
 
     probs = _at_least_float32(router_probs)
 
-    expert_ids = torch.arange(probs.size(1), device=probs.device)
+    expert_ids = torch.arange(probs.size(-1), device=probs.device)
 
-    # (T,K,1) == (E) -> (T,K,E) -> (T,E)
-    chosen = (expert_indices.unsqueeze(-1) == expert_ids).any(dim=1).to(probs.dtype)
+    # (T,…,K,1) == (E) -> (T,…,K,E) -> (T,…,E)
+    chosen = (expert_indices.unsqueeze(-1) == expert_ids).any(dim=-2).to(probs.dtype)
+
+    # (T,…) -> (…)
+    num_per_token = _mean(chosen.sum(dim=-1), token_mask, group)
 
     # Of no token at all the load is 0.
-    num_per_token = _mean(chosen.sum(dim=-1), token_mask, group).clamp(min=1)
+    assigned = chosen / num_per_token.clamp(min=1).unsqueeze(-1)
 
-    return _LOAD_BALANCING_FORMS[form](probs, chosen / num_per_token, token_mask, group)
+    return _LOAD_BALANCING_FORMS[form](probs, assigned, token_mask, group).mean()
 
 
 def dynamic_loss(router_probs: Tensor, token_mask: Tensor | None = None) -> Tensor:
@@ -166,14 +179,14 @@ def dynamic_loss(router_probs: Tensor, token_mask: Tensor | None = None) -> Tens
     arXiv 2403.07652. Computed in float32 (float64 stays float64).
 
     :param router_probs: Routing probabilities by which experts are chosen. *Shape:*
-        ``(T,E)``.
+        ``(T,…,E)``.
     :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
 
     :returns: The mean over tokens in nats. *Shape:* ``()``.
     """
     entropy = normalized_entropy(_at_least_float32(router_probs))
 
-    return math.log(router_probs.size(-1)) * _mean(entropy, token_mask)
+    return math.log(router_probs.size(-1)) * _mean(entropy, token_mask).mean()
 
 
 def _check_form(form: str, forms: Mapping[str, object]) -> None:
@@ -224,7 +237,7 @@ def _sum(values: Tensor, token_mask: Tensor) -> Tensor:
 
 
 def _kl_divergence(group_probs: Tensor) -> Tensor:
-    return (group_probs * (2 * group_probs + GROUP_LOSS_EPS).log()).sum()
+    return (group_probs * (2 * group_probs + GROUP_LOSS_EPS).log()).sum(dim=0)
 
 
 def _squared_difference(group_probs: Tensor) -> Tensor:
@@ -232,7 +245,7 @@ def _squared_difference(group_probs: Tensor) -> Tensor:
 
 
 def _bounded(group_probs: Tensor) -> Tensor:
-    return (group_probs - 0.5).square().sum()
+    return (group_probs - 0.5).square().sum(dim=0)
 
 
 def _js_divergence(group_probs: Tensor) -> Tensor:
@@ -241,7 +254,7 @@ def _js_divergence(group_probs: Tensor) -> Tensor:
     forward = group_probs * (group_probs / middle + GROUP_LOSS_EPS).log()
     backward = 0.5 * (0.5 / middle + GROUP_LOSS_EPS).log()
 
-    return (forward + backward).sum() / 2
+    return (forward + backward).sum(dim=0) / 2
 
 
 def _switch(
@@ -252,7 +265,7 @@ def _switch(
 ) -> Tensor:
     shares = _mean(assigned, token_mask, group)
 
-    return probs.size(1) * (shares * _mean(probs, token_mask, group)).sum()
+    return probs.size(-1) * (shares * _mean(probs, token_mask, group)).sum(dim=-1)
 
 
 def _squared(
@@ -263,7 +276,7 @@ def _squared(
 ) -> Tensor:
     usage = _mean(assigned * probs, token_mask, group)
 
-    return (usage - 1 / probs.size(1)).square().sum()
+    return (usage - 1 / probs.size(-1)).square().sum(dim=-1)
 
 
 _GROUP_LOSS_FORMS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {

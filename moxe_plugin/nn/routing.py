@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor, float32, promote_types
 from torch.nn import Module, Parameter
-from torch.nn.functional import linear, sigmoid, softmax
+from torch.nn.functional import linear, softmax
 from torch.nn.init import trunc_normal_, zeros_
 from typing_extensions import override
-
-from moxe_plugin.nn.modulation import Modulation, standard_modulation
 
 if TYPE_CHECKING:
     from moxe_plugin.nn.selection import ExpertSelection
@@ -56,6 +55,34 @@ class Routing(NamedTuple):
     *Shape:* ``(T,K)``."""
 
 
+def stack_routings(routings: Sequence[Routing]) -> Routing:
+    """Put the routings of all layers into one, as losses and statistics take it.
+
+    So little work for each layer takes a GPU less time than a call for each.
+
+    :param routings: The routings of the L layers.
+
+    :returns: The routing, in whose tensors a dimension L follows that of the tokens.
+    """
+
+    # (T,…) each -> (L,T,…) -> (T,L,…): each layer's gradient is then contiguous.
+    def stack(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(tensors)).transpose(0, 1)
+
+    logits, biased, probs, unbiased, _, indices, weights = zip(*routings, strict=True)
+    difficulties = [r.difficulty for r in routings if r.difficulty is not None]
+
+    return Routing(
+        stack(logits),
+        stack(biased),
+        stack(probs),
+        stack(unbiased),
+        stack(difficulties) if difficulties else None,
+        stack(indices),
+        stack(weights),
+    )
+
+
 class Router(Module, ABC):
     """Scores experts linearly, ``z = W_r h (+ b_r)``, and has a rule choose the best.
 
@@ -87,7 +114,7 @@ class Router(Module, ABC):
 
     def reset_parameters(self) -> None:
         """Reset the parameters to their initial values."""
-        _lecun_normal_(self.weight, fan_in=self.model_dim)
+        lecun_normal_(self.weight, fan_in=self.model_dim)
 
         if self.bias is not None:
             zeros_(self.bias)
@@ -137,115 +164,15 @@ class StandardRouter(Router):
         return Routing(logits, logits, probs, probs, None, *self.selection(probs))
 
 
-class DifficultyRouter(Router):
-    """Routes hard tokens towards the mLSTM experts: MoxE eqs. (5)-(8).
-
-    ``d = sigmoid(w_d h + b_d)``; with ``s = gamma * modulation(d)`` the mLSTM experts
-    ``0 .. num_mlstm_experts - 1`` get the bias ``+s`` and all others ``-s``.
-
-    :param model_dim: The dimensionality of the model.
-    :param selection: Chooses experts by their probabilities, after the difficulty bias.
-    :param num_mlstm_experts: How many of the first experts hard tokens are sent to. In
-        the paper it is half of them; we leave it free.
-    :param difficulty_bias_scale: The scale gamma of the bias.
-    :param modulation: How strongly a difficulty acts: :func:`standard_modulation`, or
-        a :class:`MaskedModulation` or :class:`ProportionalModulation`.
-    :param bias: Whether the scores have a learned bias ``b_r``.
-
-    :raises ValueError: ``num_mlstm_experts`` does not fit the number of experts, or
-        ``difficulty_bias_scale`` is negative.
-    """
-
-    difficulty_weight: Parameter
-    difficulty_bias: Parameter
-
-    def __init__(
-        self,
-        model_dim: int,
-        selection: ExpertSelection,
-        *,
-        num_mlstm_experts: int,
-        difficulty_bias_scale: float,
-        modulation: Modulation = standard_modulation,
-        bias: bool = False,
-    ) -> None:
-        super().__init__(model_dim, selection, bias=bias)
-
-        if not 0 < num_mlstm_experts < self.num_experts:
-            raise ValueError(
-                "`num_mlstm_experts` must be greater than 0 and less than "
-                f"`num_experts` ({self.num_experts}), but is {num_mlstm_experts} "
-                "instead."
-            )
-
-        if not difficulty_bias_scale >= 0.0:
-            raise ValueError(
-                "`difficulty_bias_scale` must be greater than or equal to 0, but is "
-                f"{difficulty_bias_scale} instead."
-            )
-
-        self.num_mlstm_experts = num_mlstm_experts
-        self.difficulty_bias_scale = difficulty_bias_scale
-        self.modulation = modulation
-
-        self.difficulty_weight = Parameter(torch.empty(model_dim))
-        # FSDP2 refuses parameters without a dimension.
-        self.difficulty_bias = Parameter(torch.empty(1))
-
-        self.reset_parameters()
-
-    @override
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-
-        _lecun_normal_(self.difficulty_weight, fan_in=self.model_dim)
-
-        zeros_(self.difficulty_bias)
-
-    @override
-    def _route(self, hidden: Tensor) -> Routing:
-        logits = self._score(hidden)
-
-        # (T,M) -> (T,1)
-        difficulty = sigmoid(
-            linear(
-                hidden,
-                self.difficulty_weight.unsqueeze(0).to(hidden.dtype),
-                self.difficulty_bias.to(hidden.dtype),
-            )
-        )
-
-        strength = self.difficulty_bias_scale * self.modulation(difficulty)
-
-        num_mlstm = self.num_mlstm_experts
-        num_others = self.num_experts - num_mlstm
-
-        # (T,1) -> (T,E)
-        biased_logits = logits + torch.cat(
-            [strength.expand(-1, num_mlstm), -strength.expand(-1, num_others)], dim=-1
-        )
-
-        probs = softmax(biased_logits, dim=-1)
-
-        return Routing(
-            logits,
-            biased_logits,
-            probs,
-            softmax(logits, dim=-1),
-            difficulty.squeeze(-1),
-            *self.selection(probs),
-        )
-
-
 def normalized_entropy(probs: Tensor) -> Tensor:
     """Compute the entropy of distributions over experts as a share of its maximum.
 
     ``-sum_i p_i ln(max(p_i, 1e-6)) / ln(E)``: MoxE eq. (11). The floor inside the
     logarithm is that of the authors' code; it keeps the gradient finite.
 
-    :param probs: Probabilities. *Shape:* ``(T,E)``.
+    :param probs: Probabilities. *Shape:* ``(T,…,E)``.
 
-    :returns: Entropies in [0, 1], no unit. *Shape:* ``(T)``.
+    :returns: Entropies in [0, 1], no unit. *Shape:* ``(T,…)``.
 
     :raises ValueError: ``E`` is 1, for which normalized entropy is undefined.
     """
@@ -259,11 +186,17 @@ def normalized_entropy(probs: Tensor) -> Tensor:
 
     log_probs = probs.clamp(min=MIN_ENTROPY_PROB).log()
 
-    return -(probs * log_probs).sum(dim=-1) / math.log(num_experts)
+    return (probs * log_probs).sum(dim=-1) / -math.log(num_experts)
 
 
-def _lecun_normal_(tensor: Tensor, *, fan_in: int) -> None:
-    # As in JAX: truncated, and wider by as much as truncation narrows it.
+def lecun_normal_(tensor: Tensor, *, fan_in: int) -> None:
+    """Draw from a normal distribution of standard deviation ``fan_in ** -0.5``.
+
+    As in JAX it is truncated, and wider by as much as truncation narrows it.
+
+    :param tensor: What to fill.
+    :param fan_in: The number of inputs.
+    """
     std = fan_in**-0.5 / TRUNCATED_NORMAL_STD
 
     trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)

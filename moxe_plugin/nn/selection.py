@@ -6,6 +6,7 @@ later tokens nor on other sequences of the batch.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +20,9 @@ from moxe_plugin.nn.routing import normalized_entropy
 NO_EXPERT: Final = -1
 """Stands in place of an expert's index where a token has fewer experts than others."""
 
+_MOST_SEARCHES: Final = 2
+"""Up to how many experts are searched one by one, rather than by sorting all."""
+
 
 class ExpertSelection(Module, ABC):
     """Chooses experts by their probabilities.
@@ -29,6 +33,9 @@ class ExpertSelection(Module, ABC):
 
     :param num_experts: The number of experts.
     """
+
+    fixed_top_k: int | None = None
+    """How many experts are chosen, if these are each token's most probable ones."""
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -56,9 +63,22 @@ class ExpertSelection(Module, ABC):
                 f"{value} instead."
             )
 
-    def _rank(self, scores: Tensor) -> Tensor:
-        # Stable: of experts with equal scores the one with the lower index comes first.
-        return scores.detach().argsort(dim=-1, descending=True, stable=True)
+    def _rank(self, scores: Tensor, num_ranks: int) -> Tensor:
+        # Of experts with equal scores the one with the lower index comes first.
+        scores = scores.detach()
+
+        if num_ranks > _MOST_SEARCHES:
+            ranked = scores.argsort(dim=-1, descending=True, stable=True)
+
+            return ranked[:, :num_ranks]
+
+        ranks = [scores.argmax(dim=-1, keepdim=True)]
+
+        while len(ranks) < num_ranks:
+            scores = scores.scatter(-1, ranks[-1], -math.inf)
+            ranks.append(scores.argmax(dim=-1, keepdim=True))
+
+        return torch.cat(ranks, dim=-1)
 
     def _weigh(
         self, probs: Tensor, ranked: Tensor, is_chosen: Tensor | None = None
@@ -89,11 +109,11 @@ class TopKSelection(ExpertSelection):
 
         self._check_top_k("top_k", top_k)
 
-        self.top_k = top_k
+        self.top_k = self.fixed_top_k = top_k
 
     @override
     def forward(self, probs: Tensor) -> tuple[Tensor, Tensor]:
-        return self._weigh(probs, self._rank(probs)[:, : self.top_k])
+        return self._weigh(probs, self._rank(probs, self.top_k))
 
 
 class DynamicSelection(ExpertSelection):
@@ -133,7 +153,7 @@ class DynamicSelection(ExpertSelection):
 
     @override
     def forward(self, probs: Tensor) -> tuple[Tensor, Tensor]:
-        ranked = self._rank(probs)[:, : self.max_top_k]
+        ranked = self._rank(probs, self.max_top_k)
 
         reached = probs.detach().gather(1, ranked).cumsum(dim=1)
 
@@ -187,10 +207,8 @@ class GlobalWorkspaceSelection(ExpertSelection):
 
     @override
     def forward(self, probs: Tensor) -> tuple[Tensor, Tensor]:
-        ranked = self._rank(probs)
-
         if not self.training and not self.at_inference:
-            return self._weigh(probs, ranked[:, : self.top_k])
+            return self._weigh(probs, self._rank(probs, self.top_k))
 
         is_uncertain = normalized_entropy(probs.detach()) > self.entropy_threshold
 
@@ -199,4 +217,4 @@ class GlobalWorkspaceSelection(ExpertSelection):
         # (E) | (T,1) -> (T,E)
         is_chosen = (ranks < self.top_k) | is_uncertain.unsqueeze(1)
 
-        return self._weigh(probs, ranked, is_chosen)
+        return self._weigh(probs, self._rank(probs, self.num_experts), is_chosen)

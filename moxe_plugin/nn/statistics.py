@@ -35,22 +35,22 @@ def router_stat_names(
 def count_expert_loads(routing: Routing, token_mask: Tensor | None = None) -> Tensor:
     """Count the tokens that each expert gets.
 
-    :param routing: The routing of a batch.
+    :param routing: The routing of a batch, of one layer or of a stack of them (see
+        :func:`~moxe_plugin.nn.routing.stack_routings`).
     :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
 
-    :returns: The counts, int64. *Shape:* ``(E)``.
+    :returns: The counts, int64. *Shape:* ``([L,]E)``.
     """
-    expert_ids = torch.arange(
-        routing.router_probs.size(1), device=routing.expert_indices.device
-    )
+    indices = routing.expert_indices
+    expert_ids = torch.arange(routing.router_probs.size(-1), device=indices.device)
 
-    # (T,K,1) == (E) -> (T,K,E)
-    chosen = routing.expert_indices.unsqueeze(-1) == expert_ids
+    # (T,[L,]K,1) == (E) -> (T,[L,]K,E)
+    chosen = indices.unsqueeze(-1) == expert_ids
 
     if token_mask is not None:
-        chosen = chosen & token_mask[:, None, None]
+        chosen = chosen & token_mask.view(-1, *[1] * (chosen.ndim - 1))
 
-    return chosen.sum(dim=(0, 1))
+    return chosen.sum(dim=(0, -2))
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def router_stats(
     *,
     varies_top_k: bool = False,
 ) -> dict[str, Tensor]:
-    """Compute statistics of one layer's routing over a batch.
+    """Compute statistics of each layer's routing over a batch.
 
     ``mlstm_share``, ``slstm_share`` and ``busiest_expert_share`` are shares, in [0, 1],
     of the assignments of a token to an expert; ``router_entropy`` is the mean
@@ -70,41 +70,46 @@ def router_stats(
     ``idle_experts`` is a count; ``experts_per_token``, absent unless it varies, is a
     mean. All are 0 for a batch without a token, except for ``idle_experts``.
 
-    :param routing: The routing of a batch.
+    :param routing: The routing of a batch, of one layer or of a stack of them (see
+        :func:`~moxe_plugin.nn.routing.stack_routings`).
     :param num_mlstm_experts: How many of the first experts are mLSTM experts.
     :param token_mask: Which tokens count; all if ``None``. *Shape:* ``(T)``.
     :param varies_top_k: Whether tokens differ in their number of experts.
 
     :returns: Detached statistics by name, in the order of :func:`router_stat_names`.
-        *Shape:* ``()`` each.
+        *Shape:* ``()``, or ``(L)``, each.
     """
     probs = routing.unbiased_probs
 
-    if token_mask is None:
-        token_mask = torch.ones_like(probs[:, 0], dtype=torch.bool)
+    num_tokens: int | Tensor = max(len(probs), 1)
 
-    num_tokens = token_mask.sum().clamp(min=1)
+    if token_mask is not None:
+        num_tokens = token_mask.sum().clamp(min=1)
 
     def mean(values: Tensor) -> Tensor:
-        return values.where(token_mask, 0.0).sum() / num_tokens
+        if token_mask is not None:
+            values = values.where(token_mask.view(-1, *[1] * (values.ndim - 1)), 0.0)
+
+        return values.sum(dim=0) / num_tokens
 
     counts = count_expert_loads(routing, token_mask)
+    num_assigned = counts.sum(dim=-1)
 
-    shares = counts / counts.sum().clamp(min=1)
+    shares = counts / num_assigned.clamp(min=1).unsqueeze(-1)
 
     stats = {
-        "mlstm_share": shares[:num_mlstm_experts].sum(),
-        "slstm_share": shares[num_mlstm_experts:].sum(),
+        "mlstm_share": shares[..., :num_mlstm_experts].sum(dim=-1),
+        "slstm_share": shares[..., num_mlstm_experts:].sum(dim=-1),
         "router_entropy": mean(normalized_entropy(probs)),
     }
 
     if routing.difficulty is not None:
         stats["difficulty"] = mean(routing.difficulty)
 
-    stats["busiest_expert_share"] = shares.max()
-    stats["idle_experts"] = (counts == 0).sum().to(probs.dtype)
+    stats["busiest_expert_share"] = shares.amax(dim=-1)
+    stats["idle_experts"] = (counts == 0).sum(dim=-1, dtype=probs.dtype)
 
     if varies_top_k:
-        stats["experts_per_token"] = counts.sum() / num_tokens
+        stats["experts_per_token"] = num_assigned / num_tokens
 
     return stats

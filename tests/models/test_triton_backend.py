@@ -1,4 +1,4 @@
-"""Tests of whole models whose cells run in Triton."""
+"""Tests of whole models whose cells and routers run in Triton."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fairseq2.nn import BatchLayout
 from torch import float32
 from torch.testing import assert_close
 
+from moxe_plugin.nn.difficulty_router import DifficultyRouter
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.slstm import SLSTMBlock
 from tests.models.families import create_model, random_ids
@@ -25,8 +26,8 @@ def test_model_in_triton_is_the_model_in_torch(family: str) -> None:
         config.backend = "triton"
 
     model = create_model(family, change=choose, dtype=float32)
-    cells = (MLSTMBlock, SLSTMBlock)
-    blocks = [x for x in model.modules() if isinstance(x, cells)]
+    parts = (MLSTMBlock, SLSTMBlock, DifficultyRouter)
+    blocks = [x for x in model.modules() if isinstance(x, parts)]
     with torch.no_grad():
         for block in blocks:
             if isinstance(block, SLSTMBlock):

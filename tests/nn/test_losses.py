@@ -324,3 +324,30 @@ def test_unknown_forms_list_the_known_ones(
         ValueError, match=f"^`form` must be one of {known}, but is 'tv'"
     ):
         loss(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_of_layers_is_the_mean_of_theirs(
+    masked: bool, device: torch.device
+) -> None:
+    torch.manual_seed(6)
+    mask = make_mask(masked, device)
+    layers = torch.randn(3, NUM_TOKENS, NUM_EXPERTS, dtype=float64, device=device)
+
+    def losses(logits: Tensor) -> Tensor:
+        probs, indices = logits.softmax(-1), logits.topk(TOP_K).indices
+
+        return torch.stack(
+            [
+                difficulty_loss(logits[..., 0].sigmoid(), probs, mask),
+                router_z_loss(logits, mask),
+                dynamic_loss(probs, mask),
+                *(group_loss(probs, NUM_MLSTM, mask, form=f) for f in GROUP_FORMULAS),
+                load_balancing_loss(probs, indices, mask, form="switch"),
+                load_balancing_loss(probs, indices, mask, form="squared"),
+            ]
+        )
+
+    expected = torch.stack([losses(logits) for logits in layers]).mean(dim=0)
+
+    assert_close(losses(layers.transpose(0, 1)), expected)

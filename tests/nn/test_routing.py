@@ -9,18 +9,14 @@ import torch
 from torch import Tensor, float64, tensor
 from torch.testing import assert_close
 
+from moxe_plugin.nn.difficulty_router import DifficultyRouter
 from moxe_plugin.nn.modulation import (
     MaskedModulation,
     Modulation,
     ProportionalModulation,
     standard_modulation,
 )
-from moxe_plugin.nn.routing import (
-    DifficultyRouter,
-    Router,
-    StandardRouter,
-    normalized_entropy,
-)
+from moxe_plugin.nn.routing import Router, StandardRouter, normalized_entropy
 from moxe_plugin.nn.selection import TopKSelection
 
 MODEL_DIM, NUM_EXPERTS, TOP_K, NUM_TOKENS = 7, 5, 2, 11

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import float64, tensor
 
-from moxe_plugin.nn.routing import Routing
+from moxe_plugin.nn.routing import Routing, stack_routings
 from moxe_plugin.nn.statistics import (
     count_expert_loads,
     router_stat_names,
@@ -113,3 +113,25 @@ def test_names_are_known_beforehand(
         has_difficulty=has_difficulty, varies_top_k=varies_top_k
     )
     assert not any(value.requires_grad for value in stats.values())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("has_difficulty", [True, False])
+def test_statistics_of_layers_are_those_of_each(
+    has_difficulty: bool, masked: bool, device: torch.device
+) -> None:
+    routing = make_routing(device, has_difficulty=has_difficulty)
+    layers = [routing, routing._replace(expert_indices=routing.expert_indices % 2)]
+    mask = tensor([True, False, True], device=device) if masked else None
+
+    stacked = stack_routings(layers)
+    stats = router_stats(stacked, 1, mask, varies_top_k=True)
+    loads = count_expert_loads(stacked, mask)
+
+    for i, layer in enumerate(layers):
+        expected = router_stats(layer, 1, mask, varies_top_k=True)
+
+        assert {name: values[i].item() for name, values in stats.items()} == {
+            name: pytest.approx(value.item()) for name, value in expected.items()
+        }
+        assert loads[i].tolist() == count_expert_loads(layer, mask).tolist()

@@ -134,7 +134,8 @@ class MoxEConfig(Validatable):
     backend: Literal["auto", "torch", "native", "triton"] = "auto"
     """What computes the sLSTM's loop over time: ``native`` is C++ for CPUs, ``auto``
     takes it where there is a C++ compiler and says which it takes; ``triton`` runs
-    both cells in kernels for GPUs; ``auto`` does not, as they were not measured yet."""
+    both cells and the router in kernels for GPUs; ``auto`` does not, as they were not
+    measured yet."""
 
     difficulty_loss_scale: float = 1e-2
     """The weight lambda_d in eq. (21)."""

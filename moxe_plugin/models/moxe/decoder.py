@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 
 from moxe_plugin.models.recurrent_state import RecurrentState
+from moxe_plugin.nn.difficulty_router import DifficultyRouter
 from moxe_plugin.nn.experts import SparseExperts
 from moxe_plugin.nn.mlstm import MLSTMBlock
-from moxe_plugin.nn.routing import DifficultyRouter, Routing, StandardRouter
+from moxe_plugin.nn.routing import Routing, StandardRouter
 from moxe_plugin.nn.slstm import SLSTMBlock
 
 

@@ -21,6 +21,7 @@ from moxe_plugin.models.moxe.config import MOXE_FAMILY, MoxEConfig
 from moxe_plugin.models.moxe.decoder import MoxEDecoder, MoxEDecoderLayer
 from moxe_plugin.models.moxe.model import MoxELM
 from moxe_plugin.models.parallel import check_no_tensor_parallelism
+from moxe_plugin.nn.difficulty_router import DifficultyRouter
 from moxe_plugin.nn.experts import SparseExperts
 from moxe_plugin.nn.layers import GatedFeedForward
 from moxe_plugin.nn.loss_free import LossFreeSelection
@@ -31,7 +32,7 @@ from moxe_plugin.nn.modulation import (
     ProportionalModulation,
     standard_modulation,
 )
-from moxe_plugin.nn.routing import DifficultyRouter, StandardRouter
+from moxe_plugin.nn.routing import StandardRouter
 from moxe_plugin.nn.selection import (
     DynamicSelection,
     ExpertSelection,
@@ -176,6 +177,7 @@ class MoxEFactory:
             difficulty_bias_scale=config.difficulty_bias_scale,
             modulation=self.create_modulation(),
             bias=config.router_bias,
+            backend=config.backend,
         )
 
     def create_selection(self) -> ExpertSelection:

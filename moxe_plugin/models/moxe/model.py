@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import final
 
-import torch
 from fairseq2.models.transformer import TransformerFrontend
 from fairseq2.nn import BatchLayout, IncrementalStateBag, Projection
 from torch import Tensor
@@ -22,7 +21,7 @@ from moxe_plugin.nn.losses import (
     load_balancing_loss,
     router_z_loss,
 )
-from moxe_plugin.nn.routing import Routing
+from moxe_plugin.nn.routing import Routing, stack_routings
 from moxe_plugin.nn.statistics import (
     count_expert_loads,
     router_stat_names,
@@ -107,12 +106,12 @@ class MoxELM(AuxLossCausalLM):
         if not with_terms:
             return prediction
 
+        routing = stack_routings(routings)
+
         return prediction._replace(
-            aux_losses=self._aux_losses(routings, token_mask),
-            stats=self._stats(routings, token_mask),
-            expert_loads=torch.stack(
-                [count_expert_loads(r, token_mask) for r in routings]
-            ),
+            aux_losses=self._aux_losses(routing, token_mask),
+            stats=self._stats(routing, token_mask),
+            expert_loads=count_expert_loads(routing, token_mask),
         )
 
     def trace(
@@ -167,69 +166,62 @@ class MoxELM(AuxLossCausalLM):
         return hidden, routings, token_mask
 
     def _aux_losses(
-        self, routings: list[Routing], token_mask: Tensor | None
+        self, routing: Routing, token_mask: Tensor | None
     ) -> dict[str, Tensor]:
         config = self.config
 
         # Validation may end in one process before another.
         group = self.balance_group if self.training else None
 
-        terms: dict[str, list[Tensor]] = {name: [] for name in self.aux_loss_scales}
+        logits = routing.biased_logits
+        if config.router_z_loss_logits == "unbiased":
+            logits = routing.router_logits
 
-        for routing in routings:
-            logits = routing.biased_logits
-            if config.router_z_loss_logits == "unbiased":
-                logits = routing.router_logits
+        losses = {
+            "router_z": router_z_loss(logits, token_mask),
+            "load_balance": load_balancing_loss(
+                routing.router_probs,
+                routing.expert_indices,
+                token_mask,
+                form=config.load_balance_loss,
+                group=group,
+            ),
+        }
 
-            terms["router_z"].append(router_z_loss(logits, token_mask))
-
-            terms["load_balance"].append(
-                load_balancing_loss(
-                    routing.router_probs,
-                    routing.expert_indices,
-                    token_mask,
-                    form=config.load_balance_loss,
-                    group=group,
-                )
+        if routing.difficulty is not None:
+            losses["difficulty"] = difficulty_loss(
+                routing.difficulty,
+                routing.unbiased_probs,
+                token_mask,
+                stop_gradient=config.detach_entropy_target,
             )
 
-            if "dynamic" in terms:
-                terms["dynamic"].append(dynamic_loss(routing.router_probs, token_mask))
+            losses["group"] = group_loss(
+                routing.router_probs,
+                config.mlstm_group_size,
+                token_mask,
+                form=config.group_loss,
+                group=group,
+            )
 
-            if routing.difficulty is not None:
-                terms["difficulty"].append(
-                    difficulty_loss(
-                        routing.difficulty,
-                        routing.unbiased_probs,
-                        token_mask,
-                        stop_gradient=config.detach_entropy_target,
-                    )
-                )
+        if "dynamic" in self.aux_loss_scales:
+            losses["dynamic"] = dynamic_loss(routing.router_probs, token_mask)
 
-                terms["group"].append(
-                    group_loss(
-                        routing.router_probs,
-                        config.mlstm_group_size,
-                        token_mask,
-                        form=config.group_loss,
-                        group=group,
-                    )
-                )
+        return losses
 
-        return {name: torch.stack(values).mean() for name, values in terms.items()}
+    def _stats(self, routing: Routing, token_mask: Tensor | None) -> dict[str, Tensor]:
+        stats = router_stats(
+            routing,
+            self.config.mlstm_group_size,
+            token_mask,
+            varies_top_k=self.varies_top_k,
+        )
+        layers = zip(*(values.unbind() for values in stats.values()), strict=True)
 
-    def _stats(
-        self, routings: list[Routing], token_mask: Tensor | None
-    ) -> dict[str, Tensor]:
         return {
             f"layer_{idx}/{name}": value
-            for idx, routing in enumerate(routings)
-            for name, value in router_stats(
-                routing,
-                self.config.mlstm_group_size,
-                token_mask,
-                varies_top_k=self.varies_top_k,
-            ).items()
+            for idx, values in enumerate(layers)
+            for name, value in zip(stats, values, strict=True)
         }
 
     @override
