@@ -39,7 +39,7 @@ def expert_products(
     if len(counts) == 1:
         return torch.mm(rows, weight[0])
 
-    if ends is not None and len(counts) > _MAX_LOOP and _fits_one_kernel(rows, weight):
+    if _takes_one_kernel(rows, weight, ends):
         return torch._grouped_mm(rows, weight, offs=ends)
 
     out = rows.new_empty(rows.size(0), weight.size(2))
@@ -57,17 +57,62 @@ def expert_products(
     return out
 
 
-def expert_outer_products(lhs: Tensor, rhs: Tensor, counts: Sequence[int]) -> Tensor:
+def add_expert_products(
+    residual: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    counts: Sequence[int],
+    ends: Tensor | None = None,
+) -> Tensor:
+    """Add :func:`expert_products` to other rows.
+
+    :param residual: *Shape:* ``(C,out)``.
+    :param rows: As there, like what follows.
+    :param weight: As there.
+    :param counts: As there.
+    :param ends: As there.
+
+    :returns: A new tensor. *Shape:* ``(C,out)``.
+    """
+    if len(counts) == 1:
+        return torch.addmm(residual, rows, weight[0])
+
+    if _takes_one_kernel(rows, weight, ends):
+        return expert_products(rows, weight, counts, ends).add_(residual)
+
+    out = torch.empty_like(residual)
+    parts = zip(
+        counts,
+        residual.split_with_sizes(counts),
+        rows.split_with_sizes(counts),
+        weight.unbind(),
+        out.split_with_sizes(counts),
+        strict=True,
+    )
+    for count, x, y, w, z in parts:
+        if count > 0:
+            torch.addmm(x, y, w, out=z)
+
+    return out
+
+
+def expert_outer_products(
+    lhs: Tensor, rhs: Tensor, counts: Sequence[int], ends: Tensor | None = None
+) -> Tensor:
     """Compute each expert's ``lhs^T rhs``.
 
     :param lhs: Sorted by expert. *Shape:* ``(C,in)``.
     :param rhs: Sorted by expert. *Shape:* ``(C,out)``.
     :param counts: The number of rows of each expert, C in all.
+    :param ends: As for :func:`expert_products`.
 
     :returns: 0 for an expert without a row. *Shape:* ``(E,in,out)``.
     """
     if len(counts) == 1:
         return torch.mm(lhs.t(), rhs).unsqueeze(0)
+
+    if _takes_one_kernel(lhs, rhs, ends):
+        return torch._grouped_mm(lhs.t(), rhs, offs=ends)
 
     out = lhs.new_empty(len(counts), lhs.size(1), rhs.size(1))
     parts = zip(
@@ -140,10 +185,12 @@ def head_outer_products(
         torch.bmm(x, y, out=z)
 
 
-def _fits_one_kernel(rows: Tensor, weight: Tensor) -> bool:
+def _takes_one_kernel(lhs: Tensor, rhs: Tensor, ends: Tensor | None) -> bool:
     # It wants strides that are multiples of 16 bytes.
     return (
-        rows.dtype == torch.bfloat16
-        and rows.stride(1) == 1
-        and all(size % 8 == 0 for size in (rows.stride(0), *weight.shape[1:]))
+        ends is not None
+        and ends.size(0) > _MAX_LOOP
+        and lhs.dtype == torch.bfloat16
+        and lhs.stride(1) == 1
+        and all(size % 8 == 0 for size in (lhs.stride(0), *rhs.shape[1:]))
     )

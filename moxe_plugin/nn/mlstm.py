@@ -234,7 +234,9 @@ class MLSTMBlock(Module):
         from moxe_plugin.nn.triton.mlstm_block import supports
 
         return supports(
-            self.inner_dim // self.num_heads, self.q_proj.size(-1), self.conv.kernel_size
+            self.inner_dim // self.num_heads,
+            self.q_proj.size(-1),
+            self.conv.kernel_size,
         )
 
     def apply_to_rows(self, flat: Tensor, rows: RaggedRows) -> Tensor:

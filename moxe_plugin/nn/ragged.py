@@ -48,6 +48,20 @@ class RaggedRows(NamedTuple):
         return self.segment_of_row.size(0)
 
 
+def ends_of_experts(rows: RaggedRows) -> Tensor | None:
+    """Tell where the rows of each expert end.
+
+    :param rows: The rows.
+
+    :returns: int32, on the rows' device; ``None`` for a single expert, whose rows are
+        all. *Shape:* ``(E)``.
+    """
+    if rows.num_experts == 1:
+        return None
+
+    return rows.begins[rows.num_seqs :: rows.num_seqs].contiguous()
+
+
 def ragged_rows(seq_lens: Sequence[Sequence[int]], device: torch.device) -> RaggedRows:
     """Lay out segments of given lengths.
 

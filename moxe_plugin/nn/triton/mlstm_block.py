@@ -14,17 +14,17 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from moxe_plugin.nn.ragged import RaggedRows
+from moxe_plugin.nn.expert_products import (
+    add_expert_products,
+    expert_outer_products,
+    expert_products,
+)
+from moxe_plugin.nn.ragged import RaggedRows, ends_of_experts
+from moxe_plugin.nn.triton.block_params import stack_params
 from moxe_plugin.nn.triton.block_products import (
     CellWeights,
     project_backward,
     project_forward,
-)
-from moxe_plugin.nn.triton.expert_products import (
-    multiply_add_rows,
-    multiply_columns,
-    multiply_rows,
-    stack_params,
 )
 from moxe_plugin.nn.triton.mlstm_rows import mlstm_rows_backward, mlstm_rows_forward
 from moxe_plugin.nn.triton.row_conv import (
@@ -49,7 +49,9 @@ def supports(head_dim: int, block_size: int, kernel_size: int) -> bool:
 
     :returns: Whether they do.
     """
-    return head_dim % 16 == 0 and block_size in (16, 32, 64) and kernel_size == KERNEL_SIZE
+    return (
+        head_dim % 16 == 0 and block_size in (16, 32, 64) and kernel_size == KERNEL_SIZE
+    )
 
 
 class MLSTMWeights(NamedTuple):
@@ -105,29 +107,29 @@ class _MLSTMBlockRows(Function):
     ) -> Tensor:
         w = MLSTMWeights(*stack_params(params, flat.dtype))
         flat = flat.contiguous()
+        ends = ends_of_experts(rows)
 
         normed, stats = norm_forward(flat, w.norm, rows, 1, eps)
         # What is convolved, and the output's gate
-        projected = multiply_rows(normed, w.up_proj, rows)
+        projected = expert_products(normed, w.up_proj, rows.counts, ends)
         conv_input, gate = projected.chunk(2, dim=1)
         convolved = causal_conv_silu_forward(
             conv_input, w.conv_weight, w.conv_bias, rows
         )
         qkv, gates = project_forward(convolved, conv_input, w.cell, rows)
-        hidden, small = mlstm_rows_forward(
-            *qkv.chunk(3, dim=1), gates, rows, num_heads
-        )
+        hidden, small = mlstm_rows_forward(*qkv.chunk(3, dim=1), gates, rows, num_heads)
         gated, out_stats = gated_norm_forward(
             GatedNormInputs(hidden, convolved, gate, w.out_norm, w.skip),
             *(rows, num_heads, eps),
         )
-        out = multiply_add_rows(flat, gated, w.down_proj, rows)
+        out = add_expert_products(flat, gated, w.down_proj, rows.counts, ends)
 
         ctx.save_for_backward(
             *(flat, stats, normed, projected, convolved, qkv, gates, hidden, small),
             *(gated, out_stats, *w),
         )
-        ctx.rows, ctx.num_heads = rows, num_heads
+        ctx.rows, ctx.ends = rows, ends
+        ctx.num_heads = num_heads
         ctx.params = [(x.dtype, x.shape) for x in params]
 
         return out
@@ -138,6 +140,7 @@ class _MLSTMBlockRows(Function):
         flat, stats, normed, projected, convolved, *others = ctx.saved_tensors
         qkv, gates, hidden, small, gated, out_stats, *params = others
         rows: RaggedRows = ctx.rows
+        ends: Tensor | None = ctx.ends
         w = MLSTMWeights(*params)
         grad_out = grad_out.contiguous()
         conv_input, gate = projected.chunk(2, dim=1)
@@ -145,8 +148,8 @@ class _MLSTMBlockRows(Function):
         grad_projected = torch.empty_like(projected)
         grad_conv_input, grad_gate = grad_projected.chunk(2, dim=1)
 
-        grad_down = multiply_columns(gated, grad_out, w.down_proj, rows)
-        grad_gated = multiply_rows(grad_out, w.down_proj.mT, rows)
+        grad_down = expert_outer_products(gated, grad_out, rows.counts, ends)
+        grad_gated = expert_products(grad_out, w.down_proj.mT, rows.counts, ends)
         grads = gated_norm_backward(
             grad_gated,
             GatedNormInputs(hidden, convolved, gate, w.out_norm, w.skip),
@@ -170,8 +173,8 @@ class _MLSTMBlockRows(Function):
             add=grad_conv_input,
         )
 
-        grad_up = multiply_columns(normed, grad_projected, w.up_proj, rows)
-        grad_normed = multiply_rows(grad_projected, w.up_proj.mT, rows)
+        grad_up = expert_outer_products(normed, grad_projected, rows.counts, ends)
+        grad_normed = expert_products(grad_projected, w.up_proj.mT, rows.counts, ends)
         grad_flat, grad_norm = norm_backward(
             *(grad_normed, flat, w.norm, stats, rows, 1, grad_out)
         )

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from moxe_plugin.nn.ragged import RaggedRows
-from moxe_plugin.nn.triton.expert_products import (
-    multiply_add_rows,
-    multiply_columns,
-    multiply_head_columns,
-    multiply_head_rows,
-    multiply_rows,
-    stack_params,
+from moxe_plugin.nn.expert_products import (
+    add_expert_products,
+    expert_outer_products,
+    expert_products,
+    head_outer_products,
+    head_products,
 )
+from moxe_plugin.nn.ragged import RaggedRows, ends_of_experts
+from moxe_plugin.nn.triton.block_params import stack_params
 from moxe_plugin.nn.triton.row_conv import (
     KERNEL_SIZE,
     causal_conv_silu_backward,
@@ -86,14 +86,15 @@ class _SLSTMBlockRows(Function):
     ) -> Tensor:
         w = SLSTMWeights(*stack_params(params, flat.dtype))
         flat = flat.contiguous()
+        ends = ends_of_experts(rows)
         num_heads = w.gate_proj.size(1)
 
         normed, stats = norm_forward(flat, w.norm, rows, 1, eps)
         convolved = causal_conv_silu_forward(normed, w.conv_weight, w.conv_bias, rows)
         # i and f see the convolution, z and o do not.
         gate_if, gate_zo = _by_pair(w.gate_proj)
-        gates_if = multiply_head_rows(convolved, gate_if, rows)
-        gates_zo = multiply_head_rows(normed, gate_zo, rows)
+        gates_if = head_products(convolved, gate_if, rows.counts)
+        gates_zo = head_products(normed, gate_zo, rows.counts)
 
         outputs, saved = scan_forward(
             *(gates_if, gates_zo, w.gate_bias, w.recurrent_weight, rows), saves=True
@@ -101,15 +102,16 @@ class _SLSTMBlockRows(Function):
 
         mixed, out_stats = norm_forward(outputs, w.out_norm, rows, num_heads, eps, flat)
         ffn_normed, ffn_stats = norm_forward(mixed, w.ffn_norm, rows, 1, eps)
-        projected = multiply_rows(ffn_normed, w.ffn_up_proj, rows)
+        projected = expert_products(ffn_normed, w.ffn_up_proj, rows.counts, ends)
         gated = silu_product_forward(projected)
-        out = multiply_add_rows(mixed, gated, w.ffn_down_proj, rows)
+        out = add_expert_products(mixed, gated, w.ffn_down_proj, rows.counts, ends)
 
         ctx.save_for_backward(
             *(flat, stats, normed, convolved, outputs, *saved),
             *(out_stats, mixed, ffn_stats, ffn_normed, projected, gated, *w),
         )
-        ctx.rows, ctx.params = rows, [(x.dtype, x.shape) for x in params]
+        ctx.rows, ctx.ends = rows, ends
+        ctx.params = [(x.dtype, x.shape) for x in params]
 
         return out
 
@@ -120,15 +122,20 @@ class _SLSTMBlockRows(Function):
         gates, cs, out_stats, mixed, ffn_stats, ffn_normed, *others = others
         projected, gated, *params = others
         rows: RaggedRows = ctx.rows
+        ends: Tensor | None = ctx.ends
         w = SLSTMWeights(*params)
         num_heads = w.gate_proj.size(1)
         grad_out = grad_out.contiguous()
 
-        grad_ffn_down = multiply_columns(gated, grad_out, w.ffn_down_proj, rows)
-        grad_gated = multiply_rows(grad_out, w.ffn_down_proj.mT, rows)
+        grad_ffn_down = expert_outer_products(gated, grad_out, rows.counts, ends)
+        grad_gated = expert_products(grad_out, w.ffn_down_proj.mT, rows.counts, ends)
         grad_projected = silu_product_backward(grad_gated, projected)
-        grad_ffn_up = multiply_columns(ffn_normed, grad_projected, w.ffn_up_proj, rows)
-        grad_ffn_normed = multiply_rows(grad_projected, w.ffn_up_proj.mT, rows)
+        grad_ffn_up = expert_outer_products(
+            ffn_normed, grad_projected, rows.counts, ends
+        )
+        grad_ffn_normed = expert_products(
+            grad_projected, w.ffn_up_proj.mT, rows.counts, ends
+        )
         grad_mixed, grad_ffn_norm = norm_backward(
             *(grad_ffn_normed, mixed, w.ffn_norm, ffn_stats, rows, 1, grad_out)
         )
@@ -147,12 +154,12 @@ class _SLSTMBlockRows(Function):
             (grad_if, grad_zo),
             strict=True,
         ):
-            multiply_head_columns(before, grads, of_r, rows)
-            multiply_head_columns(x, grads, of_gate, rows)
+            head_outer_products(before, grads, of_r, rows.counts)
+            head_outer_products(x, grads, of_gate, rows.counts)
 
         gate_if, gate_zo = _by_pair(w.gate_proj)
-        grad_convolved = multiply_head_rows(grad_if, gate_if.mT, rows)
-        grad_normed = multiply_head_rows(grad_zo, gate_zo.mT, rows)
+        grad_convolved = head_products(grad_if, gate_if.mT, rows.counts)
+        grad_normed = head_products(grad_zo, gate_zo.mT, rows.counts)
         _, grad_conv_weight, grad_conv_bias = causal_conv_silu_backward(
             *(grad_convolved, normed, w.conv_weight, w.conv_bias, rows),
             out=grad_normed,
