@@ -185,11 +185,12 @@ class MLSTMBlock(Module):
         :returns: The outputs, as ``seqs``, and the state after each row's last valid
             position (``state`` itself for a row of length 0), or ``None``.
         """
-        if self.num_experts is None and state is None and not return_state:
-            if self.trains_on_rows(seqs):
-                rows = full_rows(*seqs.shape[:2], seqs.device)
+        keeps_state = state is not None or return_state
 
-                return self.apply_to_rows(seqs.flatten(0, 1), rows).view_as(seqs), None
+        if self.num_experts is None and not keeps_state and self.trains_on_rows(seqs):
+            rows = full_rows(*seqs.shape[:2], seqs.device)
+
+            return self.apply_to_rows(seqs.flatten(0, 1), rows).view_as(seqs), None
 
         memory = None if state is None else MLSTMMemory(*state[1:])
         window = None if state is None else state.conv

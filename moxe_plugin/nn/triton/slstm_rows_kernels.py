@@ -39,8 +39,8 @@ def _multiply(r, x, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # Trit
 
 @triton.jit
 def _columns(x, y, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, element: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    # Two of (SIZE,N) -> (SIZE,N*2). Of what is rounded first, Triton 3.5 and 3.6 put the
-    # tensor before this shape into shared memory, in a layout that they do not have.
+    # Two of (SIZE,N) -> (SIZE,N*2). Rounded last: else Triton 3.5 and 3.6 put what has
+    # three dimensions into shared memory, in a layout that they do not have.
     return tl.reshape(tl.join(x, y), (SIZE, 2 * BLOCK_N)).to(element)
 
 
