@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.block_products_kernels import (
-    backward_kernel,
-    forward_kernel,
+    cell_inputs_backward_kernel,
+    cell_inputs_forward_kernel,
 )
 from moxe_plugin.nn.triton.partials import new_partials, sum_partials_in_parts
 
@@ -102,7 +102,7 @@ def project_forward(
     if num_rows > 0:
         num_experts = rows.num_experts
         num_slots = triton.cdiv(num_rows, sizes["ROWS"]) + num_experts - 1
-        forward_kernel[(num_slots,)](
+        cell_inputs_forward_kernel[(num_slots,)](
             *(convolved, conv_input, *weights, rows.begins, qkv, gates),
             *(rows.num_seqs, conv_input.stride(0)),
             NUM_EXPERTS=num_experts,
@@ -150,7 +150,7 @@ def project_backward(
     num_sums = sum(x.numel() for x in weights) // num_experts
     partials = new_partials(rows, _RUN, num_sums)
     grid = (triton.cdiv(width, sizes["SPAN"]), partials.size(0))
-    backward_kernel[grid](
+    cell_inputs_backward_kernel[grid](
         *(grad_qkv, grad_gates, convolved, conv_input, *weights[:5], rows.begins),
         *(grad_convolved, grad_conv_input, partials, rows.num_seqs),
         *(grad_qkv.stride(0), conv_input.stride(0)),

@@ -13,7 +13,7 @@ from moxe_plugin.nn.triton.partials import locate
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
-def forward_kernel(  # type: ignore[no-untyped-def]  # as above
+def cell_inputs_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     convolved,
     conv_input,
     q_weight,
@@ -103,7 +103,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # as above
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
-def backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
+def cell_inputs_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
     grad_qkv,
     grad_gates,
     convolved,

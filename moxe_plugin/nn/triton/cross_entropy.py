@@ -42,7 +42,7 @@ def cross_entropy_(
 
     if num_rows:
         block = min(triton.next_power_of_2(num_columns), _MAX_BLOCK)
-        _kernel[(num_rows,)](
+        _cross_entropy_kernel[(num_rows,)](
             *(logits, targets, weights, losses),
             V=num_columns,
             WRITES=wants_grad,
@@ -54,7 +54,7 @@ def cross_entropy_(
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
-def _kernel(  # type: ignore[no-untyped-def]  # as above
+def _cross_entropy_kernel(  # type: ignore[no-untyped-def]  # as above
     logits,
     targets,
     weights,

@@ -31,11 +31,14 @@ from torch.autograd.function import once_differentiable
 from moxe_plugin.nn.mlstm_cell import MAX_EXPONENT, NORMALIZER_EPS
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.mlstm_rows_backward import (
-    key_value_grad_kernel,
-    query_grad_kernel,
+    mlstm_rows_key_value_grad_kernel,
+    mlstm_rows_query_grad_kernel,
 )
-from moxe_plugin.nn.triton.mlstm_rows_gates import gate_grad_kernel, gate_kernel
-from moxe_plugin.nn.triton.mlstm_rows_kernels import forward_kernel
+from moxe_plugin.nn.triton.mlstm_rows_gates import (
+    mlstm_rows_gate_grad_kernel,
+    mlstm_rows_gate_kernel,
+)
+from moxe_plugin.nn.triton.mlstm_rows_kernels import mlstm_rows_forward_kernel
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -143,7 +146,7 @@ def mlstm_rows_forward(
         return h, small
 
     num_segments = rows.begins.size(0) - 1
-    gate_kernel[(num_segments, num_heads)](
+    mlstm_rows_gate_kernel[(num_segments, num_heads)](
         *(gates, rows.begins, small, gates.stride(0), num_rows, MAX_EXPONENT),
         BLOCK=_GATE_BLOCK,
     )
@@ -151,7 +154,7 @@ def mlstm_rows_forward(
     head_dim = width // num_heads
     block, options = _options("forward", q.dtype, head_dim)
     num_blocks = -(-rows.max_len // block)
-    forward_kernel[(num_segments * num_blocks, num_heads)](
+    mlstm_rows_forward_kernel[(num_segments * num_blocks, num_heads)](
         *(q, k, v, rows.begins, small, h),
         *(q.stride(0), k.stride(0), v.stride(0), width),
         *(num_rows, num_blocks, head_dim**-0.5, NORMALIZER_EPS),
@@ -203,7 +206,7 @@ def mlstm_rows_backward(
 
     block, options = _options("query_grad", q.dtype, head_dim)
     num_blocks = -(-rows.max_len // block)
-    query_grad_kernel[(num_segments * num_blocks, num_heads)](
+    mlstm_rows_query_grad_kernel[(num_segments * num_blocks, num_heads)](
         *(k, v, rows.begins, small, h, grad_h, grad_q, grad_small),
         *(k.stride(0), v.stride(0)),
         *(h.stride(0), grad_h.stride(0), grad_q.stride(0)),
@@ -213,7 +216,7 @@ def mlstm_rows_backward(
 
     block, options = _options("key_value_grad", q.dtype, head_dim)
     num_blocks = -(-rows.max_len // block)
-    key_value_grad_kernel[(num_segments * num_blocks * 2, num_heads)](
+    mlstm_rows_key_value_grad_kernel[(num_segments * num_blocks * 2, num_heads)](
         *(q, k, v, rows.begins, small, grad_h, grad_k, grad_v, grad_small),
         *(q.stride(0), k.stride(0), v.stride(0)),
         *(grad_h.stride(0), grad_k.stride(0), grad_v.stride(0)),
@@ -221,7 +224,7 @@ def mlstm_rows_backward(
         **options,
     )
 
-    gate_grad_kernel[(num_segments, num_heads)](
+    mlstm_rows_gate_grad_kernel[(num_segments, num_heads)](
         *(gates, rows.begins, grad_small, grad_gates, gates.stride(0), num_rows),
         BLOCK=_GATE_BLOCK,
     )

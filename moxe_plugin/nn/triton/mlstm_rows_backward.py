@@ -54,7 +54,7 @@ def add_query_grads(  # type: ignore[no-untyped-def]  # as above
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
-def query_grad_kernel(  # type: ignore[no-untyped-def]  # as above
+def mlstm_rows_query_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     k,
     v,
     begins,
@@ -181,7 +181,7 @@ def add_key_value_grads(  # type: ignore[no-untyped-def]  # as above
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
-def key_value_grad_kernel(  # type: ignore[no-untyped-def]  # as above
+def mlstm_rows_key_value_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     q,
     k,
     v,

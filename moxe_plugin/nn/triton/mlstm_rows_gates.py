@@ -17,7 +17,7 @@ def larger(x, y):  # type: ignore[no-untyped-def]  # Triton has no annotations
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
-def gate_kernel(  # type: ignore[no-untyped-def]  # as above
+def mlstm_rows_gate_kernel(  # type: ignore[no-untyped-def]  # as above
     gates,
     begins,
     small,
@@ -62,7 +62,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]  # as above
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
-def gate_grad_kernel(  # type: ignore[no-untyped-def]  # as above
+def mlstm_rows_gate_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     gates,
     begins,
     grad_small,

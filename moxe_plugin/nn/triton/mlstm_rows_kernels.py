@@ -56,7 +56,7 @@ def add_keys(  # type: ignore[no-untyped-def]  # as above
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
-def forward_kernel(  # type: ignore[no-untyped-def]  # as above
+def mlstm_rows_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     q,
     k,
     v,

@@ -93,7 +93,7 @@ def _sum_up(
     width = partials.size(1)
     block_rows, block_cols = _NARROW if width < 2048 else _WIDE
     grid = (triton.cdiv(width, block_cols), rows.num_experts)
-    _sum_kernel[grid](
+    _sum_partials_kernel[grid](
         *(partials, rows.begins, out, rows.num_seqs, width, rows_per_block),
         WIDTHS=widths,
         NUM_EXPERTS=rows.num_experts,
@@ -125,7 +125,7 @@ def locate(begins, num_seqs, slot, ROWS: tl.constexpr, NUM_EXPERTS: tl.constexpr
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
-def _sum_kernel(  # type: ignore[no-untyped-def]  # as above
+def _sum_partials_kernel(  # type: ignore[no-untyped-def]  # as above
     partials,
     begins,
     out,

@@ -14,7 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.partials import new_partials, sum_partials
-from moxe_plugin.nn.triton.row_conv_kernels import backward_kernel, forward_kernel
+from moxe_plugin.nn.triton.row_conv_kernels import (
+    conv_backward_kernel,
+    conv_forward_kernel,
+)
 
 KERNEL_SIZE: Final = 4
 """The number of taps K: the kernels have a name for each."""
@@ -71,7 +74,7 @@ def causal_conv_silu_forward(
     out = flat.new_empty(num_rows, width)
 
     if num_rows:
-        forward_kernel[_grid(num_rows, width, _FORWARD_BLOCK_ROWS)](
+        conv_forward_kernel[_grid(num_rows, width, _FORWARD_BLOCK_ROWS)](
             *(flat, weight, bias, out),
             *(rows.begins, rows.segment_of_row, rows.step_of_row),
             *(num_rows, rows.num_seqs, width, flat.stride(0)),
@@ -119,7 +122,7 @@ def causal_conv_silu_backward(
     if num_rows:
         # Without one, any pointer does: nothing is read.
         added = out if add is None else add
-        backward_kernel[_grid(num_rows, width, _BLOCK_ROWS)](
+        conv_backward_kernel[_grid(num_rows, width, _BLOCK_ROWS)](
             *(grad_output, flat, weight, bias, added, out, partials),
             *(rows.begins, rows.segment_of_row, rows.step_of_row),
             *(num_rows, rows.num_seqs, width),

@@ -99,7 +99,7 @@ def _forward(out, row, end, width, col, mask, window, x, step, taps):  # type: i
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
-def forward_kernel(  # type: ignore[no-untyped-def]  # as above
+def conv_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     flat,
     weight,
     bias,
@@ -168,7 +168,7 @@ def _backward(window, pending, sums, x, grad, step, is_own, taps):  # type: igno
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
-def backward_kernel(  # type: ignore[no-untyped-def]  # as above
+def conv_backward_kernel(  # type: ignore[no-untyped-def]  # as above
     grad,
     flat,
     weight,

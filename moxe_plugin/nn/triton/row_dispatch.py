@@ -44,7 +44,7 @@ def sum_choices(
             triton.cdiv(num_tokens, _BLOCK_TOKENS),
             triton.cdiv(width, _BLOCK_COLS),
         )
-        _sum_kernel[grid](
+        _sum_choices_kernel[grid](
             *(first, second, first.size(0), first.stride(0), second.stride(0)),
             # Without weights any pointer does: nothing is loaded.
             *(row_of_choice if weights is None else weights.contiguous(),),
@@ -85,7 +85,7 @@ def sum_choices_backward(
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
 
     if num_choices > 0:
-        _spread_kernel[(triton.cdiv(num_choices, _BLOCK_TOKENS),)](
+        _spread_choices_kernel[(triton.cdiv(num_choices, _BLOCK_TOKENS),)](
             *(grad_out, first, second, weights.contiguous(), row_of_choice),
             *(grad_rows, grad_weights),
             *(first.size(0), num_choices),
@@ -115,7 +115,7 @@ def _row_starts(  # type: ignore[no-untyped-def]  # Triton has no annotations
 # The numbers of rows differ from step to step: that they can be divided by 16, or are
 # 1, is not worth another compilation.
 @triton.jit(do_not_specialize=["boundary"])  # type: ignore[untyped-decorator]  # as above
-def _sum_kernel(  # type: ignore[no-untyped-def]  # as above
+def _sum_choices_kernel(  # type: ignore[no-untyped-def]  # as above
     first,
     second,
     boundary,
@@ -159,7 +159,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]  # as above
 
 
 @triton.jit(do_not_specialize=["boundary"])  # type: ignore[untyped-decorator]  # as above
-def _spread_kernel(  # type: ignore[no-untyped-def]  # as above
+def _spread_choices_kernel(  # type: ignore[no-untyped-def]  # as above
     grad_out,
     first,
     second,

@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.partials import new_partials, sum_partials
 from moxe_plugin.nn.triton.row_gated_norm_kernels import (
-    backward_kernel,
-    forward_kernel,
+    gated_norm_backward_kernel,
+    gated_norm_forward_kernel,
 )
 from moxe_plugin.nn.triton.row_norm import MAX_REGISTERS, count_warps, readable
 
@@ -156,7 +156,7 @@ def gated_norm_forward(
         head_dim = width // num_heads
         block_dim = triton.next_power_of_2(head_dim)
         num_tiles = triton.cdiv(num_rows, _FORWARD_TILE_ROWS)
-        forward_kernel[(num_tiles * num_heads,)](
+        gated_norm_forward_kernel[(num_tiles * num_heads,)](
             *(hidden, convolved, gate, norm_weight, skip, out, stats),
             *(rows.segment_of_row, num_rows, rows.num_seqs, hidden.stride(0)),
             *(convolved.stride(0), gate.stride(0), num_heads, eps),
@@ -202,7 +202,9 @@ def gated_norm_backward(
     if num_rows > 0:
         head_dim = width // num_heads
         block_dim = triton.next_power_of_2(head_dim)
-        backward_kernel[(triton.cdiv(num_rows, _ROWS_PER_BLOCK) * num_heads,)](
+        gated_norm_backward_kernel[
+            (triton.cdiv(num_rows, _ROWS_PER_BLOCK) * num_heads,)
+        ](
             *(grad_out, hidden, convolved, gate, norm_weight, skip, stats),
             *(grad_hidden, grad_convolved, grad_gate, partials),
             *(rows.segment_of_row, rows.begins, num_rows, rows.num_seqs),

@@ -19,7 +19,7 @@ from moxe_plugin.nn.triton.row_norm_kernels import (
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # Triton has no annotations
-def forward_kernel(  # type: ignore[no-untyped-def]  # as above
+def gated_norm_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     hidden,
     convolved,
     gate,
@@ -64,7 +64,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # as above
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
-def backward_kernel(  # type: ignore[no-untyped-def]  # as above
+def gated_norm_backward_kernel(  # type: ignore[no-untyped-def]  # as above
     grad_out,
     hidden,
     convolved,

@@ -18,7 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.partials import new_partials, sum_partials
-from moxe_plugin.nn.triton.row_norm_kernels import backward_kernel, forward_kernel
+from moxe_plugin.nn.triton.row_norm_kernels import (
+    norm_backward_kernel,
+    norm_forward_kernel,
+)
 
 _TILE_ROWS = 4
 """The rows of a tile."""
@@ -120,7 +123,7 @@ def norm_forward(
     if num_rows > 0:
         head_dim = width // num_heads
         block_dim = triton.next_power_of_2(head_dim)
-        forward_kernel[(triton.cdiv(num_rows, _TILE_ROWS) * num_heads,)](
+        norm_forward_kernel[(triton.cdiv(num_rows, _TILE_ROWS) * num_heads,)](
             *(flat, weight, flat if residual is None else residual, out, stats),
             *(rows.segment_of_row, num_rows, rows.num_seqs, flat.stride(0)),
             0 if residual is None else residual.stride(0),
@@ -167,7 +170,7 @@ def norm_backward(
         head_dim = width // num_heads
         block_dim = triton.next_power_of_2(head_dim)
         num_warps = count_warps(block_dim)
-        backward_kernel[(triton.cdiv(num_rows, _ROWS_PER_BLOCK) * num_heads,)](
+        norm_backward_kernel[(triton.cdiv(num_rows, _ROWS_PER_BLOCK) * num_heads,)](
             *(grad_out, flat, weight, stats),
             grad_out if other_grad is None else other_grad,
             *(grad_flat, partials, rows.segment_of_row, rows.begins),

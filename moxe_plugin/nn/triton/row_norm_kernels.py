@@ -95,7 +95,7 @@ def clip_to_expert(begins, num_seqs, expert, first, end):  # type: ignore[no-unt
 
 # A new number of rows must not compile a kernel again.
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
-def forward_kernel(  # type: ignore[no-untyped-def]  # as above
+def norm_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     flat,
     weight,
     residual,
@@ -137,7 +137,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # as above
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
-def backward_kernel(  # type: ignore[no-untyped-def]  # as above
+def norm_backward_kernel(  # type: ignore[no-untyped-def]  # as above
     grad_out,
     flat,
     weight,

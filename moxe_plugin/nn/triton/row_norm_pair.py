@@ -20,8 +20,8 @@ from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.partials import new_partials, sum_partials
 from moxe_plugin.nn.triton.row_norm import MAX_REGISTERS, count_warps, readable
 from moxe_plugin.nn.triton.row_norm_pair_kernels import (
-    backward_kernel,
-    forward_kernel,
+    norm_pair_backward_kernel,
+    norm_pair_forward_kernel,
 )
 
 _TILE_ROWS = 2
@@ -139,7 +139,7 @@ def norm_pair_forward(
         head_dim = width // num_heads
         block_heads = triton.next_power_of_2(num_heads)
         block_dim = triton.next_power_of_2(head_dim)
-        forward_kernel[(triton.cdiv(num_rows, _TILE_ROWS),)](
+        norm_pair_forward_kernel[(triton.cdiv(num_rows, _TILE_ROWS),)](
             *(flat, weight, residual, next_weight, summed, normed_sum, stats),
             *(rows.segment_of_row, num_rows, rows.num_seqs),
             *(flat.stride(0), residual.stride(0), eps),
@@ -191,7 +191,7 @@ def norm_pair_backward(
         head_dim = width // num_heads
         block_heads = triton.next_power_of_2(num_heads)
         block_dim = triton.next_power_of_2(head_dim)
-        backward_kernel[(triton.cdiv(num_rows, _ROWS_PER_BLOCK),)](
+        norm_pair_backward_kernel[(triton.cdiv(num_rows, _ROWS_PER_BLOCK),)](
             *(grad_summed, grad_normed_sum, flat, weight, summed, next_weight, stats),
             *(grad_flat, grad_residual, partials, rows.segment_of_row, rows.begins),
             *(num_rows, rows.num_seqs, grad_summed.stride(0)),

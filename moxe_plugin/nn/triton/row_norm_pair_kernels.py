@@ -50,7 +50,7 @@ def _standardize_again(  # type: ignore[no-untyped-def]  # as above
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
-def forward_kernel(  # type: ignore[no-untyped-def]  # as above
+def norm_pair_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     flat,
     weight,
     residual,
@@ -106,7 +106,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # as above
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
-def backward_kernel(  # type: ignore[no-untyped-def]  # as above
+def norm_pair_backward_kernel(  # type: ignore[no-untyped-def]  # as above
     grad_summed,
     grad_normed_sum,
     flat,

@@ -41,7 +41,7 @@ def silu_product_forward(projected: Tensor) -> Tensor:
     out = projected.new_empty(num_rows, width)
 
     if num_rows:
-        _forward_kernel[_grid(num_rows, width)](
+        _silu_product_kernel[_grid(num_rows, width)](
             *(projected, out, num_rows, width, projected.stride(0)),
             ROWS=_BLOCK_ROWS,
             COLS=_BLOCK_COLS,
@@ -63,7 +63,7 @@ def silu_product_backward(grad_output: Tensor, projected: Tensor) -> Tensor:
     out = projected.new_empty(num_rows, 2 * width)
 
     if num_rows:
-        _backward_kernel[_grid(num_rows, width)](
+        _silu_product_grad_kernel[_grid(num_rows, width)](
             *(grad_output, projected, out, num_rows, width),
             *(grad_output.stride(0), projected.stride(0)),
             ROWS=_BLOCK_ROWS,
@@ -105,7 +105,7 @@ def _place(num_rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):  # type: ig
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
-def _forward_kernel(  # type: ignore[no-untyped-def]  # as above
+def _silu_product_kernel(  # type: ignore[no-untyped-def]  # as above
     projected, out, num_rows, width, stride, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
     row, col, is_in = _place(num_rows, width, ROWS, COLS)
@@ -118,7 +118,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]  # as above
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
-def _backward_kernel(  # type: ignore[no-untyped-def]  # as above
+def _silu_product_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     grad_output,
     projected,
     out,
