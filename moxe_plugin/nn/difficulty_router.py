@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.functional import linear, sigmoid, softmax
+from torch.nn.functional import linear, pad, sigmoid, softmax
 from torch.nn.init import zeros_
 from typing_extensions import override
 
@@ -34,9 +34,9 @@ class DifficultyRouter(Router):
     :param modulation: How strongly a difficulty acts: :func:`standard_modulation`, or
         a :class:`MaskedModulation` or :class:`ProportionalModulation`.
     :param bias: Whether the scores have a learned bias ``b_r``.
-    :param backend: With ``triton`` one kernel does what follows the scores, if these
-        have no bias, the modulation is the standard one, and the choice that of
-        ``selection.fixed_top_k`` experts; all else is torch's.
+    :param backend: With ``triton`` one kernel does what follows the scores, if the
+        modulation is the standard one and the choice that of ``selection.fixed_top_k``
+        experts; all else is torch's.
 
     :raises ValueError: ``num_mlstm_experts`` does not fit the number of experts, or
         ``difficulty_bias_scale`` is negative.
@@ -94,16 +94,16 @@ class DifficultyRouter(Router):
     def _route(self, hidden: Tensor) -> Routing:
         # (T,M) -> (T,E+1): one product reads the hidden states once.
         weight = torch.cat([self.weight, self.difficulty_weight.unsqueeze(0)])
-        scores = linear(hidden, weight.to(hidden.dtype))
+        if self.bias is None:
+            bias = pad(self.difficulty_bias, (self.num_experts, 0))
+        else:
+            bias = torch.cat([self.bias, self.difficulty_bias])
+        scores = linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
         if self._has_kernel(scores):
             return self._route_in_kernel(scores)
 
         logits, score = scores.split([self.num_experts, 1], dim=-1)
-
-        if self.bias is not None:
-            logits = logits + self.bias.to(hidden.dtype)
-
-        difficulty = sigmoid(score + self.difficulty_bias.to(hidden.dtype))
+        difficulty = sigmoid(score)
 
         signs = _difficulty_signs(
             self.num_mlstm_experts,
@@ -131,7 +131,6 @@ class DifficultyRouter(Router):
         return (
             self.backend == "triton"
             and resolve_backend(self.backend, scores) == "triton"
-            and self.bias is None
             and self.modulation is standard_modulation
             and self.selection.fixed_top_k is not None
         )
@@ -146,7 +145,6 @@ class DifficultyRouter(Router):
             scores[:, : self.num_experts],
             *route_scores(
                 scores,
-                self.difficulty_bias.to(scores.dtype),
                 num_mlstm_experts=self.num_mlstm_experts,
                 difficulty_bias_scale=self.difficulty_bias_scale,
                 top_k=top_k,

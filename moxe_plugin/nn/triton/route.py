@@ -45,7 +45,6 @@ class RoutedScores(NamedTuple):
 
 def route_scores(
     scores: Tensor,
-    difficulty_bias: Tensor,
     *,
     num_mlstm_experts: int,
     difficulty_bias_scale: float,
@@ -53,10 +52,8 @@ def route_scores(
 ) -> RoutedScores:
     """Route tokens by their scores.
 
-    :param scores: The scores of the experts, and that of the difficulty without its
-        bias; float32. *Shape:* ``(T,E+1)``.
-    :param difficulty_bias: The bias of the difficulty's score, float32. *Shape:*
-        ``(1)``.
+    :param scores: The scores of the experts, and that of the difficulty; float32.
+        *Shape:* ``(T,E+1)``.
     :param num_mlstm_experts: How many of the first experts hard tokens are sent to.
     :param difficulty_bias_scale: The scale gamma of the bias.
     :param top_k: The number of experts of each token.
@@ -66,7 +63,6 @@ def route_scores(
     return RoutedScores(
         *_RouteScores.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
             scores,
-            difficulty_bias,
             (num_mlstm_experts, float(difficulty_bias_scale), top_k),
         )
     )
@@ -78,7 +74,6 @@ class _RouteScores(Function):
     def forward(
         ctx: Any,
         scores: Tensor,
-        difficulty_bias: Tensor,
         settings: tuple[int, float, int],
     ) -> tuple[Tensor, ...]:
         num_tokens, num_experts = scores.size(0), scores.size(1) - 1
@@ -92,7 +87,7 @@ class _RouteScores(Function):
 
         if num_tokens > 0:
             _route_kernel[(triton.cdiv(num_tokens, _BLOCK_TOKENS),)](
-                *(scores, difficulty_bias, biased, probs, unbiased, difficulty),
+                *(scores, biased, probs, unbiased, difficulty),
                 *(indices, weights, num_tokens),
                 **_constants(num_experts, settings),
             )
@@ -116,7 +111,7 @@ class _RouteScores(Function):
         grad_difficulty: Tensor | None,
         _: None,
         grad_weights: Tensor | None,
-    ) -> tuple[Tensor, Tensor, None]:
+    ) -> tuple[Tensor, None]:
         probs, unbiased, difficulty, indices, weights = ctx.saved_tensors
         num_tokens, num_experts = probs.shape
 
@@ -144,7 +139,7 @@ class _RouteScores(Function):
                 **_constants(num_experts, ctx.settings),
             )
 
-        return grad_scores, grad_scores[:, num_experts].sum().view(1), None
+        return grad_scores, None
 
 
 def _constants(num_experts: int, settings: tuple[int, float, int]) -> dict[str, Any]:
@@ -170,7 +165,6 @@ def _softmax(logits):  # type: ignore[no-untyped-def]  # Triton has no annotatio
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def _route_kernel(  # type: ignore[no-untyped-def]  # as above
     scores,
-    difficulty_bias,
     biased_logits,
     router_probs,
     unbiased_probs,
@@ -195,7 +189,7 @@ def _route_kernel(  # type: ignore[no-untyped-def]  # as above
     logits = tl.load(row[:, None] + expert, mask=mask, other=0.0)
     score = tl.load(row + NUM_EXPERTS, mask=is_token, other=0.0)
 
-    hardness = tl.sigmoid(score + tl.load(difficulty_bias))
+    hardness = tl.sigmoid(score)
     sign = tl.where(expert < NUM_MLSTM, SCALE, -SCALE)
     biased = logits + hardness[:, None] * sign
 

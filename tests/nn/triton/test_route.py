@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 
 def route_both(
-    num_experts: int, top_k: int, num_mlstm: int, scores: Tensor, bias: Tensor
+    num_experts: int, top_k: int, num_mlstm: int, scores: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return what the kernel and a router in float64 say of some scores."""
     from moxe_plugin.nn.triton.route import route_scores
@@ -31,13 +31,10 @@ def route_both(
         weight = torch.eye(num_experts + 1, dtype=float64, device=scores.device)
         router.weight.copy_(weight[:-1])
         router.difficulty_weight.copy_(weight[-1])
-    del router.difficulty_bias
-    router.difficulty_bias = bias.double()  # type: ignore[assignment]  # no leaf
 
     routing: Routing = router(scores.double())
     actual = route_scores(
         scores,
-        bias,
         num_mlstm_experts=num_mlstm,
         difficulty_bias_scale=0.7,
         top_k=top_k,
@@ -57,9 +54,8 @@ def test_routing_and_gradients_are_the_routers(
     torch.manual_seed(5)
     # More than a block of tokens, and no multiple of it
     scores = torch.randn(70, num_experts + 1, device=device, requires_grad=True)
-    bias = tensor([0.3], device=device, requires_grad=True)
 
-    actual, expected = route_both(num_experts, top_k, num_mlstm, scores, bias)
+    actual, expected = route_both(num_experts, top_k, num_mlstm, scores)
 
     for x, y in zip(actual, expected, strict=True):
         assert_close(x, y.to(x.dtype))
@@ -74,14 +70,13 @@ def test_routing_and_gradients_are_the_routers(
         *(
             torch.autograd.grad(
                 [outputs[i] for i in floats],
-                [scores, bias],
+                [scores],
                 [d.to(outputs[0].dtype) for d in directions],
             )
             for outputs in (actual, expected)
         ),
         strict=True,
     ):
-        # A sum over all tokens, the gradient of the bias has the largest error.
         assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
@@ -90,7 +85,7 @@ def test_ties_and_what_is_no_number_are_chosen_in_order(device: torch.device) ->
         [[1.0, 1.0, 1.0, 1.0, 0.0], [nan, 0.0, 0.0, 0.0, 0.0], [0.0, 2.0, 1.0, 2.0, 9]],
         device=device,
     )
-    actual, expected = route_both(4, 3, 2, scores, torch.zeros(1, device=device))
+    actual, expected = route_both(4, 3, 2, scores)
 
     assert actual[4].tolist() == [[0, 1, 2], [0, 1, 2], [1, 3, 0]]
     assert actual[4].tolist() == expected[4].tolist()
@@ -102,8 +97,7 @@ def test_each_output_has_a_gradient_of_its_own(
 ) -> None:
     torch.manual_seed(6)
     scores = torch.randn(3, 5, device=device, requires_grad=True)
-    bias = tensor([0.1], device=device, requires_grad=True)
-    both = route_both(4, 2, 2, scores, bias)
+    both = route_both(4, 2, 2, scores)
 
     if output == 4:
         assert not both[0][output].requires_grad
@@ -113,7 +107,7 @@ def test_each_output_has_a_gradient_of_its_own(
     actual, expected = (
         torch.autograd.grad(
             outputs[output],
-            [scores, bias],
+            [scores],
             direction.to(outputs[0].dtype),
             allow_unused=True,
             materialize_grads=True,
