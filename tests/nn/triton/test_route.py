@@ -120,7 +120,7 @@ def test_each_output_has_a_gradient_of_its_own(
 def test_no_token_is_routed_nowhere(device: torch.device) -> None:
     scores = torch.zeros(0, 5, device=device, requires_grad=True)
 
-    actual, _ = route_both(4, 2, 2, scores, torch.zeros(1, device=device))
+    actual, _ = route_both(4, 2, 2, scores)
     (grad,) = torch.autograd.grad(actual[1].sum(), scores)
 
     assert [x.shape[0] for x in [*actual, grad]] == [0] * 7
