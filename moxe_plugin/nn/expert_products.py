@@ -9,12 +9,10 @@ results; with others torch copies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-_MAX_LOOP = 8
-"""Up to so many experts are multiplied one by one."""
 
 
 def expert_products(
@@ -25,8 +23,10 @@ def expert_products(
 ) -> Tensor:
     """Multiply rows by their expert's weight.
 
-    More than 8 experts are multiplied by one kernel, if it is possible: rows are
-    bfloat16, the widths multiples of 8, and ``ends`` is given.
+    Experts are multiplied by one kernel of torch's if it is possible, else one by one:
+    on GPUs of compute capability 9 or more (H100), in bfloat16, with widths that are
+    multiples of 8, and where ``ends`` is given. On an H200 with four experts of 4,096
+    rows it takes the GPU as long, and the host 24 instead of 64 us.
 
     :param rows: Sorted by expert. *Shape:* ``(C,in)``.
     :param weight: *Shape:* ``(E,in,out)``.
@@ -189,8 +189,13 @@ def _takes_one_kernel(lhs: Tensor, rhs: Tensor, ends: Tensor | None) -> bool:
     # It wants strides that are multiples of 16 bytes.
     return (
         ends is not None
-        and ends.size(0) > _MAX_LOOP
         and lhs.dtype == torch.bfloat16
         and lhs.stride(1) == 1
         and all(size % 8 == 0 for size in (lhs.stride(0), *rhs.shape[1:]))
+        and _has_one_kernel(lhs.device)
     )
+
+
+@lru_cache(maxsize=16)
+def _has_one_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -18,6 +18,26 @@ def stack_params(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     :returns: The same, contiguous, with E first; E is 1 for a block that is no bank.
     """
     is_bank = params[0].ndim == 2
-    params = [x.to(dtype).contiguous() for x in params]
+    # Each call that does nothing has its cost, too.
+    params = [
+        x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
+        for x in params
+    ]
 
     return params if is_bank else [x.unsqueeze(0) for x in params]
+
+
+def unstack_grads(
+    grads: Sequence[Tensor], params: Sequence[tuple[torch.dtype, torch.Size]]
+) -> list[Tensor]:
+    """Bring gradients into the form of the parameters.
+
+    :param grads: The gradients of what :func:`stack_params` returned.
+    :param params: The type and the shape of each parameter.
+
+    :returns: The gradients.
+    """
+    return [
+        x if x.dtype is dtype and x.ndim == len(shape) else x.to(dtype).view(shape)
+        for x, (dtype, shape) in zip(grads, params, strict=True)
+    ]

@@ -28,6 +28,7 @@ from moxe_plugin.nn.triton.block_products_kernels import (
     cell_inputs_forward_kernel,
 )
 from moxe_plugin.nn.triton.partials import new_partials, sum_partials_in_parts
+from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two
 
 _MAX_BLOCK = 64
 _ROWS = 64
@@ -101,7 +102,7 @@ def project_forward(
 
     if num_rows > 0:
         num_experts = rows.num_experts
-        num_slots = triton.cdiv(num_rows, sizes["ROWS"]) + num_experts - 1
+        num_slots = ceil_div(num_rows, sizes["ROWS"]) + num_experts - 1
         cell_inputs_forward_kernel[(num_slots,)](
             *(convolved, conv_input, *weights, rows.begins, qkv, gates),
             *(rows.num_seqs, conv_input.stride(0)),
@@ -149,7 +150,7 @@ def project_backward(
     num_experts = rows.num_experts
     num_sums = sum(x.numel() for x in weights) // num_experts
     partials = new_partials(rows, _RUN, num_sums)
-    grid = (triton.cdiv(width, sizes["SPAN"]), partials.size(0))
+    grid = (ceil_div(width, sizes["SPAN"]), partials.size(0))
     cell_inputs_backward_kernel[grid](
         *(grad_qkv, grad_gates, convolved, conv_input, *weights[:5], rows.begins),
         *(grad_convolved, grad_conv_input, partials, rows.num_seqs),
@@ -219,7 +220,7 @@ def _sizes(seqs: Tensor, weights: CellWeights) -> dict[str, Any]:
         # Tiles of float32 need as many registers as there are.
         "ROWS": _ROWS // 2 if is_wide else _ROWS,
         "SPAN": max(block, 32 if is_wide else 64),
-        "GATES": max(triton.next_power_of_2(2 * num_heads), 16),
+        "GATES": max(power_of_two(2 * num_heads), 16),
         "WIDE": _is_interpreted() and seqs.dtype == torch.bfloat16,
         # TensorFloat-32 only where torch's own products may use it.
         "PRECISION": "ieee" if highest else "tf32",

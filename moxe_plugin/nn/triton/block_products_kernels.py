@@ -9,9 +9,11 @@ worth more to memory than the zeros cost. The 2H gates are padded to ``GATES`` c
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.partials import locate
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def cell_inputs_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     convolved,
@@ -102,6 +104,7 @@ def cell_inputs_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     )
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def cell_inputs_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
     grad_qkv,

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moxe_plugin.nn.triton.launching import Launcher
+from moxe_plugin.nn.triton.sizes import power_of_two
+
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 """The types of logits that it takes."""
 
@@ -41,7 +44,7 @@ def cross_entropy_(
     losses = torch.empty_like(weights)
 
     if num_rows:
-        block = min(triton.next_power_of_2(num_columns), _MAX_BLOCK)
+        block = min(power_of_two(num_columns), _MAX_BLOCK)
         _cross_entropy_kernel[(num_rows,)](
             *(logits, targets, weights, losses),
             V=num_columns,
@@ -53,6 +56,7 @@ def cross_entropy_(
     return losses
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def _cross_entropy_kernel(  # type: ignore[no-untyped-def]  # as above
     logits,

@@ -20,7 +20,7 @@ from moxe_plugin.nn.expert_products import (
     expert_products,
 )
 from moxe_plugin.nn.ragged import RaggedRows, ends_of_experts
-from moxe_plugin.nn.triton.block_params import stack_params
+from moxe_plugin.nn.triton.block_params import stack_params, unstack_grads
 from moxe_plugin.nn.triton.block_products import (
     CellWeights,
     project_backward,
@@ -186,8 +186,5 @@ class _MLSTMBlockRows(Function):
 
         return (
             *(None, None, None, grad_flat),
-            *(
-                x.to(dtype).view(shape)
-                for x, (dtype, shape) in zip(grad_params, ctx.params, strict=True)
-            ),
+            *unstack_grads(grad_params, ctx.params),
         )

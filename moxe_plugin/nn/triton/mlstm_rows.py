@@ -39,6 +39,7 @@ from moxe_plugin.nn.triton.mlstm_rows_gates import (
     mlstm_rows_gate_kernel,
 )
 from moxe_plugin.nn.triton.mlstm_rows_kernels import mlstm_rows_forward_kernel
+from moxe_plugin.nn.triton.sizes import power_of_two
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,8 +61,8 @@ class Tiling(NamedTuple):
 
 
 HALF_TILINGS = {
-    "forward": Tiling(64, 64, 64, 4, 1),
-    "query_grad": Tiling(64, 64, 64, 4, 1),
+    "forward": Tiling(64, 32, 64, 4, 2),
+    "query_grad": Tiling(64, 32, 64, 4, 2),
     "key_value_grad": Tiling(64, 64, 64, 4, 1),
 }
 """For bfloat16 and float16."""
@@ -296,7 +297,7 @@ def _cached_options(
         "D": head_dim,
         "BLOCK_T": tiling.block_t,
         "BLOCK_S": tiling.block_s,
-        "BLOCK_D": min(tiling.block_d, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": min(tiling.block_d, power_of_two(head_dim)),
         "WIDE": is_interpreted and dtype == torch.bfloat16,
         "PRECISION": "ieee" if dtype == torch.float32 and highest else "tf32",
         "INTERPRETED": is_interpreted,

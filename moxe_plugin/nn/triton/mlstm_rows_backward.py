@@ -7,6 +7,7 @@ Formulas and names are in :mod:`moxe_plugin.nn.triton.mlstm_rows`; for the rest 
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.mlstm_rows_tiles import (
     add_weighted,
     decays,
@@ -53,6 +54,7 @@ def add_query_grads(  # type: ignore[no-untyped-def]  # as above
     return add_weighted(totals, grad, ks, NUM, WIDE, PRECISION)
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def mlstm_rows_query_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     k,
@@ -180,6 +182,7 @@ def add_key_value_grads(  # type: ignore[no-untyped-def]  # as above
     return add_weighted(totals, weights, zs, NUM, WIDE, PRECISION)
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def mlstm_rows_key_value_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     q,

@@ -7,6 +7,7 @@ is imported by who runs it only. A program has one segment and head.
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.mlstm_rows_tiles import place
 
 
@@ -16,6 +17,7 @@ def larger(x, y):  # type: ignore[no-untyped-def]  # Triton has no annotations
     return tl.maximum(x, y)
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def mlstm_rows_gate_kernel(  # type: ignore[no-untyped-def]  # as above
     gates,
@@ -61,6 +63,7 @@ def mlstm_rows_gate_kernel(  # type: ignore[no-untyped-def]  # as above
         start += BLOCK
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def mlstm_rows_gate_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     gates,

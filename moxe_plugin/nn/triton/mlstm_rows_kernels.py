@@ -8,6 +8,7 @@ it keeps its own tiles, for all of D, and meets block after block of the other s
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.mlstm_rows_tiles import (
     add_weighted,
     decays,
@@ -55,6 +56,7 @@ def add_keys(  # type: ignore[no-untyped-def]  # as above
     return totals, denominator + tl.sum(weights, 1)
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def mlstm_rows_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     q,

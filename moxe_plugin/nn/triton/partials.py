@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moxe_plugin.nn.ragged import RaggedRows
+from moxe_plugin.nn.triton.launching import Launcher
+from moxe_plugin.nn.triton.sizes import ceil_div
 
 _NARROW = 64, 32
 """Slots and columns that a program adds up at a time, of a few sums."""
@@ -33,7 +35,7 @@ def new_partials(rows: RaggedRows, rows_per_block: int, width: int) -> Tensor:
 
     :returns: Uninitialised float32. *Shape:* ``(slots,width)``.
     """
-    num_blocks = triton.cdiv(rows.num_rows, rows_per_block)
+    num_blocks = ceil_div(rows.num_rows, rows_per_block)
 
     return torch.empty(
         max(num_blocks + rows.num_experts - 1, 1),
@@ -92,7 +94,7 @@ def _sum_up(
 ) -> None:
     width = partials.size(1)
     block_rows, block_cols = _NARROW if width < 2048 else _WIDE
-    grid = (triton.cdiv(width, block_cols), rows.num_experts)
+    grid = (ceil_div(width, block_cols), rows.num_experts)
     _sum_partials_kernel[grid](
         *(partials, rows.begins, out, rows.num_seqs, width, rows_per_block),
         WIDTHS=widths,
@@ -124,6 +126,7 @@ def locate(begins, num_seqs, slot, ROWS: tl.constexpr, NUM_EXPERTS: tl.constexpr
     return expert, tl.maximum(begin, block * ROWS), tl.minimum(end, (block + 1) * ROWS)
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def _sum_partials_kernel(  # type: ignore[no-untyped-def]  # as above
     partials,

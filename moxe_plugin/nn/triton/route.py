@@ -17,6 +17,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
+from moxe_plugin.nn.triton.launching import Launcher
+from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two
+
 _BLOCK_TOKENS = 64
 
 
@@ -86,7 +89,7 @@ class _RouteScores(Function):
         weights = scores.new_empty(num_tokens, top_k)
 
         if num_tokens > 0:
-            _route_kernel[(triton.cdiv(num_tokens, _BLOCK_TOKENS),)](
+            _route_kernel[(ceil_div(num_tokens, _BLOCK_TOKENS),)](
                 *(scores, biased, probs, unbiased, difficulty),
                 *(indices, weights, num_tokens),
                 **_constants(num_experts, settings),
@@ -128,7 +131,7 @@ class _RouteScores(Function):
         grad_scores = probs.new_empty(num_tokens, num_experts + 1)
 
         if num_tokens > 0:
-            _route_backward_kernel[(triton.cdiv(num_tokens, _BLOCK_TOKENS),)](
+            _route_backward_kernel[(ceil_div(num_tokens, _BLOCK_TOKENS),)](
                 *(probs, unbiased, difficulty, indices, weights),
                 *(grad_biased, grad_probs, grad_unbiased, grad_difficulty),
                 *(grad_weights, grad_scores, num_tokens),
@@ -151,7 +154,7 @@ def _constants(num_experts: int, settings: tuple[int, float, int]) -> dict[str, 
         "NUM_EXPERTS": num_experts,
         "TOP_K": top_k,
         "BLOCK_TOKENS": _BLOCK_TOKENS,
-        "BLOCK_EXPERTS": triton.next_power_of_2(num_experts),
+        "BLOCK_EXPERTS": power_of_two(num_experts),
     }
 
 
@@ -162,6 +165,7 @@ def _softmax(logits):  # type: ignore[no-untyped-def]  # Triton has no annotatio
     return exps / tl.sum(exps, 1)[:, None]
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def _route_kernel(  # type: ignore[no-untyped-def]  # as above
     scores,
@@ -221,6 +225,7 @@ def _route_kernel(  # type: ignore[no-untyped-def]  # as above
     tl.store(expert_weights + choice, probs / total[:, None], mask=is_chosen)
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def _route_backward_kernel(  # type: ignore[no-untyped-def]  # as above
     router_probs,

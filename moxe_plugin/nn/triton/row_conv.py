@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import triton
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -18,6 +17,7 @@ from moxe_plugin.nn.triton.row_conv_kernels import (
     conv_backward_kernel,
     conv_forward_kernel,
 )
+from moxe_plugin.nn.triton.sizes import ceil_div
 
 KERNEL_SIZE: Final = 4
 """The number of taps K: the kernels have a name for each."""
@@ -164,4 +164,4 @@ class _CausalConvSiLU(Function):
 
 
 def _grid(num_rows: int, width: int, block_rows: int) -> tuple[int]:
-    return (triton.cdiv(num_rows, block_rows) * triton.cdiv(width, _BLOCK_COLS),)
+    return (ceil_div(num_rows, block_rows) * ceil_div(width, _BLOCK_COLS),)

@@ -12,6 +12,8 @@ Imports triton, so it is imported by who runs it only.
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.launching import Launcher
+
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def _place(width, COLS: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
@@ -98,6 +100,7 @@ def _forward(out, row, end, width, col, mask, window, x, step, taps):  # type: i
     return window[1], window[2], x
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
 def conv_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     flat,
@@ -167,6 +170,7 @@ def _backward(window, pending, sums, x, grad, step, is_own, taps):  # type: igno
     )
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
 def conv_backward_kernel(  # type: ignore[no-untyped-def]  # as above
     grad,

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moxe_plugin.nn.triton.launching import Launcher
+from moxe_plugin.nn.triton.sizes import ceil_div
+
 _BLOCK_TOKENS = 16
 _BLOCK_COLS = 128
 
@@ -41,8 +44,8 @@ def sum_choices(
 
     if out.numel() > 0:
         grid = (
-            triton.cdiv(num_tokens, _BLOCK_TOKENS),
-            triton.cdiv(width, _BLOCK_COLS),
+            ceil_div(num_tokens, _BLOCK_TOKENS),
+            ceil_div(width, _BLOCK_COLS),
         )
         _sum_choices_kernel[grid](
             *(first, second, first.size(0), first.stride(0), second.stride(0)),
@@ -85,7 +88,7 @@ def sum_choices_backward(
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
 
     if num_choices > 0:
-        _spread_choices_kernel[(triton.cdiv(num_choices, _BLOCK_TOKENS),)](
+        _spread_choices_kernel[(ceil_div(num_choices, _BLOCK_TOKENS),)](
             *(grad_out, first, second, weights.contiguous(), row_of_choice),
             *(grad_rows, grad_weights),
             *(first.size(0), num_choices),
@@ -114,6 +117,7 @@ def _row_starts(  # type: ignore[no-untyped-def]  # Triton has no annotations
 
 # The numbers of rows differ from step to step: that they can be divided by 16, or are
 # 1, is not worth another compilation.
+@Launcher
 @triton.jit(do_not_specialize=["boundary"])  # type: ignore[untyped-decorator]  # as above
 def _sum_choices_kernel(  # type: ignore[no-untyped-def]  # as above
     first,
@@ -158,6 +162,7 @@ def _sum_choices_kernel(  # type: ignore[no-untyped-def]  # as above
     )
 
 
+@Launcher
 @triton.jit(do_not_specialize=["boundary"])  # type: ignore[untyped-decorator]  # as above
 def _spread_choices_kernel(  # type: ignore[no-untyped-def]  # as above
     grad_out,

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -23,6 +22,7 @@ from moxe_plugin.nn.triton.row_gated_norm_kernels import (
     gated_norm_forward_kernel,
 )
 from moxe_plugin.nn.triton.row_norm import MAX_REGISTERS, count_warps, readable
+from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two
 
 _FORWARD_TILE_ROWS = 4
 """The rows of a tile."""
@@ -154,8 +154,8 @@ def gated_norm_forward(
 
     if num_rows > 0:
         head_dim = width // num_heads
-        block_dim = triton.next_power_of_2(head_dim)
-        num_tiles = triton.cdiv(num_rows, _FORWARD_TILE_ROWS)
+        block_dim = power_of_two(head_dim)
+        num_tiles = ceil_div(num_rows, _FORWARD_TILE_ROWS)
         gated_norm_forward_kernel[(num_tiles * num_heads,)](
             *(hidden, convolved, gate, norm_weight, skip, out, stats),
             *(rows.segment_of_row, num_rows, rows.num_seqs, hidden.stride(0)),
@@ -201,10 +201,8 @@ def gated_norm_backward(
 
     if num_rows > 0:
         head_dim = width // num_heads
-        block_dim = triton.next_power_of_2(head_dim)
-        gated_norm_backward_kernel[
-            (triton.cdiv(num_rows, _ROWS_PER_BLOCK) * num_heads,)
-        ](
+        block_dim = power_of_two(head_dim)
+        gated_norm_backward_kernel[(ceil_div(num_rows, _ROWS_PER_BLOCK) * num_heads,)](
             *(grad_out, hidden, convolved, gate, norm_weight, skip, stats),
             *(grad_hidden, grad_convolved, grad_gate, partials),
             *(rows.segment_of_row, rows.begins, num_rows, rows.num_seqs),

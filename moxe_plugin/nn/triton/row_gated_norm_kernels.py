@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.row_norm_kernels import (
     clip_to_expert,
     find_experts,
@@ -18,6 +19,7 @@ from moxe_plugin.nn.triton.row_norm_kernels import (
 )
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # Triton has no annotations
 def gated_norm_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     hidden,
@@ -63,6 +65,7 @@ def gated_norm_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     store_stats(stats, mean, rstd, row, num_rows, head, num_heads, is_row)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
 def gated_norm_backward_kernel(  # type: ignore[no-untyped-def]  # as above
     grad_out,

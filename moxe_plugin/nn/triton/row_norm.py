@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -22,6 +21,7 @@ from moxe_plugin.nn.triton.row_norm_kernels import (
     norm_backward_kernel,
     norm_forward_kernel,
 )
+from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two
 
 _TILE_ROWS = 4
 """The rows of a tile."""
@@ -122,8 +122,8 @@ def norm_forward(
 
     if num_rows > 0:
         head_dim = width // num_heads
-        block_dim = triton.next_power_of_2(head_dim)
-        norm_forward_kernel[(triton.cdiv(num_rows, _TILE_ROWS) * num_heads,)](
+        block_dim = power_of_two(head_dim)
+        norm_forward_kernel[(ceil_div(num_rows, _TILE_ROWS) * num_heads,)](
             *(flat, weight, flat if residual is None else residual, out, stats),
             *(rows.segment_of_row, num_rows, rows.num_seqs, flat.stride(0)),
             0 if residual is None else residual.stride(0),
@@ -168,9 +168,9 @@ def norm_backward(
 
     if num_rows > 0:
         head_dim = width // num_heads
-        block_dim = triton.next_power_of_2(head_dim)
+        block_dim = power_of_two(head_dim)
         num_warps = count_warps(block_dim)
-        norm_backward_kernel[(triton.cdiv(num_rows, _ROWS_PER_BLOCK) * num_heads,)](
+        norm_backward_kernel[(ceil_div(num_rows, _ROWS_PER_BLOCK) * num_heads,)](
             *(grad_out, flat, weight, stats),
             grad_out if other_grad is None else other_grad,
             *(grad_flat, partials, rows.segment_of_row, rows.begins),

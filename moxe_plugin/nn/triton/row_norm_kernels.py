@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.launching import Launcher
+
 
 @triton.jit
 def load_rows(x, row, stride, col, mask):  # type: ignore[no-untyped-def]  # Triton has no types
@@ -94,6 +96,7 @@ def clip_to_expert(begins, num_seqs, expert, first, end):  # type: ignore[no-unt
 
 
 # A new number of rows must not compile a kernel again.
+@Launcher
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
 def norm_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     flat,
@@ -136,6 +139,7 @@ def norm_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     store_stats(stats, mean, rstd, row, num_rows, head, num_heads, is_row)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
 def norm_backward_kernel(  # type: ignore[no-untyped-def]  # as above
     grad_out,

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -23,6 +22,7 @@ from moxe_plugin.nn.triton.row_norm_pair_kernels import (
     norm_pair_backward_kernel,
     norm_pair_forward_kernel,
 )
+from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two
 
 _TILE_ROWS = 2
 """The rows of a tile."""
@@ -137,9 +137,9 @@ def norm_pair_forward(
 
     if num_rows > 0:
         head_dim = width // num_heads
-        block_heads = triton.next_power_of_2(num_heads)
-        block_dim = triton.next_power_of_2(head_dim)
-        norm_pair_forward_kernel[(triton.cdiv(num_rows, _TILE_ROWS),)](
+        block_heads = power_of_two(num_heads)
+        block_dim = power_of_two(head_dim)
+        norm_pair_forward_kernel[(ceil_div(num_rows, _TILE_ROWS),)](
             *(flat, weight, residual, next_weight, summed, normed_sum, stats),
             *(rows.segment_of_row, num_rows, rows.num_seqs),
             *(flat.stride(0), residual.stride(0), eps),
@@ -189,9 +189,9 @@ def norm_pair_backward(
 
     if num_rows > 0:
         head_dim = width // num_heads
-        block_heads = triton.next_power_of_2(num_heads)
-        block_dim = triton.next_power_of_2(head_dim)
-        norm_pair_backward_kernel[(triton.cdiv(num_rows, _ROWS_PER_BLOCK),)](
+        block_heads = power_of_two(num_heads)
+        block_dim = power_of_two(head_dim)
+        norm_pair_backward_kernel[(ceil_div(num_rows, _ROWS_PER_BLOCK),)](
             *(grad_summed, grad_normed_sum, flat, weight, summed, next_weight, stats),
             *(grad_flat, grad_residual, partials, rows.segment_of_row, rows.begins),
             *(num_rows, rows.num_seqs, grad_summed.stride(0)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.row_norm_kernels import (
     clip_to_expert,
     find_experts,
@@ -49,6 +50,7 @@ def _standardize_again(  # type: ignore[no-untyped-def]  # as above
     return (x - mean) * rstd[:, :, None], rstd
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
 def norm_pair_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     flat,
@@ -105,6 +107,7 @@ def norm_pair_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     tl.store(at + offset, sum_rstd, mask=is_row[None, :, None])
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
 def norm_pair_backward_kernel(  # type: ignore[no-untyped-def]  # as above
     grad_summed,

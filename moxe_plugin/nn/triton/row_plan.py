@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moxe_plugin.nn.triton.launching import Launcher
+from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two
+
 _TILE = 2048
 """Choices times experts, or experts times sequences, that a program holds at once."""
 
@@ -70,8 +73,8 @@ def place_rows(
     def empty(*shape: int) -> Tensor:
         return expert_indices.new_empty(shape, dtype=torch.int32)
 
-    begins_len = triton.cdiv(num_experts * num_seqs + 1, 4) * 4
-    capacity = triton.cdiv(num_choices, 4) * 4
+    begins_len = ceil_div(num_experts * num_seqs + 1, 4) * 4
+    capacity = ceil_div(num_choices, 4) * 4
     segments_and_steps = empty(2, num_banks, capacity)
 
     placed = PlacedRows(
@@ -83,7 +86,7 @@ def place_rows(
         empty(num_seqs * seq_len, top_k),
     )
 
-    block_experts = triton.next_power_of_2(num_experts)
+    block_experts = power_of_two(num_experts)
     block = max(_TILE // block_experts, 16)
     sizes = (num_seqs, seq_len * top_k)
     options = {
@@ -120,6 +123,7 @@ def _load_experts(  # type: ignore[no-untyped-def]  # as above
     return expert
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def _count_kernel(  # type: ignore[no-untyped-def]  # as above
     experts,
@@ -186,6 +190,7 @@ def _add_up(  # type: ignore[no-untyped-def]  # as above
     return first_row, boundary, tl.sum(total, 0)
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def _place_kernel(  # type: ignore[no-untyped-def]  # as above
     experts,

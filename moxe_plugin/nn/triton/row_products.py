@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moxe_plugin.nn.triton.launching import Launcher
+from moxe_plugin.nn.triton.sizes import ceil_div
+
 _BLOCK_ROWS = 32
 _BLOCK_COLS = 64
 
@@ -93,7 +96,7 @@ class _SiLUProduct(Function):
 
 
 def _grid(num_rows: int, width: int) -> tuple[int, int]:
-    return triton.cdiv(num_rows, _BLOCK_ROWS), triton.cdiv(width, _BLOCK_COLS)
+    return ceil_div(num_rows, _BLOCK_ROWS), ceil_div(width, _BLOCK_COLS)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
@@ -104,6 +107,7 @@ def _place(num_rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):  # type: ig
     return row.to(tl.int64), col, (row < num_rows) & (col < width)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
 def _silu_product_kernel(  # type: ignore[no-untyped-def]  # as above
     projected, out, num_rows, width, stride, ROWS: tl.constexpr, COLS: tl.constexpr
@@ -117,6 +121,7 @@ def _silu_product_kernel(  # type: ignore[no-untyped-def]  # as above
     tl.store(out + row * width + col, product.to(out.dtype.element_ty), mask=is_in)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]  # as above
 def _silu_product_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     grad_output,

@@ -21,13 +21,14 @@ from moxe_plugin.nn.expert_products import (
     head_products,
 )
 from moxe_plugin.nn.ragged import RaggedRows, ends_of_experts
-from moxe_plugin.nn.triton.block_params import stack_params
+from moxe_plugin.nn.triton.block_params import stack_params, unstack_grads
 from moxe_plugin.nn.triton.row_conv import (
     KERNEL_SIZE,
     causal_conv_silu_backward,
     causal_conv_silu_forward,
 )
 from moxe_plugin.nn.triton.row_norm import norm_backward, norm_forward
+from moxe_plugin.nn.triton.row_norm_pair import norm_pair_backward, norm_pair_forward
 from moxe_plugin.nn.triton.row_products import (
     silu_product_backward,
     silu_product_forward,
@@ -100,15 +101,16 @@ class _SLSTMBlockRows(Function):
             *(gates_if, gates_zo, w.gate_bias, w.recurrent_weight, rows), saves=True
         )
 
-        mixed, out_stats = norm_forward(outputs, w.out_norm, rows, num_heads, eps, flat)
-        ffn_normed, ffn_stats = norm_forward(mixed, w.ffn_norm, rows, 1, eps)
+        mixed, ffn_normed, mixed_stats = norm_pair_forward(
+            *(outputs, w.out_norm, flat, w.ffn_norm, rows, num_heads, eps)
+        )
         projected = expert_products(ffn_normed, w.ffn_up_proj, rows.counts, ends)
         gated = silu_product_forward(projected)
         out = add_expert_products(mixed, gated, w.ffn_down_proj, rows.counts, ends)
 
         ctx.save_for_backward(
             *(flat, stats, normed, convolved, outputs, *saved),
-            *(out_stats, mixed, ffn_stats, ffn_normed, projected, gated, *w),
+            *(mixed, mixed_stats, ffn_normed, projected, gated, *w),
         )
         ctx.rows, ctx.ends = rows, ends
         ctx.params = [(x.dtype, x.shape) for x in params]
@@ -119,7 +121,7 @@ class _SLSTMBlockRows(Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         flat, stats, normed, convolved, outputs, before, *others = ctx.saved_tensors
-        gates, cs, out_stats, mixed, ffn_stats, ffn_normed, *others = others
+        gates, cs, mixed, mixed_stats, ffn_normed, *others = others
         projected, gated, *params = others
         rows: RaggedRows = ctx.rows
         ends: Tensor | None = ctx.ends
@@ -136,26 +138,24 @@ class _SLSTMBlockRows(Function):
         grad_ffn_normed = expert_products(
             grad_projected, w.ffn_up_proj.mT, rows.counts, ends
         )
-        grad_mixed, grad_ffn_norm = norm_backward(
-            *(grad_ffn_normed, mixed, w.ffn_norm, ffn_stats, rows, 1, grad_out)
-        )
-        grad_outputs, grad_out_norm = norm_backward(
-            *(grad_mixed, outputs, w.out_norm, out_stats, rows, num_heads)
+        grads = norm_pair_backward(
+            *(grad_out, grad_ffn_normed, outputs, w.out_norm, mixed, w.ffn_norm),
+            *(mixed_stats, rows, num_heads),
         )
 
         grad_if, grad_zo, grad_bias = scan_backward(
-            w.recurrent_weight, rows, gates, cs, grad_outputs
+            w.recurrent_weight, rows, gates, cs, grads.flat
         )
         grad_recurrent = torch.empty_like(w.recurrent_weight)
         grad_gate_proj = torch.empty_like(w.gate_proj)
-        for (of_r, of_gate), x, grads in zip(
+        for (of_r, of_gate), x, grad in zip(
             zip(_by_pair(grad_recurrent), _by_pair(grad_gate_proj), strict=True),
             (convolved, normed),
             (grad_if, grad_zo),
             strict=True,
         ):
-            head_outer_products(before, grads, of_r, rows.counts)
-            head_outer_products(x, grads, of_gate, rows.counts)
+            head_outer_products(before, grad, of_r, rows.counts)
+            head_outer_products(x, grad, of_gate, rows.counts)
 
         gate_if, gate_zo = _by_pair(w.gate_proj)
         grad_convolved = head_products(grad_if, gate_if.mT, rows.counts)
@@ -166,21 +166,18 @@ class _SLSTMBlockRows(Function):
             add=grad_normed,
         )
         grad_flat, grad_norm = norm_backward(
-            *(grad_normed, flat, w.norm, stats, rows, 1, grad_mixed)
+            *(grad_normed, flat, w.norm, stats, rows, 1, grads.residual)
         )
 
         grad_params = (
             *(grad_norm, grad_conv_weight, grad_conv_bias, grad_gate_proj),
-            *(grad_recurrent, grad_bias, grad_out_norm, grad_ffn_norm),
+            *(grad_recurrent, grad_bias, grads.weight, grads.next_weight),
             *(grad_ffn_up, grad_ffn_down),
         )
 
         return (
             *(None, None, grad_flat),
-            *(
-                x.to(dtype).view(shape)
-                for x, (dtype, shape) in zip(grad_params, ctx.params, strict=True)
-            ),
+            *unstack_grads(grad_params, ctx.params),
         )
 
 

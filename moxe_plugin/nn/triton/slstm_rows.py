@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.ragged_products import multiply_columns
+from moxe_plugin.nn.triton.sizes import ceil_div
 from moxe_plugin.nn.triton.slstm_rows_kernels import (
     slstm_backward_kernel,
     slstm_forward_kernel,
@@ -200,7 +201,7 @@ def scan_backward(
 
 
 def _grid(rows: RaggedRows, num_heads: int) -> tuple[int, int, int]:
-    return triton.cdiv(rows.num_seqs, BLOCK_N), num_heads, rows.num_experts
+    return ceil_div(rows.num_seqs, BLOCK_N), num_heads, rows.num_experts
 
 
 def _constants(head_dim: int) -> dict[str, Any]:

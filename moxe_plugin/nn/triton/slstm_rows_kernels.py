@@ -27,6 +27,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.launching import Launcher
+
 
 @triton.jit
 def _multiply(r, x, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's arguments have no type
@@ -122,6 +124,7 @@ def _store_step(
         tl.store(gates + at + 3 * D, o, mask=valid[None, :])
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
     begins,
@@ -349,6 +352,7 @@ def _store_sums(grad_bias, cols, D: tl.constexpr, sum_i, sum_f, sum_z, sum_o):  
     tl.store(grad_bias + 3 * D + cols, tl.sum(sum_o, 1))
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
     begins,
