@@ -68,23 +68,33 @@ def _own_half(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
+def _inverse(x):  # type: ignore[no-untyped-def]  # as above
+    # Of 1 to 2, where a division would look for more than there is
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
 def _sigmoid(x):  # type: ignore[no-untyped-def]  # as above
     # Of the exponents only those that cannot overflow.
     small = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+    inverse = _inverse(1.0 + small)
+    return tl.where(x >= 0, inverse, small * inverse)
 
 
 @triton.jit
 def _advance(i, f, z, o, c, log_n):  # type: ignore[no-untyped-def]  # as above
-    # The cell of one step, as in moxe_plugin.nn.slstm_cell
+    # The cell of one step, as in moxe_plugin.nn.slstm_cell; of base 2, logarithms take
+    # the fewest instructions
+    LN_2: tl.constexpr = 0.6931471805599453
     small = tl.exp(-tl.abs(f))
-    log_kept = tl.minimum(f, 0.0) - tl.log(1.0 + small) + log_n
-    not_f = tl.where(f >= 0, small, 1.0) / (1.0 + small)
+    log_kept = tl.minimum(f, 0.0) - LN_2 * tl.log2(1.0 + small) + log_n
+    not_f = tl.where(f >= 0, small, 1.0) * _inverse(1.0 + small)
     difference = tl.exp(-tl.abs(i - log_kept))
-    w = tl.where(i >= log_kept, 1.0, difference) / (1.0 + difference)
+    w = tl.where(i >= log_kept, 1.0, difference) * _inverse(1.0 + difference)
     z = 2.0 * _sigmoid(2.0 * z) - 1.0
     o = _sigmoid(o)
-    log_n = tl.maximum(log_kept, i) + tl.log(1.0 + difference)
+    log_n = tl.maximum(log_kept, i) + LN_2 * tl.log2(1.0 + difference)
     c = c + w * (z - c)
 
     return w, not_f, z, o, c, log_n
