@@ -45,30 +45,28 @@ def supports(head_dim: int, dtype: torch.dtype) -> bool:
 
 
 def slstm_rows(
-    gates_if: Tensor, gates_zo: Tensor, bias: Tensor, weight: Tensor, rows: RaggedRows
+    inputs: Tensor, bias: Tensor, weight: Tensor, rows: RaggedRows
 ) -> Tensor:
     """Run the cells over all segments, each from an empty memory.
 
     States are float32; outputs and the gates' gradients are rounded to R's type.
 
-    :param gates_if: The inputs' share of the pre-activations of i and f. *Shape:*
-        ``(C,H*2*D)``.
-    :param gates_zo: The same of z and o. *Shape:* ``(C,H*2*D)``.
+    :param inputs: The inputs' share of the pre-activations: of i and f, and of z and o;
+        contiguous. *Shape:* ``(2,C,H*2*D)``.
     :param bias: Of i, f, z, o. *Shape:* ``(E,H,4,D)``.
     :param weight: R, input first; see :func:`supports`. *Shape:* ``(E,H,D,4,D)``.
     :param rows: Where rows stand.
 
     :returns: The outputs, in R's type. *Shape:* ``(C,H*D)``.
     """
-    return _SLSTMRows.apply(gates_if, gates_zo, bias, weight, rows)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+    return _SLSTMRows.apply(inputs, bias, weight, rows)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
 
 class _SLSTMRows(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        gates_if: Tensor,
-        gates_zo: Tensor,
+        inputs: Tensor,
         bias: Tensor,
         weight: Tensor,
         rows: RaggedRows,
@@ -76,12 +74,12 @@ class _SLSTMRows(Function):
         weight = weight.contiguous()
 
         outputs, saved = scan_forward(
-            gates_if, gates_zo, bias, weight, rows, saves=any(ctx.needs_input_grad)
+            inputs, bias, weight, rows, saves=any(ctx.needs_input_grad)
         )
 
         ctx.save_for_backward(weight, *saved)
         ctx.rows, ctx.bias_dtype = rows, bias.dtype
-        ctx.gates_dtype = gates_if.dtype
+        ctx.inputs_dtype = inputs.dtype
 
         return outputs
 
@@ -92,7 +90,7 @@ class _SLSTMRows(Function):
         rows: RaggedRows = ctx.rows
         before, gates, cs = saved
 
-        grad_if, grad_zo, grad_bias = scan_backward(
+        grad_inputs, grad_bias = scan_backward(
             weight, rows, gates, cs, grad_outputs.contiguous()
         )
 
@@ -100,12 +98,11 @@ class _SLSTMRows(Function):
         grad_weight = torch.empty_like(weight)
         # (E,H,D,4,D) -> (E,H,D,2,2D)
         by_pair = grad_weight.view(num_experts, num_heads, head_dim, 2, 2 * head_dim)
-        for grads, part in zip((grad_if, grad_zo), by_pair.unbind(3), strict=True):
+        for grads, part in zip(grad_inputs, by_pair.unbind(3), strict=True):
             multiply_columns(before, grads, part, rows.counts)
 
         return (
-            grad_if.to(ctx.gates_dtype),
-            grad_zo.to(ctx.gates_dtype),
+            grad_inputs.to(ctx.inputs_dtype),
             grad_bias.to(ctx.bias_dtype),
             grad_weight,
             None,
@@ -128,8 +125,7 @@ class SavedSteps(NamedTuple):
 
 
 def scan_forward(
-    gates_if: Tensor,
-    gates_zo: Tensor,
+    inputs: Tensor,
     bias: Tensor,
     weight: Tensor,
     rows: RaggedRows,
@@ -138,8 +134,7 @@ def scan_forward(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Launch the forward kernel.
 
-    :param gates_if: See :func:`slstm_rows`.
-    :param gates_zo: See :func:`slstm_rows`.
+    :param inputs: See :func:`slstm_rows`.
     :param bias: See :func:`slstm_rows`.
     :param weight: Contiguous.
     :param rows: See :func:`slstm_rows`.
@@ -159,10 +154,10 @@ def scan_forward(
 
     if rows.max_len > 0:
         slstm_forward_kernel[_grid(rows, num_heads)](
-            *(rows.begins, gates_if, gates_zo, bias.contiguous(), weight, outputs),
+            *(rows.begins, inputs, bias.contiguous(), weight, outputs),
             # Without them any pointer does: nothing is stored.
             *(saved or (outputs, outputs, outputs)),
-            *(num_heads, rows.num_seqs, gates_if.stride(0), gates_zo.stride(0)),
+            *(num_heads, rows.num_seqs, inputs.stride(0)),
             SAVES=saves,
             **_constants(head_dim),
         )
@@ -172,7 +167,7 @@ def scan_forward(
 
 def scan_backward(
     weight: Tensor, rows: RaggedRows, gates: Tensor, cs: Tensor, grad_outputs: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Launch the backward kernel.
 
     :param weight: Contiguous.
@@ -181,23 +176,21 @@ def scan_backward(
     :param cs: See :class:`SavedSteps`.
     :param grad_outputs: Contiguous. *Shape:* ``(C,H*D)``.
 
-    :returns: The gradients of both gates, in R's type, and of the bias, ``(E,H,4,D)``.
+    :returns: The gradients of the inputs, in R's type, and of the bias, ``(E,H,4,D)``.
     """
     num_experts, num_heads, head_dim = weight.shape[:3]
     grid = _grid(rows, num_heads)
 
-    grad_if, grad_zo = (
-        weight.new_empty(rows.num_rows, num_heads * 2 * head_dim) for _ in range(2)
-    )
+    grad_inputs = weight.new_empty(2, rows.num_rows, num_heads * 2 * head_dim)
     grad_bias = cs.new_empty(num_experts, num_heads, grid[0], 4, head_dim)
 
     slstm_backward_kernel[grid](
-        *(rows.begins, weight, gates, cs, grad_outputs, grad_if, grad_zo, grad_bias),
-        *(num_heads, rows.num_seqs),
+        *(rows.begins, weight, gates, cs, grad_outputs, grad_inputs, grad_bias),
+        *(num_heads, rows.num_seqs, grad_inputs.stride(0)),
         **_constants(head_dim),
     )
 
-    return grad_if, grad_zo, grad_bias.sum(2)
+    return grad_inputs, grad_bias.sum(2)
 
 
 def _grid(rows: RaggedRows, num_heads: int) -> tuple[int, int, int]:

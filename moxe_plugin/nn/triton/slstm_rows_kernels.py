@@ -47,14 +47,46 @@ def _columns(x, y, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, element: tl.conste
 
 
 @triton.jit
-def _by_gate(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    # (4*SIZE,N*2), gate by gate, every column twice -> four of (SIZE,N)
-    x = tl.permute(tl.reshape(x, (2, 2, SIZE, BLOCK_N, 2)), (2, 3, 1, 0, 4))
-    x, _ = tl.split(x)
+def _split_gates(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
+    # (4*SIZE,N), gate by gate -> four of (SIZE,N)
+    x = tl.permute(tl.reshape(x, (2, 2, SIZE, BLOCK_N)), (2, 3, 1, 0))
     first, second = tl.split(x)
     i, f = tl.split(first)
     z, o = tl.split(second)
     return i, f, z, o
+
+
+@triton.jit
+def _merge_gates(i, f, z, o, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
+    # The inverse of `_split_gates`
+    x = tl.join(tl.join(i, z), tl.join(f, o))
+    return tl.reshape(tl.permute(x, (2, 3, 0, 1)), (4 * SIZE, BLOCK_N))
+
+
+@triton.jit
+def _load_four(base, step, valid):  # type: ignore[no-untyped-def]  # as above
+    # Of few channels, each gate by itself goes to fewer threads than all at once.
+    i = tl.load(base, mask=valid, other=0.0)
+    f = tl.load(base + step, mask=valid, other=0.0)
+    z = tl.load(base + 2 * step, mask=valid, other=0.0)
+    o = tl.load(base + 3 * step, mask=valid, other=0.0)
+    return i, f, z, o
+
+
+@triton.jit
+def _load_inputs(base, plane, D: tl.constexpr, valid):  # type: ignore[no-untyped-def]  # as above
+    i = tl.load(base, mask=valid, other=0.0)
+    f = tl.load(base + D, mask=valid, other=0.0)
+    z = tl.load(base + plane, mask=valid, other=0.0)
+    o = tl.load(base + plane + D, mask=valid, other=0.0)
+    return i, f, z, o
+
+
+@triton.jit
+def _once(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
+    # Of columns that are there twice, (SIZE,N*2) -> (SIZE,N)
+    x, _ = tl.split(tl.reshape(x, (SIZE, BLOCK_N, 2)))
+    return x
 
 
 @triton.jit
@@ -100,46 +132,11 @@ def _advance(i, f, z, o, c, log_n):  # type: ignore[no-untyped-def]  # as above
     return w, not_f, z, o, c, log_n
 
 
-@triton.jit
-def _store_step(
-    outputs,
-    before,
-    gates,
-    cs,
-    place,
-    cols,
-    H,
-    D: tl.constexpr,
-    y,
-    w,
-    not_f,
-    z,
-    o,
-    c,
-    valid,
-    is_next,
-    SAVES: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # as above
-    at = place[None, :] + cols[:, None]
-    y = y.to(outputs.dtype.element_ty)
-    tl.store(outputs + at, y, mask=valid[None, :])
-    if SAVES:
-        tl.store(before + at + H * D, y, mask=is_next[None, :])
-        tl.store(cs + at, c, mask=valid[None, :])
-        # In a tensor of shape (C,H,4,D)
-        at = 4 * place[None, :] + cols[:, None]
-        tl.store(gates + at, w, mask=valid[None, :])
-        tl.store(gates + at + D, not_f, mask=valid[None, :])
-        tl.store(gates + at + 2 * D, z, mask=valid[None, :])
-        tl.store(gates + at + 3 * D, o, mask=valid[None, :])
-
-
 @Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
     begins,
-    gates_if,
-    gates_zo,
+    inputs,
     bias,
     weight,
     outputs,
@@ -148,8 +145,7 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
     cs,
     H,
     N,
-    stride_if,
-    stride_zo,
+    plane,
     D: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
@@ -172,72 +168,51 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
     # R^T: rows (gate, output), columns inputs
     bodies = tl.arange(0, P)
     outs = tl.arange(0, 4 * P)
-    from_body = weight + stack * 4 * D * D + (outs // P * D + outs % P)[:, None]
+    # In (C,H,4,D), in (2,C,H,2,D)
+    at_gate = outs // P * D + outs % P
+    at_input = outs // (2 * P) * plane + outs // P % 2 * D + outs % P
+    from_body = weight + stack * 4 * D * D + at_gate[:, None]
     r = tl.load(from_body + bodies[None, :] * (4 * D))
-    biases = bias + stack * 4 * D
-    bias_i = tl.load(biases + bodies).to(tl.float32)[:, None]
-    bias_f = tl.load(biases + D + bodies).to(tl.float32)[:, None]
-    bias_z = tl.load(biases + 2 * D + bodies).to(tl.float32)[:, None]
-    bias_o = tl.load(biases + 3 * D + bodies).to(tl.float32)[:, None]
+    biases = tl.load(bias + stack * 4 * D + at_gate).to(tl.float32)[:, None]
 
     c = tl.zeros((P, BLOCK_N), tl.float32)
     log_n = tl.full((P, BLOCK_N), -1e30, tl.float32)
     y = tl.zeros((P, BLOCK_N), tl.float32)
-    valid = lens > 0
-    place = (first * H + head) * D
+    valid = (lens > 0)[None, :]
+    place = ((first * H + head) * D)[None, :]
     if SAVES:
-        tl.store(before + place[None, :] + bodies[:, None], y, mask=valid[None, :])
-
-    at_if = gates_if + (first * stride_if + head * 2 * D)[None, :] + bodies[:, None]
-    at_zo = gates_zo + (first * stride_zo + head * 2 * D)[None, :] + bodies[:, None]
-    next_i = tl.load(at_if, mask=valid[None, :], other=0.0)
-    next_f = tl.load(at_if + D, mask=valid[None, :], other=0.0)
-    next_z = tl.load(at_zo, mask=valid[None, :], other=0.0)
-    next_o = tl.load(at_zo + D, mask=valid[None, :], other=0.0)
+        tl.store(before + place + bodies[:, None], y.to(element), mask=valid)
+    next_x = tl.load(inputs + 2 * place + at_input[:, None], mask=valid, other=0.0)
     if Q > 0:
         tails = P + tl.arange(0, Q)
-        r_tail = tl.load(from_body + tails[None, :] * (4 * D))
         outs_tail = tl.arange(0, 4 * Q)
-        from_tail = weight + stack * 4 * D * D + P
-        from_tail = from_tail + (outs_tail // Q * D + outs_tail % Q)[:, None]
+        at_gate_tail = P + outs_tail // Q * D + outs_tail % Q
+        r_tail = tl.load(from_body + tails[None, :] * (4 * D))
+        from_tail = weight + stack * 4 * D * D + at_gate_tail[:, None]
         r_of_tail = tl.load(from_tail + bodies[None, :] * (4 * D))
         r_of_tail_tail = tl.load(from_tail + tails[None, :] * (4 * D))
-        bias_i_tail = tl.load(biases + tails).to(tl.float32)[:, None]
-        bias_f_tail = tl.load(biases + D + tails).to(tl.float32)[:, None]
-        bias_z_tail = tl.load(biases + 2 * D + tails).to(tl.float32)[:, None]
-        bias_o_tail = tl.load(biases + 3 * D + tails).to(tl.float32)[:, None]
+        biases_tail = tl.load(bias + stack * 4 * D + at_gate_tail)
+        biases_tail = biases_tail.to(tl.float32)[:, None]
         c_tail = tl.zeros((Q, BLOCK_N), tl.float32)
         log_n_tail = tl.full((Q, BLOCK_N), -1e30, tl.float32)
         y_tail = tl.zeros((Q, BLOCK_N), tl.float32)
         if SAVES:
-            at = place[None, :] + tails[:, None]
-            tl.store(before + at, y_tail, mask=valid[None, :])
-        at_if = gates_if + (first * stride_if + head * 2 * D)[None, :] + tails[:, None]
-        at_zo = gates_zo + (first * stride_zo + head * 2 * D)[None, :] + tails[:, None]
-        next_i_tail = tl.load(at_if, mask=valid[None, :], other=0.0)
-        next_f_tail = tl.load(at_if + D, mask=valid[None, :], other=0.0)
-        next_z_tail = tl.load(at_zo, mask=valid[None, :], other=0.0)
-        next_o_tail = tl.load(at_zo + D, mask=valid[None, :], other=0.0)
+            tl.store(before + place + tails[:, None], y_tail.to(element), mask=valid)
+        next_i, next_f, next_z, next_o = _load_inputs(
+            inputs + 2 * place + tails[:, None], plane, D, valid
+        )
 
     # The interpreter takes no tensor as the end of a range.
     t = 0
     while t < num_steps:
-        valid = t < lens
-        is_next = t + 1 < lens
-        row = first + t
-        place = (row * H + head) * D
+        valid = (t < lens)[None, :]
+        is_next = (t + 1 < lens)[None, :]
+        place = (((first + t) * H + head) * D)[None, :]
+        place_next = (((first + t + 1) * H + head) * D)[None, :]
         # Of the step to come, which arrives during this one
-        from_if = gates_if + ((row + 1) * stride_if + head * 2 * D)[None, :]
-        from_zo = gates_zo + ((row + 1) * stride_zo + head * 2 * D)[None, :]
-        i_in, f_in = next_i.to(tl.float32) + bias_i, next_f.to(tl.float32) + bias_f
-        z_in, o_in = next_z.to(tl.float32) + bias_z, next_o.to(tl.float32) + bias_o
-        next_i = tl.load(from_if + bodies[:, None], mask=is_next[None, :], other=0.0)
-        next_f = tl.load(
-            from_if + (D + bodies)[:, None], mask=is_next[None, :], other=0.0
-        )
-        next_z = tl.load(from_zo + bodies[:, None], mask=is_next[None, :], other=0.0)
-        next_o = tl.load(
-            from_zo + (D + bodies)[:, None], mask=is_next[None, :], other=0.0
+        from_inputs = next_x
+        next_x = tl.load(
+            inputs + 2 * place_next + at_input[:, None], mask=is_next, other=0.0
         )
 
         # The tensor cores take 8 columns, but Triton gives them no fewer than 16.
@@ -248,71 +223,41 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
             x += _multiply(r_tail, tail_twice, WIDE)
             x_tail = _multiply(r_of_tail, y_twice, WIDE)
             x_tail += _multiply(r_of_tail_tail, tail_twice, WIDE)
-            i, f, z, o = _by_gate(x_tail, Q, BLOCK_N)
-            i += next_i_tail.to(tl.float32) + bias_i_tail
-            f += next_f_tail.to(tl.float32) + bias_f_tail
-            z += next_z_tail.to(tl.float32) + bias_z_tail
-            o += next_o_tail.to(tl.float32) + bias_o_tail
-            next_i_tail = tl.load(
-                from_if + tails[:, None], mask=is_next[None, :], other=0.0
-            )
-            next_f_tail = tl.load(
-                from_if + (D + tails)[:, None], mask=is_next[None, :], other=0.0
-            )
-            next_z_tail = tl.load(
-                from_zo + tails[:, None], mask=is_next[None, :], other=0.0
-            )
-            next_o_tail = tl.load(
-                from_zo + (D + tails)[:, None], mask=is_next[None, :], other=0.0
+            x_tail = _once(x_tail, 4 * Q, BLOCK_N) + biases_tail
+            i, f, z, o = _split_gates(x_tail, Q, BLOCK_N)
+            i += next_i.to(tl.float32)
+            f += next_f.to(tl.float32)
+            z += next_z.to(tl.float32)
+            o += next_o.to(tl.float32)
+            next_i, next_f, next_z, next_o = _load_inputs(
+                inputs + 2 * place_next + tails[:, None], plane, D, is_next
             )
             w, not_f, z, o, c_tail, log_n_tail = _advance(
                 i, f, z, o, c_tail, log_n_tail
             )
             y_tail = o * c_tail
-            _store_step(
-                outputs,
-                before,
-                gates,
-                cs,
-                place,
-                tails,
-                H,
-                D,
-                y_tail,
-                w,
-                not_f,
-                z,
-                o,
-                c_tail,
-                valid,
-                is_next,
-                SAVES,
-            )
+            at = place + tails[:, None]
+            tl.store(outputs + at, y_tail.to(element), mask=valid)
+            if SAVES:
+                tl.store(before + at + H * D, y_tail.to(element), mask=is_next)
+                tl.store(cs + at, c_tail, mask=valid)
+                at_tail = gates + 4 * place + tails[:, None]
+                tl.store(at_tail, w, mask=valid)
+                tl.store(at_tail + D, not_f, mask=valid)
+                tl.store(at_tail + 2 * D, z, mask=valid)
+                tl.store(at_tail + 3 * D, o, mask=valid)
 
-        i, f, z, o = _by_gate(x, P, BLOCK_N)
-        w, not_f, z, o, c, log_n = _advance(
-            i + i_in, f + f_in, z + z_in, o + o_in, c, log_n
-        )
+        x = _once(x, 4 * P, BLOCK_N) + biases + from_inputs.to(tl.float32)
+        i, f, z, o = _split_gates(x, P, BLOCK_N)
+        w, not_f, z, o, c, log_n = _advance(i, f, z, o, c, log_n)
         y = o * c
-        _store_step(
-            outputs,
-            before,
-            gates,
-            cs,
-            place,
-            bodies,
-            H,
-            D,
-            y,
-            w,
-            not_f,
-            z,
-            o,
-            c,
-            valid,
-            is_next,
-            SAVES,
-        )
+        at_body = place + bodies[:, None]
+        tl.store(outputs + at_body, y.to(element), mask=valid)
+        if SAVES:
+            tl.store(before + at_body + H * D, y.to(element), mask=is_next)
+            tl.store(cs + at_body, c, mask=valid)
+            merged = _merge_gates(w, not_f, z, o, P, BLOCK_N)
+            tl.store(gates + 4 * place + at_gate[:, None], merged, mask=valid)
         t += 1
 
 
@@ -332,29 +277,6 @@ def _retreat(grad_y, dh, grad_c, grad_log_n, w, z, not_f, o, c, c_old):  # type:
 
 
 @triton.jit
-def _load_gates(gates, place, cols, D: tl.constexpr, valid):  # type: ignore[no-untyped-def]  # as above
-    # What `_store_step` stored: w, 1 - sigmoid(f), tanh(z) and sigmoid(o)
-    at = gates + 4 * place[None, :] + cols[:, None]
-    w = tl.load(at, mask=valid[None, :], other=0.0)
-    not_f = tl.load(at + D, mask=valid[None, :], other=0.0)
-    z = tl.load(at + 2 * D, mask=valid[None, :], other=0.0)
-    o = tl.load(at + 3 * D, mask=valid[None, :], other=0.0)
-    return w, not_f, z, o
-
-
-@triton.jit
-def _store_grads(
-    grad_if, grad_zo, place, cols, D: tl.constexpr, d_i, d_f, d_z, d_o, valid
-):  # type: ignore[no-untyped-def]  # as above
-    # In tensors of shape (C,H,2,D), gate first
-    at = 2 * place[None, :] + cols[:, None]
-    tl.store(grad_if + at, d_i, mask=valid[None, :])
-    tl.store(grad_if + at + D, d_f, mask=valid[None, :])
-    tl.store(grad_zo + at, d_z, mask=valid[None, :])
-    tl.store(grad_zo + at + D, d_o, mask=valid[None, :])
-
-
-@triton.jit
 def _store_sums(grad_bias, cols, D: tl.constexpr, sum_i, sum_f, sum_z, sum_o):  # type: ignore[no-untyped-def]  # as above
     tl.store(grad_bias + cols, tl.sum(sum_i, 1))
     tl.store(grad_bias + D + cols, tl.sum(sum_f, 1))
@@ -370,11 +292,11 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
     gates,
     cs,
     grad_outputs,
-    grad_if,
-    grad_zo,
+    grad_inputs,
     grad_bias,
     H,
     N,
+    plane,
     D: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
@@ -399,60 +321,61 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
     from_body = from_body + (ins % P * (4 * D) + ins // P * 2 * D)[:, None]
     r_iz = tl.load(from_body + bodies[None, :])
     r_fo = tl.load(from_body + D + bodies[None, :])
+    # In (C,H,4,D), in (2,C,H,2,D)
+    outs = tl.arange(0, 4 * P)
+    at_gate = (outs // P * D + outs % P)[:, None]
+    at_input = outs // (2 * P) * plane + outs // P % 2 * D + outs % P
+
+    t = tl.max(lens) - 1
+    valid = ((t >= 0) & (t < lens))[None, :]
+    has_old = ((t > 0) & (t - 1 < lens))[None, :]
+    place = (((first + t) * H + head) * D)[None, :]
+    at = place + bodies[:, None]
+    next_dh = tl.load(grad_outputs + at, mask=valid, other=0.0)
+    next_gates = tl.load(gates + 4 * place + at_gate, mask=valid, other=0.0)
+    next_c = tl.load(cs + at, mask=valid, other=0.0)
+    next_c_old = tl.load(cs + at - H * D, mask=has_old, other=0.0)
     zeros = tl.zeros((P, BLOCK_N), tl.float32)
     grad_c, grad_log_n, grad_y = zeros, zeros, zeros
     sum_i, sum_f, sum_z, sum_o = zeros, zeros, zeros, zeros
-
-    t = tl.max(lens) - 1
-    valid = (t >= 0) & (t < lens)
-    has_old = (t > 0) & (t - 1 < lens)
-    place = ((first + t) * H + head) * D
-    at = place[None, :] + bodies[:, None]
-    next_dh = tl.load(grad_outputs + at, mask=valid[None, :], other=0.0)
-    next_w, next_not_f, next_z, next_o = _load_gates(gates, place, bodies, D, valid)
-    next_c = tl.load(cs + at, mask=valid[None, :], other=0.0)
-    next_c_old = tl.load(cs + at - H * D, mask=has_old[None, :], other=0.0)
     if Q > 0:
         tails = P + tl.arange(0, Q)
         # The tail's outputs: (gate, output) in pairs (i, f), (z, o)
         pairs = tl.arange(0, 2 * Q)
-        outs_tail = P + pairs // Q * D + pairs % Q
-        r_tail = tl.load(from_body + outs_tail[None, :])
+        outs_pair = P + pairs // Q * D + pairs % Q
+        r_tail = tl.load(from_body + outs_pair[None, :])
         from_tail = weight + stack * 4 * D * D
         from_tail = (
             from_tail + ((P + pairs % Q) * (4 * D) + pairs // Q * 2 * D)[:, None]
         )
         r_iz_of_tail = tl.load(from_tail + bodies[None, :])
         r_fo_of_tail = tl.load(from_tail + D + bodies[None, :])
-        r_tail_of_tail = tl.load(from_tail + outs_tail[None, :])
+        r_tail_of_tail = tl.load(from_tail + outs_pair[None, :])
+        at = place + tails[:, None]
+        next_dh_tail = tl.load(grad_outputs + at, mask=valid, other=0.0)
+        next_w, next_not_f, next_z, next_o = _load_four(
+            gates + 4 * place + tails[:, None], D, valid
+        )
+        next_c_tail = tl.load(cs + at, mask=valid, other=0.0)
+        next_c_old_tail = tl.load(cs + at - H * D, mask=has_old, other=0.0)
         zeros = tl.zeros((Q, BLOCK_N), tl.float32)
         grad_c_tail, grad_log_n_tail, grad_y_tail = zeros, zeros, zeros
         sum_i_tail, sum_f_tail, sum_z_tail, sum_o_tail = zeros, zeros, zeros, zeros
-        at = place[None, :] + tails[:, None]
-        next_dh_tail = tl.load(grad_outputs + at, mask=valid[None, :], other=0.0)
-        next_w_tail, next_not_f_tail, next_z_tail, next_o_tail = _load_gates(
-            gates, place, tails, D, valid
-        )
-        next_c_tail = tl.load(cs + at, mask=valid[None, :], other=0.0)
-        next_c_old_tail = tl.load(cs + at - H * D, mask=has_old[None, :], other=0.0)
 
     while t >= 0:
-        valid = t < lens
-        is_next = (t > 0) & (t - 1 < lens)
-        has_old = (t > 1) & (t - 2 < lens)
-        row = first + t
-        place = (row * H + head) * D
+        valid = (t < lens)[None, :]
+        is_next = ((t > 0) & (t - 1 < lens))[None, :]
+        has_old = ((t > 1) & (t - 2 < lens))[None, :]
+        place = (((first + t) * H + head) * D)[None, :]
         # Of the step to come, which arrives during this one
-        place_next = ((row - 1) * H + head) * D
-        at_next = place_next[None, :] + bodies[:, None]
-        w, not_f, z, o = next_w, next_not_f, next_z, next_o
+        place_next = (((first + t - 1) * H + head) * D)[None, :]
+        at_next = place_next + bodies[:, None]
+        w, not_f, z, o = _split_gates(next_gates, P, BLOCK_N)
         dh, c, c_old = next_dh, next_c, next_c_old
-        next_dh = tl.load(grad_outputs + at_next, mask=is_next[None, :], other=0.0)
-        next_w, next_not_f, next_z, next_o = _load_gates(
-            gates, place_next, bodies, D, is_next
-        )
+        next_dh = tl.load(grad_outputs + at_next, mask=is_next, other=0.0)
+        next_gates = tl.load(gates + 4 * place_next + at_gate, mask=is_next, other=0.0)
         next_c = c_old
-        next_c_old = tl.load(cs + at_next - H * D, mask=has_old[None, :], other=0.0)
+        next_c_old = tl.load(cs + at_next - H * D, mask=has_old, other=0.0)
 
         d_i, d_f, d_z, d_o, grad_c, grad_log_n = _retreat(
             grad_y, dh, grad_c, grad_log_n, w, z, not_f, o, c, c_old
@@ -461,30 +384,22 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
         sum_f += d_f
         sum_z += d_z
         sum_o += d_o
-        _store_grads(grad_if, grad_zo, place, bodies, D, d_i, d_f, d_z, d_o, valid)
         iz = _columns(d_i, d_z, P, BLOCK_N, element)
         fo = _columns(d_f, d_o, P, BLOCK_N, element)
         dy = _multiply(r_iz, iz, WIDE) + _multiply(r_fo, fo, WIDE)
+        merged = _merge_gates(d_i, d_f, d_z, d_o, P, BLOCK_N).to(element)
+        tl.store(grad_inputs + 2 * place + at_input[:, None], merged, mask=valid)
 
         if Q > 0:
-            at_tail = place_next[None, :] + tails[:, None]
-            w_tail, not_f_tail, z_tail, o_tail = (
-                next_w_tail,
-                next_not_f_tail,
-                next_z_tail,
-                next_o_tail,
+            at_tail = place_next + tails[:, None]
+            w_tail, not_f_tail, z_tail, o_tail = next_w, next_not_f, next_z, next_o
+            dh_tail, c_tail, c_old_tail = next_dh_tail, next_c_tail, next_c_old_tail
+            next_dh_tail = tl.load(grad_outputs + at_tail, mask=is_next, other=0.0)
+            next_w, next_not_f, next_z, next_o = _load_four(
+                gates + 4 * place_next + tails[:, None], D, is_next
             )
-            dh_tail, c_new, c_before = next_dh_tail, next_c_tail, next_c_old_tail
-            next_dh_tail = tl.load(
-                grad_outputs + at_tail, mask=is_next[None, :], other=0.0
-            )
-            next_w_tail, next_not_f_tail, next_z_tail, next_o_tail = _load_gates(
-                gates, place_next, tails, D, is_next
-            )
-            next_c_tail = c_before
-            next_c_old_tail = tl.load(
-                cs + at_tail - H * D, mask=has_old[None, :], other=0.0
-            )
+            next_c_tail = c_old_tail
+            next_c_old_tail = tl.load(cs + at_tail - H * D, mask=has_old, other=0.0)
             d_i_tail, d_f_tail, d_z_tail, d_o_tail, grad_c_tail, grad_log_n_tail = (
                 _retreat(
                     grad_y_tail,
@@ -495,26 +410,14 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
                     z_tail,
                     not_f_tail,
                     o_tail,
-                    c_new,
-                    c_before,
+                    c_tail,
+                    c_old_tail,
                 )
             )
             sum_i_tail += d_i_tail
             sum_f_tail += d_f_tail
             sum_z_tail += d_z_tail
             sum_o_tail += d_o_tail
-            _store_grads(
-                grad_if,
-                grad_zo,
-                place,
-                tails,
-                D,
-                d_i_tail,
-                d_f_tail,
-                d_z_tail,
-                d_o_tail,
-                valid,
-            )
             # (Q,N*2) twice -> ((gate, output),N*2)
             both = tl.join(
                 _columns(d_i_tail, d_z_tail, Q, BLOCK_N, tl.float32),
@@ -527,6 +430,11 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
             dy_tail += _multiply(r_fo_of_tail, fo, WIDE)
             dy_tail += _multiply(r_tail_of_tail, both, WIDE)
             grad_y_tail = _own_half(dy_tail, Q, BLOCK_N)
+            into = grad_inputs + 2 * place + tails[:, None]
+            tl.store(into, d_i_tail.to(element), mask=valid)
+            tl.store(into + D, d_f_tail.to(element), mask=valid)
+            tl.store(into + plane, d_z_tail.to(element), mask=valid)
+            tl.store(into + plane + D, d_o_tail.to(element), mask=valid)
 
         grad_y = _own_half(dy, P, BLOCK_N)
         t -= 1
