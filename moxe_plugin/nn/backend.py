@@ -1,10 +1,10 @@
-"""Choose what computes the sLSTM's loop over time; with ``triton``, the mLSTM too.
+"""Choose what computes the sLSTM's loop over time; with ``triton``, whole blocks too.
 
 ``torch`` is the reference and runs everywhere. ``native`` is C++ for CPUs, which is
-compiled when it is first needed. ``triton`` is a kernel for GPUs, in float32 or less.
-``auto`` takes ``native`` for tensors on a CPU if a C++ compiler is there, else
-``torch``, and logs once which of the two and why. It never takes ``triton``, which is
-to be asked for until it has been measured on a GPU. All compute the same function.
+compiled when it is first needed. ``triton`` is kernels for GPUs, in float32 or less.
+``auto`` takes ``native`` for tensors on a CPU if a C++ compiler is there, ``triton``
+for those on a GPU of NVIDIA's if Triton is there, else ``torch``; on a CPU it logs once
+which of the two, and why. All compute the same function.
 
 The blocks' causal convolution runs in C++ where :func:`convolves_natively` says so.
 """
@@ -57,8 +57,11 @@ def resolve_backend(
     check_backend(backend)
 
     if backend == "auto":
+        if seqs.device.type == "cpu":
+            return _choose_for_cpu()
+
         # The meta device computes nothing.
-        return _choose_for_cpu() if seqs.device.type == "cpu" else "torch"
+        return "triton" if _is_for_triton(seqs) else "torch"
 
     if backend == "torch":
         return "torch"
@@ -136,7 +139,7 @@ def convolves_natively(backend: ScanBackend, *tensors: Tensor) -> bool:
     return reason is None
 
 
-MAX_ROWS_LEN: Final = 2048
+MAX_ROWS_LEN: Final = 4096
 """The longest sequence that :func:`trains_on_rows`: there the mLSTM takes its parallel
 form, whose work grows with the square of the length."""
 
@@ -165,8 +168,18 @@ def trains_on_rows(backend: ScanBackend, seqs: Tensor) -> bool:
     )
 
 
+def _is_for_triton(seqs: Tensor) -> bool:
+    return (
+        seqs.is_cuda
+        and torch.version.hip is None
+        and seqs.dtype != torch.float64
+        and not torch.compiler.is_compiling()
+        and _has_triton()
+    )
+
+
 def _check_triton(seqs: Tensor) -> None:
-    if find_spec("triton") is None:
+    if not _has_triton():
         raise TritonMissingError(
             "`backend` must be 'auto' or 'torch' on this machine, but is 'triton': "
             "there is no package triton (torch for Linux brings it)."
@@ -185,6 +198,11 @@ def _check_triton(seqs: Tensor) -> None:
             "`backend` must be 'auto', 'torch' or 'native' for float64, but is "
             "'triton'."
         )
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @cache

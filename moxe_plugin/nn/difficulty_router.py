@@ -129,8 +129,7 @@ class DifficultyRouter(Router):
 
     def _has_kernel(self, scores: Tensor) -> bool:
         return (
-            self.backend == "triton"
-            and resolve_backend(self.backend, scores) == "triton"
+            resolve_backend(self.backend, scores) == "triton"
             and self.modulation is standard_modulation
             and self.selection.fixed_top_k is not None
         )

@@ -132,10 +132,9 @@ class MoxEConfig(Validatable):
     """Whether a LayerNorm stands before the output projection."""
 
     backend: Literal["auto", "torch", "native", "triton"] = "auto"
-    """What computes the sLSTM's loop over time: ``native`` is C++ for CPUs, ``auto``
-    takes it where there is a C++ compiler and says which it takes; ``triton`` runs
-    both cells and the router in kernels for GPUs; ``auto`` does not, as they were not
-    measured yet."""
+    """What computes the sLSTM's loop over time: ``native`` is C++ for CPUs, ``triton``
+    kernels for GPUs, which in training are those of whole blocks, and of the router;
+    ``auto`` takes the one or the other where it can run, else ``torch``."""
 
     difficulty_loss_scale: float = 1e-2
     """The weight lambda_d in eq. (21)."""

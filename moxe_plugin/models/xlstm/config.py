@@ -63,9 +63,9 @@ class XLSTMConfig(Validatable):
     """The sLSTM block's feed-forward dimension over ``model_dim``, rounded likewise."""
 
     backend: Literal["auto", "torch", "native", "triton"] = "auto"
-    """What computes the sLSTM's loop over time: ``native`` is C++ for CPUs, ``auto``
-    takes it where there is a C++ compiler and says which it takes; ``triton`` runs
-    both cells in kernels for GPUs; ``auto`` does not, as they were not measured yet."""
+    """What computes the sLSTM's loop over time: ``native`` is C++ for CPUs, ``triton``
+    kernels for GPUs, which in training are those of whole blocks; ``auto`` takes the
+    one or the other where it can run, else ``torch``."""
 
     @override
     def validate(self) -> ValidationResult:
