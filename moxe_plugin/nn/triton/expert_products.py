@@ -90,45 +90,6 @@ def multiply_columns(
     return out
 
 
-def multiply_head_rows(flat: Tensor, weight: Tensor, rows: RaggedRows) -> Tensor:
-    """Multiply each head of each row by its own weight of the row's expert.
-
-    :param flat: *Shape:* ``(C,H*in)``.
-    :param weight: *Shape:* ``(E,H,in,out)``.
-    :param rows: Where rows stand.
-
-    :returns: *Shape:* ``(C,H*out)``.
-    """
-    num_heads, _, num_out = weight.shape[1:]
-    out = flat.new_empty(flat.size(0), num_heads * num_out)
-    by_head, out_by_head = _by_head(flat, num_heads), _by_head(out, num_heads)
-    for (begin, end), w in zip(_spans(tuple(rows.counts)), weight, strict=True):
-        torch.bmm(by_head[:, begin:end], w, out=out_by_head[:, begin:end])
-
-    return out
-
-
-def multiply_head_columns(
-    lhs: Tensor, rhs: Tensor, out: Tensor, rows: RaggedRows
-) -> None:
-    """Compute, for each head, each expert's ``lhs^T rhs``.
-
-    :param lhs: *Shape:* ``(C,H*in)``.
-    :param rhs: *Shape:* ``(C,H*out)``.
-    :param out: Where the results go, 0 for an expert without a row; its last stride is
-        1. *Shape:* ``(E,H,in,out)``.
-    :param rows: Where rows stand.
-    """
-    lhs, rhs = (_by_head(x, out.size(1)) for x in (lhs, rhs))
-    for (begin, end), w in zip(_spans(tuple(rows.counts)), out, strict=True):
-        torch.bmm(lhs[:, begin:end].mT, rhs[:, begin:end], out=w)
-
-
-def _by_head(flat: Tensor, num_heads: int) -> Tensor:
-    # (C,H*D) -> (H,C,D)
-    return flat.view(flat.size(0), num_heads, -1).transpose(0, 1)
-
-
 @lru_cache(maxsize=256)
 def _spans(counts: tuple[int, ...]) -> list[tuple[int, int]]:
     return list(pairwise(accumulate(counts, initial=0)))

@@ -17,10 +17,13 @@ from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.expert_products import (
     multiply_add_rows,
     multiply_columns,
-    multiply_head_columns,
-    multiply_head_rows,
     multiply_rows,
     stack_params,
+)
+from moxe_plugin.nn.triton.head_products import (
+    gate_products,
+    gate_products_backward,
+    gate_weight_grads,
 )
 from moxe_plugin.nn.triton.row_conv import (
     KERNEL_SIZE,
@@ -91,12 +94,10 @@ class _SLSTMBlockRows(Function):
         normed, stats = norm_forward(flat, w.norm, rows, 1, eps)
         convolved = causal_conv_silu_forward(normed, w.conv_weight, w.conv_bias, rows)
         # i and f see the convolution, z and o do not.
-        gate_if, gate_zo = _by_pair(w.gate_proj)
-        gates_if = multiply_head_rows(convolved, gate_if, rows)
-        gates_zo = multiply_head_rows(normed, gate_zo, rows)
+        gates = gate_products(convolved, normed, w.gate_proj, rows)
 
         outputs, saved = scan_forward(
-            *(gates_if, gates_zo, w.gate_bias, w.recurrent_weight, rows), saves=True
+            *(*gates, w.gate_bias, w.recurrent_weight, rows), saves=True
         )
 
         mixed, out_stats = norm_forward(outputs, w.out_norm, rows, num_heads, eps, flat)
@@ -139,20 +140,12 @@ class _SLSTMBlockRows(Function):
         grad_if, grad_zo, grad_bias = scan_backward(
             w.recurrent_weight, rows, gates, cs, grad_outputs
         )
-        grad_recurrent = torch.empty_like(w.recurrent_weight)
-        grad_gate_proj = torch.empty_like(w.gate_proj)
-        for (of_r, of_gate), x, grads in zip(
-            zip(_by_pair(grad_recurrent), _by_pair(grad_gate_proj), strict=True),
-            (convolved, normed),
-            (grad_if, grad_zo),
-            strict=True,
-        ):
-            multiply_head_columns(before, grads, of_r, rows)
-            multiply_head_columns(x, grads, of_gate, rows)
-
-        gate_if, gate_zo = _by_pair(w.gate_proj)
-        grad_convolved = multiply_head_rows(grad_if, gate_if.mT, rows)
-        grad_normed = multiply_head_rows(grad_zo, gate_zo.mT, rows)
+        grad_recurrent, grad_gate_proj = gate_weight_grads(
+            before, convolved, normed, grad_if, grad_zo, w.gate_proj, rows
+        )
+        grad_convolved, grad_normed = gate_products_backward(
+            grad_if, grad_zo, w.gate_proj, rows
+        )
         _, grad_conv_weight, grad_conv_bias = causal_conv_silu_backward(
             *(grad_convolved, normed, w.conv_weight, w.conv_bias, rows),
             out=grad_normed,
@@ -175,8 +168,3 @@ class _SLSTMBlockRows(Function):
                 for x, (dtype, shape) in zip(grad_params, ctx.params, strict=True)
             ),
         )
-
-
-def _by_pair(weight: Tensor) -> tuple[Tensor, ...]:
-    # (E,H,D,4,D) -> two of (E,H,D,2*D): that of i and f, and that of z and o
-    return weight.unflatten(3, (2, 2)).flatten(4).unbind(3)
