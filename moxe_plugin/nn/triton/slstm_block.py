@@ -17,11 +17,14 @@ from moxe_plugin.nn.expert_products import (
     add_expert_products,
     expert_outer_products,
     expert_products,
-    head_outer_products,
-    head_products,
 )
 from moxe_plugin.nn.ragged import RaggedRows, ends_of_experts
 from moxe_plugin.nn.triton.block_params import stack_params, unstack_grads
+from moxe_plugin.nn.triton.head_products import (
+    gate_products,
+    gate_products_backward,
+    gate_weight_grads,
+)
 from moxe_plugin.nn.triton.row_conv import (
     KERNEL_SIZE,
     causal_conv_silu_backward,
@@ -93,12 +96,10 @@ class _SLSTMBlockRows(Function):
         normed, stats = norm_forward(flat, w.norm, rows, 1, eps)
         convolved = causal_conv_silu_forward(normed, w.conv_weight, w.conv_bias, rows)
         # i and f see the convolution, z and o do not.
-        gate_if, gate_zo = _by_pair(w.gate_proj)
-        gates_if = head_products(convolved, gate_if, rows.counts)
-        gates_zo = head_products(normed, gate_zo, rows.counts)
+        gate_inputs = gate_products(convolved, normed, w.gate_proj, rows)
 
         outputs, saved = scan_forward(
-            *(gates_if, gates_zo, w.gate_bias, w.recurrent_weight, rows), saves=True
+            *(gate_inputs, w.gate_bias, w.recurrent_weight, rows), saves=True
         )
 
         mixed, ffn_normed, mixed_stats = norm_pair_forward(
@@ -143,23 +144,15 @@ class _SLSTMBlockRows(Function):
             *(mixed_stats, rows, num_heads),
         )
 
-        grad_if, grad_zo, grad_bias = scan_backward(
+        grad_inputs, grad_bias = scan_backward(
             w.recurrent_weight, rows, gates, cs, grads.flat
         )
-        grad_recurrent = torch.empty_like(w.recurrent_weight)
-        grad_gate_proj = torch.empty_like(w.gate_proj)
-        for (of_r, of_gate), x, grad in zip(
-            zip(_by_pair(grad_recurrent), _by_pair(grad_gate_proj), strict=True),
-            (convolved, normed),
-            (grad_if, grad_zo),
-            strict=True,
-        ):
-            head_outer_products(before, grad, of_r, rows.counts)
-            head_outer_products(x, grad, of_gate, rows.counts)
-
-        gate_if, gate_zo = _by_pair(w.gate_proj)
-        grad_convolved = head_products(grad_if, gate_if.mT, rows.counts)
-        grad_normed = head_products(grad_zo, gate_zo.mT, rows.counts)
+        grad_recurrent, grad_gate_proj = gate_weight_grads(
+            before, convolved, normed, grad_inputs, w.gate_proj, rows
+        )
+        grad_convolved, grad_normed = gate_products_backward(
+            grad_inputs, w.gate_proj, rows
+        )
         _, grad_conv_weight, grad_conv_bias = causal_conv_silu_backward(
             *(grad_convolved, normed, w.conv_weight, w.conv_bias, rows),
             out=grad_normed,
@@ -179,8 +172,3 @@ class _SLSTMBlockRows(Function):
             *(None, None, grad_flat),
             *unstack_grads(grad_params, ctx.params),
         )
-
-
-def _by_pair(weight: Tensor) -> tuple[Tensor, ...]:
-    # (E,H,D,4,D) -> two of (E,H,D,2*D): that of i and f, and that of z and o
-    return weight.unflatten(3, (2, 2)).flatten(4).unbind(3)

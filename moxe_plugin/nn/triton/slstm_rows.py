@@ -39,9 +39,26 @@ def supports(head_dim: int, dtype: torch.dtype) -> bool:
     """
     return (
         dtype in (torch.bfloat16, torch.float16)
-        and _split(head_dim) is not None
+        and split_head_dim(head_dim) is not None
         and 4 * head_dim**2 * dtype.itemsize <= _MAX_SHARED_BYTES
     )
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int] | None:
+    """Split a width into those of two tiles, which Triton has in powers of two only.
+
+    :param head_dim: The width D of a head.
+
+    :returns: Two powers of two from 16 on, the first the larger, or one and 0; nothing
+        where D is no such sum.
+    """
+    body = 1 << (head_dim.bit_length() - 1)
+    tail = head_dim - body
+
+    if body < 16 or tail & (tail - 1) or 0 < tail < 16:
+        return None
+
+    return body, tail
 
 
 def slstm_rows(
@@ -198,7 +215,7 @@ def _grid(rows: RaggedRows, num_heads: int) -> tuple[int, int, int]:
 
 
 def _constants(head_dim: int) -> dict[str, Any]:
-    parts = _split(head_dim)
+    parts = split_head_dim(head_dim)
     assert parts is not None
     body, tail = parts
 
@@ -211,13 +228,3 @@ def _constants(head_dim: int) -> dict[str, Any]:
         # A gate's rows of the body then lie in the same threads for all gates.
         "num_warps": max(body // 16, 4),
     }
-
-
-def _split(head_dim: int) -> tuple[int, int] | None:
-    body = 1 << (head_dim.bit_length() - 1)
-    tail = head_dim - body
-
-    if body < 16 or tail & (tail - 1) or 0 < tail < 16:
-        return None
-
-    return body, tail
