@@ -5,6 +5,7 @@ The equations of :mod:`moxe_plugin.nn.slstm_cell`; :mod:`.slstm_rows_kernels` te
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -20,9 +21,6 @@ from moxe_plugin.nn.triton.slstm_rows_kernels import (
     slstm_backward_kernel,
     slstm_forward_kernel,
 )
-
-BLOCK_N: Final = 8
-"""Segments of a program: the least number of columns that the tensor cores take."""
 
 _MAX_SHARED_BYTES: Final = 208 * 1024
 """What R may take of an H100's 227 kB; the rest is for what is multiplied with it."""
@@ -170,13 +168,14 @@ def scan_forward(
         saved = SavedSteps(torch.empty_like(outputs), gates, cs)
 
     if rows.max_len > 0:
-        slstm_forward_kernel[_grid(rows, num_heads)](
+        grid = _grid(rows, num_heads)
+        slstm_forward_kernel[grid](
             *(rows.begins, inputs, bias.contiguous(), weight, outputs),
             # Without them any pointer does: nothing is stored.
             *(saved or (outputs, outputs, outputs)),
             *(num_heads, rows.num_seqs, inputs.stride(0)),
             SAVES=saves,
-            **_constants(head_dim),
+            **_constants(head_dim, rows, grid[0]),
         )
 
     return outputs, saved
@@ -204,17 +203,39 @@ def scan_backward(
     slstm_backward_kernel[grid](
         *(rows.begins, weight, gates, cs, grad_outputs, grad_inputs, grad_bias),
         *(num_heads, rows.num_seqs, grad_inputs.stride(0)),
-        **_constants(head_dim),
+        **_constants(head_dim, rows, grid[0]),
     )
 
     return grad_inputs, grad_bias.sum(2)
 
 
 def _grid(rows: RaggedRows, num_heads: int) -> tuple[int, int, int]:
-    return ceil_div(rows.num_seqs, BLOCK_N), num_heads, rows.num_experts
+    # The fewer segments a program has, the faster it is through a step. Triton gives
+    # the tensor cores no fewer than 16 columns, which 4 segments are twice, or backward
+    # four times; all programs run at once, one on a multiprocessor.
+    num_stacks = num_heads * rows.num_experts
+    num_blocks = ceil_div(rows.num_seqs, 4)
+    if num_stacks * num_blocks > count_multiprocessors(rows.begins.device):
+        num_blocks = ceil_div(rows.num_seqs, 8)
+
+    return num_blocks, num_heads, rows.num_experts
 
 
-def _constants(head_dim: int) -> dict[str, Any]:
+@lru_cache(maxsize=16)
+def count_multiprocessors(device: torch.device) -> int:
+    """Count what programs run on.
+
+    :param device: The device.
+
+    :returns: The number of a GPU's multiprocessors, and for a CPU that of an H100.
+    """
+    if device.type != "cuda":
+        return 132
+
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _constants(head_dim: int, rows: RaggedRows, num_blocks: int) -> dict[str, Any]:
     parts = split_head_dim(head_dim)
     assert parts is not None
     body, tail = parts
@@ -223,7 +244,7 @@ def _constants(head_dim: int) -> dict[str, Any]:
         "D": head_dim,
         "P": body,
         "Q": tail,
-        "BLOCK_N": BLOCK_N,
+        "BLOCK_N": 4 if num_blocks == ceil_div(rows.num_seqs, 4) else 8,
         "WIDE": bool(triton.knobs.runtime.interpret),
         # A gate's rows of the body then lie in the same threads for all gates.
         "num_warps": max(body // 16, 4),

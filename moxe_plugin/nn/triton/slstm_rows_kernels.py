@@ -1,6 +1,6 @@
 """The kernels of :mod:`moxe_plugin.nn.triton.slstm_rows`: R stays on chip.
 
-A program takes one head of one expert and 8 of its segments through all steps. R, at
+A program takes one head of one expert and some of its segments through all steps. R, at
 Table 1 size 160 * 640 * 2 bytes = 205 kB in bfloat16, fits into the 227 kB of shared
 memory that a program may have on an H100: it is the left factor of each product, loaded
 before the loop, and the outputs of the step before are the right one. So a product is
@@ -41,9 +41,22 @@ def _multiply(r, x, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # Trit
 
 @triton.jit
 def _columns(x, y, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, element: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    # Two of (SIZE,N) -> (SIZE,N*2). Rounded last: else Triton 3.5 and 3.6 put what has
-    # three dimensions into shared memory, in a layout that they do not have.
-    return tl.reshape(tl.join(x, y), (SIZE, 2 * BLOCK_N)).to(element)
+    # Two of (SIZE,N) -> (SIZE,N*2); of 4 segments all columns again: the tensor cores
+    # take 8, but Triton gives them no fewer than 16. Rounded last: else Triton 3.5 and
+    # 3.6 put what has three dimensions into shared memory, in a layout that they do not
+    # have.
+    both = tl.reshape(tl.join(x, y), (SIZE, 2 * BLOCK_N))
+    if BLOCK_N == 4:
+        both = tl.reshape(tl.permute(tl.join(both, both), (0, 2, 1)), (SIZE, 16))
+    return both.to(element)
+
+
+@triton.jit
+def _first_copy(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
+    # What `_columns` made of 4 segments is there twice.
+    if BLOCK_N == 4:
+        x, _ = tl.split(tl.permute(tl.reshape(x, (SIZE, 2, 2 * BLOCK_N)), (0, 2, 1)))
+    return x
 
 
 @triton.jit
@@ -85,6 +98,7 @@ def _load_inputs(base, plane, D: tl.constexpr, valid):  # type: ignore[no-untype
 @triton.jit
 def _once(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     # Of columns that are there twice, (SIZE,N*2) -> (SIZE,N)
+    x = _first_copy(x, SIZE, BLOCK_N)
     x, _ = tl.split(tl.reshape(x, (SIZE, BLOCK_N, 2)))
     return x
 
@@ -92,6 +106,7 @@ def _once(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-unty
 @triton.jit
 def _own_half(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     # ((half, SIZE),(N, half)) -> (SIZE,N), the sum of both halves' own
+    x = _first_copy(x, 2 * SIZE, BLOCK_N)
     x = tl.permute(tl.reshape(x, (2, SIZE, BLOCK_N, 2)), (1, 2, 3, 0))
     first, second = tl.split(x)
     own, _ = tl.split(first)
@@ -153,7 +168,7 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
     SAVES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Run a head of 8 segments through all steps."""
+    """Run a head of some segments through all steps."""
     head, expert = tl.program_id(1), tl.program_id(2)
     segments = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_segment = segments < N
@@ -215,7 +230,6 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
             inputs + 2 * place_next + at_input[:, None], mask=is_next, other=0.0
         )
 
-        # The tensor cores take 8 columns, but Triton gives them no fewer than 16.
         y_twice = _columns(y, y, P, BLOCK_N, element)
         x = _multiply(r, y_twice, WIDE)
         if Q > 0:
@@ -303,7 +317,7 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
     BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Run a head of 8 segments back through all steps."""
+    """Run a head of some segments back through all steps."""
     head, expert = tl.program_id(1), tl.program_id(2)
     segments = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_segment = segments < N
@@ -321,10 +335,6 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
     from_body = from_body + (ins % P * (4 * D) + ins // P * 2 * D)[:, None]
     r_iz = tl.load(from_body + bodies[None, :])
     r_fo = tl.load(from_body + D + bodies[None, :])
-    # In (C,H,4,D), in (2,C,H,2,D)
-    outs = tl.arange(0, 4 * P)
-    at_gate = (outs // P * D + outs % P)[:, None]
-    at_input = outs // (2 * P) * plane + outs // P % 2 * D + outs % P
 
     t = tl.max(lens) - 1
     valid = ((t >= 0) & (t < lens))[None, :]
@@ -332,7 +342,9 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
     place = (((first + t) * H + head) * D)[None, :]
     at = place + bodies[:, None]
     next_dh = tl.load(grad_outputs + at, mask=valid, other=0.0)
-    next_gates = tl.load(gates + 4 * place + at_gate, mask=valid, other=0.0)
+    # Of a tensor (C,H,4,D)
+    at_gates = gates + 4 * place + bodies[:, None]
+    next_w, next_not_f, next_z, next_o = _load_four(at_gates, D, valid)
     next_c = tl.load(cs + at, mask=valid, other=0.0)
     next_c_old = tl.load(cs + at - H * D, mask=has_old, other=0.0)
     zeros = tl.zeros((P, BLOCK_N), tl.float32)
@@ -353,7 +365,7 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
         r_tail_of_tail = tl.load(from_tail + outs_pair[None, :])
         at = place + tails[:, None]
         next_dh_tail = tl.load(grad_outputs + at, mask=valid, other=0.0)
-        next_w, next_not_f, next_z, next_o = _load_four(
+        next_w_tail, next_not_f_tail, next_z_tail, next_o_tail = _load_four(
             gates + 4 * place + tails[:, None], D, valid
         )
         next_c_tail = tl.load(cs + at, mask=valid, other=0.0)
@@ -370,10 +382,12 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
         # Of the step to come, which arrives during this one
         place_next = (((first + t - 1) * H + head) * D)[None, :]
         at_next = place_next + bodies[:, None]
-        w, not_f, z, o = _split_gates(next_gates, P, BLOCK_N)
+        w, not_f, z, o = next_w, next_not_f, next_z, next_o
         dh, c, c_old = next_dh, next_c, next_c_old
         next_dh = tl.load(grad_outputs + at_next, mask=is_next, other=0.0)
-        next_gates = tl.load(gates + 4 * place_next + at_gate, mask=is_next, other=0.0)
+        next_w, next_not_f, next_z, next_o = _load_four(
+            gates + 4 * place_next + bodies[:, None], D, is_next
+        )
         next_c = c_old
         next_c_old = tl.load(cs + at_next - H * D, mask=has_old, other=0.0)
 
@@ -387,15 +401,20 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
         iz = _columns(d_i, d_z, P, BLOCK_N, element)
         fo = _columns(d_f, d_o, P, BLOCK_N, element)
         dy = _multiply(r_iz, iz, WIDE) + _multiply(r_fo, fo, WIDE)
-        merged = _merge_gates(d_i, d_f, d_z, d_o, P, BLOCK_N).to(element)
-        tl.store(grad_inputs + 2 * place + at_input[:, None], merged, mask=valid)
+        # Of a tensor (2,C,H,2,D)
+        into = grad_inputs + 2 * place + bodies[:, None]
+        tl.store(into, d_i.to(element), mask=valid)
+        tl.store(into + D, d_f.to(element), mask=valid)
+        tl.store(into + plane, d_z.to(element), mask=valid)
+        tl.store(into + plane + D, d_o.to(element), mask=valid)
 
         if Q > 0:
             at_tail = place_next + tails[:, None]
-            w_tail, not_f_tail, z_tail, o_tail = next_w, next_not_f, next_z, next_o
+            w_tail, not_f_tail = next_w_tail, next_not_f_tail
+            z_tail, o_tail = next_z_tail, next_o_tail
             dh_tail, c_tail, c_old_tail = next_dh_tail, next_c_tail, next_c_old_tail
             next_dh_tail = tl.load(grad_outputs + at_tail, mask=is_next, other=0.0)
-            next_w, next_not_f, next_z, next_o = _load_four(
+            next_w_tail, next_not_f_tail, next_z_tail, next_o_tail = _load_four(
                 gates + 4 * place_next + tails[:, None], D, is_next
             )
             next_c_tail = c_old_tail
@@ -418,23 +437,23 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
             sum_f_tail += d_f_tail
             sum_z_tail += d_z_tail
             sum_o_tail += d_o_tail
-            # (Q,N*2) twice -> ((gate, output),N*2)
+            # Of both pairs of gates, (Q,16) -> ((gate, output),16)
             both = tl.join(
                 _columns(d_i_tail, d_z_tail, Q, BLOCK_N, tl.float32),
                 _columns(d_f_tail, d_o_tail, Q, BLOCK_N, tl.float32),
             )
-            both = tl.reshape(tl.permute(both, (2, 0, 1)), (2 * Q, 2 * BLOCK_N))
+            both = tl.reshape(tl.permute(both, (2, 0, 1)), (2 * Q, 16))
             both = both.to(element)
             dy += _multiply(r_tail, both, WIDE)
             dy_tail = _multiply(r_iz_of_tail, iz, WIDE)
             dy_tail += _multiply(r_fo_of_tail, fo, WIDE)
             dy_tail += _multiply(r_tail_of_tail, both, WIDE)
             grad_y_tail = _own_half(dy_tail, Q, BLOCK_N)
-            into = grad_inputs + 2 * place + tails[:, None]
-            tl.store(into, d_i_tail.to(element), mask=valid)
-            tl.store(into + D, d_f_tail.to(element), mask=valid)
-            tl.store(into + plane, d_z_tail.to(element), mask=valid)
-            tl.store(into + plane + D, d_o_tail.to(element), mask=valid)
+            into_tail = grad_inputs + 2 * place + tails[:, None]
+            tl.store(into_tail, d_i_tail.to(element), mask=valid)
+            tl.store(into_tail + D, d_f_tail.to(element), mask=valid)
+            tl.store(into_tail + plane, d_z_tail.to(element), mask=valid)
+            tl.store(into_tail + plane + D, d_o_tail.to(element), mask=valid)
 
         grad_y = _own_half(dy, P, BLOCK_N)
         t -= 1

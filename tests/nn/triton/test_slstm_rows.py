@@ -15,6 +15,7 @@ from moxe_plugin.nn.slstm_cell import SLSTMMemory, slstm_step
 
 pytest.importorskip("triton")
 
+from moxe_plugin.nn.triton import slstm_rows as slstm_rows_module
 from moxe_plugin.nn.triton.slstm_rows import slstm_rows, supports
 
 NUM_HEADS = 2
@@ -65,10 +66,20 @@ def run_steps(inputs: Tensor, bias: Tensor, weight: Tensor, rows: RaggedRows) ->
     return torch.stack(outputs)
 
 
+# Programs have 4 segments where there are multiprocessors enough, else 8.
 @pytest.mark.parametrize(
-    ("head_dim", "dtype"), [(16, float16), (48, bfloat16), (80, bfloat16)]
+    ("head_dim", "dtype", "num_processors"),
+    [(16, float16, 132), (48, bfloat16, 132), (48, bfloat16, 8), (80, bfloat16, 8)],
 )
-def test_slstm_rows_match_single_steps(head_dim: int, dtype: torch.dtype) -> None:
+def test_slstm_rows_match_single_steps(
+    head_dim: int,
+    dtype: torch.dtype,
+    num_processors: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        slstm_rows_module, "count_multiprocessors", lambda _: num_processors
+    )
     rows = ragged_rows(LENS, torch.device("cpu"))
     inputs = [x.to(dtype) for x in draw_inputs(rows, head_dim)]
     expected_inputs = [x.double() for x in inputs]
