@@ -1,0 +1,93 @@
+"""Tests of `moxe_plugin.nn.triton.launching`: what is compiled for what."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from moxe_plugin.nn.triton import launching
+from moxe_plugin.nn.triton.launching import Launcher
+
+
+class Kernel:
+    """Records what Triton would be asked to compile, and how it is launched again."""
+
+    arg_names = ("x", "size", "eps", "BLOCK")
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[Any, ...]] = []
+        self.relaunched: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **constants: Any) -> Any:
+            self.compiled.append((grid, args, constants))
+
+            return SimpleNamespace(
+                run=lambda *x: self.relaunched.append(x),
+                function="function",
+                packed_metadata="metadata",
+            )
+
+        return launch
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(launching, "JITFunction", Kernel)
+    streams = SimpleNamespace(get_current_stream=lambda _: "stream")
+    monkeypatch.setattr(launching, "driver", SimpleNamespace(active=streams))
+
+    return Kernel()
+
+
+def test_a_second_launch_does_not_ask_triton(kernel: Kernel) -> None:
+    launcher, x = Launcher(kernel), torch.zeros(32)
+
+    launcher[(3,)](x, 17, 1e-5, BLOCK=64, num_warps=4)
+    launcher[5, 2](x, 19, 1e-6, BLOCK=64, num_warps=4)
+
+    ((grid, args, constants),) = kernel.compiled
+    assert (grid, args) == ((3,), (x, 17, 1e-5))
+    assert constants == {"BLOCK": 64, "num_warps": 4}
+    # Constants follow the arguments, Triton's options do not.
+    head, args = kernel.relaunched[0][:9], kernel.relaunched[0][9:]
+    assert head == (5, 2, 1, "stream", "function", "metadata", None, None, None)
+    assert args == (x, 19, 1e-6, 64)
+
+
+@pytest.mark.parametrize(
+    ("x", "size", "block"),
+    [
+        pytest.param(torch.zeros(32, dtype=torch.bfloat16), 17, 64, id="type"),
+        pytest.param(torch.zeros(33)[1:], 17, 64, id="alignment"),
+        pytest.param(torch.zeros(32), 32, 64, id="divisible"),
+        pytest.param(torch.zeros(32), 1, 64, id="one"),
+        pytest.param(torch.zeros(32), 2**31 + 1, 64, id="long"),
+        pytest.param(torch.zeros(32), 17, 32, id="constant"),
+    ],
+)
+def test_other_arguments_are_compiled_for(
+    kernel: Kernel, x: torch.Tensor, size: int, block: int
+) -> None:
+    launcher = Launcher(kernel)
+
+    launcher[(1,)](torch.zeros(32), 17, 1e-5, BLOCK=64)
+    launcher[(1,)](x, size, 1e-5, BLOCK=block)
+
+    assert len(kernel.compiled) == 2
+    assert not kernel.relaunched
+
+
+def test_what_is_interpreted_is_launched_by_triton() -> None:
+    kernel = Kernel()
+    launcher = Launcher(kernel)
+
+    for _ in range(2):
+        launcher[(1,)](torch.zeros(32), 17, 1e-5, BLOCK=64)
+
+    assert len(kernel.compiled) == 2
