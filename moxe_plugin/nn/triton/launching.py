@@ -17,6 +17,8 @@ from triton.runtime.jit import JITFunction
 
 _ALIGNMENT: Final = 16
 
+_HOOKS: Final = triton.knobs.runtime
+
 _MAX_INT32: Final = 2**31 - 1
 
 
@@ -71,7 +73,7 @@ class Launcher:
         sizes = (*grid, 1, 1)[:3]
 
         # A profiler's
-        hooks = triton.knobs.runtime
+        hooks = _HOOKS
         if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
             compiled[sizes](*args, *tail)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from moxe_plugin.nn.triton import launching
 from moxe_plugin.nn.triton.launching import Launcher
@@ -23,7 +23,7 @@ class Kernel:
         self.compiled: list[tuple[Any, ...]] = []
         self.relaunched: list[tuple[Any, ...]] = []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:  # noqa: D105  # as Triton has it
         def launch(*args: Any, **constants: Any) -> Any:
             self.compiled.append((grid, args, constants))
 
