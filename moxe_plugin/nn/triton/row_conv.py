@@ -22,7 +22,8 @@ from moxe_plugin.nn.triton.sizes import ceil_div
 KERNEL_SIZE: Final = 4
 """The number of taps K: the kernels have a name for each."""
 
-_BLOCK_ROWS = 64
+# On an H200, of 16,384 rows of 1,280: 105 us with 128 rows, 124 with 64, 151 with 32.
+_BLOCK_ROWS = 128
 # Half as many programs would not fill a GPU where rows are narrow.
 _FORWARD_BLOCK_ROWS = 32
 _BLOCK_COLS = 128
