@@ -188,9 +188,11 @@ class MLSTMBlock(Module):
         keeps_state = state is not None or return_state
 
         if self.num_experts is None and not keeps_state and self.trains_on_rows(seqs):
-            rows = full_rows(*seqs.shape[:2], seqs.device)
+            flat = self.apply_to_rows(
+                seqs.flatten(0, 1), full_rows(*seqs.shape[:2], seqs.device)
+            )
 
-            return self.apply_to_rows(seqs.flatten(0, 1), rows).view_as(seqs), None
+            return flat.view_as(seqs), None
 
         memory = None if state is None else MLSTMMemory(*state[1:])
         window = None if state is None else state.conv

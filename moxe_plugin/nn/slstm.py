@@ -187,9 +187,11 @@ class SLSTMBlock(Module):
         keeps_state = state is not None or return_state
 
         if self.num_experts is None and not keeps_state and self.trains_on_rows(seqs):
-            rows = full_rows(*seqs.shape[:2], seqs.device)
+            flat = self.apply_to_rows(
+                seqs.flatten(0, 1), full_rows(*seqs.shape[:2], seqs.device)
+            )
 
-            return self.apply_to_rows(seqs.flatten(0, 1), rows).view_as(seqs), None
+            return flat.view_as(seqs), None
 
         if state is None:
             state = self.initial_state(seqs.size(-3), seqs.device)

@@ -33,7 +33,11 @@ from moxe_plugin.speed.records import SpeedRow
 from moxe_plugin.speed.routers import ExpertLoads, skew_routers
 from moxe_plugin.speed.suites import SpeedCase
 from moxe_plugin.speed.swapping import swapped_linear
-from moxe_plugin.speed.workloads import PARAMETER_DTYPES, prepare_workload
+from moxe_plugin.speed.workloads import (
+    PARAMETER_DTYPES,
+    Workload,
+    prepare_workload,
+)
 
 _COMPUTE_DTYPES: Final = {
     "float32": "float32",
@@ -132,6 +136,35 @@ def measure_case(
     )
 
 
+def create_workload(case: SpeedCase, options: MeasureOptions) -> Workload:
+    """Create a model of this package, and what is timed of it.
+
+    :param case: The case.
+    :param options: How to measure.
+
+    :returns: The workload.
+
+    :raises ValueError: As :func:`measure_case`.
+    """
+    config = _find_config(case, options)
+
+    return _prepare(_create_model(case.family, config, options), case, config, options)
+
+
+def _prepare(
+    model: nn.Module, case: SpeedCase, config: Any, options: MeasureOptions
+) -> Workload:
+    return prepare_workload(
+        model,
+        case,
+        vocab_size=config.vocab_size,
+        precision=options.precision,
+        num_calls=options.num_calls,
+        decode_tokens=options.decode_tokens,
+        chunk_len=options.chunk_len,
+    )
+
+
 def _find_config(case: SpeedCase, options: MeasureOptions) -> Any:
     family = get_dependency_resolver().resolve(ModelFamily, key=case.family)
 
@@ -188,15 +221,7 @@ def _time(
         family = get_dependency_resolver().resolve(ModelFamily, key=case.family)
         family.apply_layerwise_ac(model, every_nth_layer=1)
 
-    workload = prepare_workload(
-        model,
-        case,
-        vocab_size=config.vocab_size,
-        precision=options.precision,
-        num_calls=options.num_calls,
-        decode_tokens=options.decode_tokens,
-        chunk_len=options.chunk_len,
-    )
+    workload = _prepare(model, case, config, options)
 
     # Freed memory that is kept would show in the peak.
     memory.release_memory(device)

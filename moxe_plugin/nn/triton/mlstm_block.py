@@ -117,7 +117,8 @@ class _MLSTMBlockRows(Function):
             conv_input, w.conv_weight, w.conv_bias, rows
         )
         qkv, gates = project_forward(convolved, conv_input, w.cell, rows)
-        hidden, small = mlstm_rows_forward(*qkv.chunk(3, dim=1), gates, rows, num_heads)
+        q, k, v = qkv.chunk(3, dim=1)
+        hidden, small = mlstm_rows_forward(q, k, v, gates, rows, num_heads)
         gated, out_stats = gated_norm_forward(
             GatedNormInputs(hidden, convolved, gate, w.out_norm, w.skip),
             *(rows, num_heads, eps),

@@ -30,7 +30,7 @@ import triton.language as tl
 from moxe_plugin.nn.triton.launching import Launcher
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def _multiply(r, x, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's arguments have no type
     # The interpreter multiplies the bits of bfloat16; float32 holds the same products.
     if WIDE:
@@ -39,7 +39,7 @@ def _multiply(r, x, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # Trit
         return tl.dot(r, x)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # as above
 def _columns(x, y, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, element: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     # Two of (SIZE,N) -> (SIZE,N*2); of 4 segments all columns again: the tensor cores
     # take 8, but Triton gives them no fewer than 16. Rounded last: else Triton 3.5 and
@@ -51,7 +51,7 @@ def _columns(x, y, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, element: tl.conste
     return both.to(element)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # as above
 def _first_copy(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     # What `_columns` made of 4 segments is there twice.
     if BLOCK_N == 4:
@@ -59,7 +59,7 @@ def _first_copy(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[n
     return x
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # as above
 def _split_gates(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     # (4*SIZE,N), gate by gate -> four of (SIZE,N)
     x = tl.permute(tl.reshape(x, (2, 2, SIZE, BLOCK_N)), (2, 3, 1, 0))
@@ -69,7 +69,7 @@ def _split_gates(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[
     return i, f, z, o
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # as above
 def _merge_gates(i, f, z, o, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     # The inverse of `_split_gates`
     x = tl.join(tl.join(i, z), tl.join(f, o))
@@ -86,7 +86,7 @@ def _load_four(base, step, valid):  # type: ignore[no-untyped-def]  # as above
     return i, f, z, o
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # as above
 def _load_inputs(base, plane, D: tl.constexpr, valid):  # type: ignore[no-untyped-def]  # as above
     i = tl.load(base, mask=valid, other=0.0)
     f = tl.load(base + D, mask=valid, other=0.0)
@@ -95,7 +95,7 @@ def _load_inputs(base, plane, D: tl.constexpr, valid):  # type: ignore[no-untype
     return i, f, z, o
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # as above
 def _once(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     # Of columns that are there twice, (SIZE,N*2) -> (SIZE,N)
     x = _first_copy(x, SIZE, BLOCK_N)
@@ -103,7 +103,7 @@ def _once(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-unty
     return x
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # as above
 def _own_half(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     # ((half, SIZE),(N, half)) -> (SIZE,N), the sum of both halves' own
     x = _first_copy(x, 2 * SIZE, BLOCK_N)
@@ -290,7 +290,7 @@ def _retreat(grad_y, dh, grad_c, grad_log_n, w, z, not_f, o, c, c_old):  # type:
     return d_i, d_f, d_z, d_o, grad_c, grad_log_n
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # as above
 def _store_sums(grad_bias, cols, D: tl.constexpr, sum_i, sum_f, sum_z, sum_o):  # type: ignore[no-untyped-def]  # as above
     tl.store(grad_bias + cols, tl.sum(sum_i, 1))
     tl.store(grad_bias + D + cols, tl.sum(sum_f, 1))

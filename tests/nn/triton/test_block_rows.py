@@ -45,7 +45,7 @@ def compare(
     with torch.no_grad():
         # So that nothing is 0 or 1 as at first.
         for param in module.parameters():
-            param += 0.05 * torch.randn(param.shape, generator=generator)
+            param.add_(0.05 * torch.randn(param.shape, generator=generator))
 
     module.to(bfloat16)
     reference = deepcopy(module).double()

@@ -87,8 +87,10 @@ def test_slstm_rows_match_single_steps(
         for leaf in leaves:
             leaf.requires_grad_()
 
-    outputs = slstm_rows(*inputs, rows)
-    expected = run_steps(*expected_inputs, rows)
+    outputs = slstm_rows(inputs[0], inputs[1], inputs[2], rows)
+    expected = run_steps(
+        expected_inputs[0], expected_inputs[1], expected_inputs[2], rows
+    )
 
     assert outputs.dtype == dtype
     assert_close(outputs.double(), expected, atol=2e-2, rtol=0)
