@@ -69,6 +69,7 @@ def _check_module(module: str, args: list[str]) -> None:
             "moxe_plugin.speed.contexts"
             | "moxe_plugin.speed.history"
             | "moxe_plugin.speed.kernels"
+            | "moxe_plugin.speed.profile"
         ):
             command = import_module(module)
 
