@@ -148,7 +148,7 @@ def trains_on_rows(backend: ScanBackend, seqs: Tensor) -> bool:
     """Tell whether whole blocks may run as Triton kernels on ragged rows.
 
     They may where a block keeps no state, hence in training, with ``triton`` (and
-    ``auto``, where that takes it), in bfloat16 or float16.
+    ``auto``, where that takes it), if products are of bfloat16 or float16.
 
     :param backend: The choice.
     :param seqs: What a block reads. *Shape:* ``(N,S,M)``.
@@ -159,13 +159,27 @@ def trains_on_rows(backend: ScanBackend, seqs: Tensor) -> bool:
     :raises TritonMissingError: As :func:`resolve_backend`.
     """
     return (
-        seqs.dtype in (torch.bfloat16, torch.float16)
+        product_dtype(seqs) in (torch.bfloat16, torch.float16)
         and type(seqs) in (Tensor, torch.nn.Parameter)
         and seqs.size(-2) <= MAX_ROWS_LEN
-        and not torch.is_autocast_enabled(seqs.device.type)
         and not torch.compiler.is_compiling()
         and resolve_backend(backend, seqs) == "triton"
     )
+
+
+def product_dtype(seqs: Tensor) -> torch.dtype:
+    """Tell in which type a block's products are.
+
+    :param seqs: What the block reads.
+
+    :returns: That of autocast, or else of ``seqs``.
+    """
+    device_type = seqs.device.type
+
+    if torch.is_autocast_enabled(device_type) and seqs.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+
+    return seqs.dtype
 
 
 def _is_for_triton(seqs: Tensor) -> bool:

@@ -66,14 +66,17 @@ def add_expert_products(
 ) -> Tensor:
     """Add :func:`expert_products` to other rows.
 
-    :param residual: *Shape:* ``(C,out)``.
+    :param residual: Of the type of ``rows``, or a wider one. *Shape:* ``(C,out)``.
     :param rows: As there, like what follows.
     :param weight: As there.
     :param counts: As there.
     :param ends: As there.
 
-    :returns: A new tensor. *Shape:* ``(C,out)``.
+    :returns: A new tensor, of the type of ``residual``. *Shape:* ``(C,out)``.
     """
+    if residual.dtype != rows.dtype:
+        return residual + expert_products(rows, weight, counts, ends)
+
     if len(counts) == 1:
         return torch.addmm(residual, rows, weight[0])
 

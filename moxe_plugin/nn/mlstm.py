@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, init
 
-from moxe_plugin.nn.backend import ScanBackend, trains_on_rows
+from moxe_plugin.nn.backend import ScanBackend, product_dtype, trains_on_rows
 from moxe_plugin.nn.layers import (
     NORM_EPS,
     CausalConv,
@@ -261,7 +261,9 @@ class MLSTMBlock(Module):
             *(self.out_norm.weight, self.skip, self.down_proj),
         )
 
-        return mlstm_block_rows(flat, weights, rows, self.num_heads, NORM_EPS)
+        return mlstm_block_rows(
+            *(flat, weights, rows, self.num_heads, NORM_EPS, product_dtype(flat))
+        )
 
     def _apply_to_rows(
         self,

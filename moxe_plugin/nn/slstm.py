@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, init
 
-from moxe_plugin.nn.backend import ScanBackend, resolve_backend, trains_on_rows
+from moxe_plugin.nn.backend import (
+    ScanBackend,
+    product_dtype,
+    resolve_backend,
+    trains_on_rows,
+)
 from moxe_plugin.nn.grouped import grouped_head_products
 from moxe_plugin.nn.layers import (
     NORM_EPS,
@@ -246,7 +251,7 @@ class SLSTMBlock(Module):
 
         from moxe_plugin.nn.triton.slstm_block import supports
 
-        return supports(self.head_dim, seqs.dtype, self.conv.kernel_size)
+        return supports(self.head_dim, product_dtype(seqs), self.conv.kernel_size)
 
     def apply_to_rows(self, flat: Tensor, rows: RaggedRows) -> Tensor:
         """Apply the block to segments, each from an empty memory, in Triton kernels.
@@ -266,7 +271,7 @@ class SLSTMBlock(Module):
             *(self.ffn.up_proj, self.ffn.down_proj),
         )
 
-        return slstm_block_rows(flat, weights, rows, NORM_EPS)
+        return slstm_block_rows(flat, weights, rows, NORM_EPS, product_dtype(flat))
 
     def _feed_forward(
         self, seqs: Tensor, hidden: Tensor, counts: Sequence[int] | None

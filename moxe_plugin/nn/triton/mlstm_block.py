@@ -79,20 +79,26 @@ class MLSTMWeights(NamedTuple):
 
 
 def mlstm_block_rows(
-    flat: Tensor, weights: MLSTMWeights, rows: RaggedRows, num_heads: int, eps: float
+    flat: Tensor,
+    weights: MLSTMWeights,
+    rows: RaggedRows,
+    num_heads: int,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Apply the block to all segments, each from an empty memory.
 
-    :param flat: Its type is what is computed in, whatever that of the parameters is.
-        *Shape:* ``(C,M)``.
+    :param flat: Of ``dtype`` or wider. *Shape:* ``(C,M)``.
     :param weights: The parameters; those of a bank have E first.
     :param rows: Where rows stand.
     :param num_heads: The number of heads H.
     :param eps: What norms add to the variance.
+    :param dtype: What is computed in between; the parameters are converted to it.
 
-    :returns: *Shape:* ``(C,M)``.
+    :returns: Of the type of ``flat``. *Shape:* ``(C,M)``.
     """
-    return _MLSTMBlockRows.apply(rows, num_heads, eps, flat, *weights)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+    with torch.autocast(flat.device.type, enabled=False):
+        return _MLSTMBlockRows.apply(rows, num_heads, eps, dtype, flat, *weights)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
 
 class _MLSTMBlockRows(Function):
@@ -102,10 +108,11 @@ class _MLSTMBlockRows(Function):
         rows: RaggedRows,
         num_heads: int,
         eps: float,
+        dtype: torch.dtype,
         flat: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        w = MLSTMWeights(*stack_params(params, flat.dtype))
+        w = MLSTMWeights(*stack_params(params, dtype))
         flat = flat.contiguous()
         ends = ends_of_experts(rows)
 
@@ -144,13 +151,15 @@ class _MLSTMBlockRows(Function):
         ends: Tensor | None = ctx.ends
         w = MLSTMWeights(*params)
         grad_out = grad_out.contiguous()
+        # Of the residual stream; the block's own part is of its products' type.
+        grad = grad_out.to(gated.dtype)
         conv_input, gate = projected.chunk(2, dim=1)
 
         grad_projected = torch.empty_like(projected)
         grad_conv_input, grad_gate = grad_projected.chunk(2, dim=1)
 
-        grad_down = expert_outer_products(gated, grad_out, rows.counts, ends)
-        grad_gated = expert_products(grad_out, w.down_proj.mT, rows.counts, ends)
+        grad_down = expert_outer_products(gated, grad, rows.counts, ends)
+        grad_gated = expert_products(grad, w.down_proj.mT, rows.counts, ends)
         grads = gated_norm_backward(
             grad_gated,
             GatedNormInputs(hidden, convolved, gate, w.out_norm, w.skip),
@@ -186,6 +195,6 @@ class _MLSTMBlockRows(Function):
         )
 
         return (
-            *(None, None, None, grad_flat),
+            *(None, None, None, None, grad_flat),
             *unstack_grads(grad_params, ctx.params),
         )

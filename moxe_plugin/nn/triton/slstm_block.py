@@ -68,27 +68,39 @@ class SLSTMWeights(NamedTuple):
 
 
 def slstm_block_rows(
-    flat: Tensor, weights: SLSTMWeights, rows: RaggedRows, eps: float
+    flat: Tensor,
+    weights: SLSTMWeights,
+    rows: RaggedRows,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Apply the block to all segments, each from an empty memory.
 
-    :param flat: Its type is what is computed in, whatever that of the parameters is;
-        see :func:`~moxe_plugin.nn.triton.slstm_rows.supports`. *Shape:* ``(C,M)``.
+    :param flat: Of ``dtype`` or wider. *Shape:* ``(C,M)``.
     :param weights: The parameters; those of a bank have E first.
     :param rows: Where rows stand.
     :param eps: What norms add to the variance.
+    :param dtype: What is computed in between, see
+        :func:`~moxe_plugin.nn.triton.slstm_rows.supports`; the parameters are converted
+        to it.
 
-    :returns: *Shape:* ``(C,M)``.
+    :returns: Of the type of ``flat``. *Shape:* ``(C,M)``.
     """
-    return _SLSTMBlockRows.apply(rows, eps, flat, *weights)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+    with torch.autocast(flat.device.type, enabled=False):
+        return _SLSTMBlockRows.apply(rows, eps, dtype, flat, *weights)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
 
 class _SLSTMBlockRows(Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: RaggedRows, eps: float, flat: Tensor, *params: Tensor
+        ctx: Any,
+        rows: RaggedRows,
+        eps: float,
+        dtype: torch.dtype,
+        flat: Tensor,
+        *params: Tensor,
     ) -> Tensor:
-        w = SLSTMWeights(*stack_params(params, flat.dtype))
+        w = SLSTMWeights(*stack_params(params, dtype))
         flat = flat.contiguous()
         ends = ends_of_experts(rows)
         num_heads = w.gate_proj.size(1)
@@ -129,9 +141,11 @@ class _SLSTMBlockRows(Function):
         w = SLSTMWeights(*params)
         num_heads = w.gate_proj.size(1)
         grad_out = grad_out.contiguous()
+        # Of the residual stream; the block's own part is of its products' type.
+        grad = grad_out.to(gated.dtype)
 
-        grad_ffn_down = expert_outer_products(gated, grad_out, rows.counts, ends)
-        grad_gated = expert_products(grad_out, w.ffn_down_proj.mT, rows.counts, ends)
+        grad_ffn_down = expert_outer_products(gated, grad, rows.counts, ends)
+        grad_gated = expert_products(grad, w.ffn_down_proj.mT, rows.counts, ends)
         grad_projected = silu_product_backward(grad_gated, projected)
         grad_ffn_up = expert_outer_products(
             ffn_normed, grad_projected, rows.counts, ends
@@ -169,6 +183,6 @@ class _SLSTMBlockRows(Function):
         )
 
         return (
-            *(None, None, grad_flat),
+            *(None, None, None, grad_flat),
             *unstack_grads(grad_params, ctx.params),
         )

@@ -38,26 +38,32 @@ def set_backend(module: nn.Module, backend: ScanBackend) -> None:
 
 
 def compare(
-    module: nn.Module, seqs: Tensor, run: Callable[[nn.Module, Tensor], Tensor]
+    module: nn.Module,
+    seqs: Tensor,
+    run: Callable[[nn.Module, Tensor], Tensor],
+    *,
+    with_autocast: bool = False,
 ) -> None:
     """Compare outputs and all gradients with those of torch in float64."""
+    dtype = float32 if with_autocast else bfloat16
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         # So that nothing is 0 or 1 as at first.
         for param in module.parameters():
             param.add_(0.05 * torch.randn(param.shape, generator=generator))
 
-    module.to(bfloat16)
+    module.to(dtype)
     reference = deepcopy(module).double()
     set_backend(module, "triton")
     set_backend(reference, "torch")
-    grad = torch.randn(seqs.shape, generator=generator).to(bfloat16)
+    grad = torch.randn(seqs.shape, generator=generator).to(dtype)
 
     results = []
-    for part, dtype in ((module, bfloat16), (reference, float64)):
-        leaf = seqs.to(bfloat16).to(dtype).requires_grad_()
-        output = run(part, leaf)
-        output.backward(grad.to(dtype))
+    for part, own_dtype in ((module, dtype), (reference, float64)):
+        leaf = seqs.to(dtype).to(own_dtype).clone().requires_grad_()
+        with torch.autocast("cpu", bfloat16, enabled=with_autocast):
+            output = run(part, leaf)
+        output.backward(grad.to(own_dtype))
         grads = {name: p.grad for name, p in part.named_parameters()}
         results.append({"output": output, "input": leaf.grad, **grads})
 
@@ -65,15 +71,16 @@ def compare(
         actual = results[0][name]
         assert actual is not None, name
         assert expected is not None, name
-        assert actual.dtype == bfloat16
+        assert actual.dtype == dtype
         # Of biases of gates the terms cancel, as they do in bfloat16 in torch.
         tolerance = 0.2 if name.endswith("gate_bias") else 0.05
         error = (actual - expected).norm() / expected.norm().clamp(min=1e-9)
         assert error < tolerance, f"{name}: {error}"
 
 
+@pytest.mark.parametrize("with_autocast", [False, True])
 @pytest.mark.parametrize("kind", ["mlstm", "slstm"])
-def test_a_block_on_rows_is_the_block(kind: str) -> None:
+def test_a_block_on_rows_is_the_block(kind: str, with_autocast: bool) -> None:
     torch.manual_seed(1)
     block = make_block(kind)
 
@@ -81,11 +88,12 @@ def test_a_block_on_rows_is_the_block(kind: str) -> None:
         block,
         torch.randn(3, 21, MODEL_DIM),
         lambda part, seqs: part(seqs, return_state=False)[0],
+        with_autocast=with_autocast,
     )
 
 
-@pytest.mark.parametrize("with_lens", [False, True])
-def test_experts_on_rows_are_the_experts(with_lens: bool) -> None:
+@pytest.mark.parametrize(("with_lens", "with_autocast"), [(False, True), (True, False)])
+def test_experts_on_rows_are_the_experts(with_lens: bool, with_autocast: bool) -> None:
     torch.manual_seed(2)
     experts = SparseExperts(
         5, mlstm=make_block("mlstm", 2), slstm=make_block("slstm", 3)
@@ -112,7 +120,7 @@ def test_experts_on_rows_are_the_experts(with_lens: bool) -> None:
 
         return output
 
-    compare(experts, seqs, run)
+    compare(experts, seqs, run, with_autocast=with_autocast)
 
 
 @pytest.mark.parametrize("kind", ["mlstm", "slstm"])
@@ -127,7 +135,8 @@ def test_rows_are_for_training_in_16_bits(
     assert not block.trains_on_rows(seqs.float())
     assert not block.trains_on_rows(seqs[:, :1].expand(2, MAX_ROWS_LEN + 1, -1))
     with torch.autocast("cpu", bfloat16):
-        assert not block.trains_on_rows(seqs)
+        assert block.trains_on_rows(seqs.float())
+        assert not block.trains_on_rows(seqs.double())
     block.backend = "torch"
     assert not block.trains_on_rows(seqs)
 
