@@ -1,6 +1,6 @@
 """The sLSTM cell over ragged rows, in Triton, for training: no memory comes or goes.
 
-The equations of :mod:`moxe_plugin.nn.slstm_cell`; :mod:`.slstm_rows_kernels` tells how.
+The equations of :mod:`moxe_plugin.nn.slstm_cell`; :mod:`.slstm_rows_tiles` tells how.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from torch.autograd.function import once_differentiable
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.ragged_products import multiply_columns
 from moxe_plugin.nn.triton.sizes import ceil_div
-from moxe_plugin.nn.triton.slstm_rows_kernels import (
-    slstm_backward_kernel,
-    slstm_forward_kernel,
-)
+from moxe_plugin.nn.triton.slstm_rows_backward import slstm_backward_kernel
+from moxe_plugin.nn.triton.slstm_rows_forward import slstm_forward_kernel
 
 _MAX_SHARED_BYTES: Final = 208 * 1024
 """What R may take of an H100's 227 kB; the rest is for what is multiplied with it."""
