@@ -98,9 +98,9 @@ def _prepare_mlstm(case: KernelCase, draw: _Draw) -> KernelCalls:
     def run(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
         return mlstm_rows(q, k, v, gates, rows, case.num_heads)
 
-    def run_in_torch(*inputs: Tensor) -> Tensor:
+    def run_in_torch(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
         return mlstm_cell.mlstm_chunkwise(
-            *inputs, chunk_size=chunk_size, return_memory=False
+            *(q, k, v, i, f), chunk_size=chunk_size, return_memory=False
         )[0]
 
     def align(results: Results) -> Results:
