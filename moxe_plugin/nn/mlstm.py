@@ -58,8 +58,9 @@ class MLSTMBlock(Module):
     :param proj_factor: The inner width I over M, before rounding up to 64.
     :param num_experts: The number of stacked blocks; ``None`` for a single one.
     :param num_blocks: The number of blocks in the model, for the initial ``W_down``.
-    :param backend: ``triton`` computes the cell in Triton, the others in torch, and all
-        choose what computes the convolution: see :mod:`moxe_plugin.nn.backend`.
+    :param backend: ``triton``, and ``auto`` on a GPU, run the whole block in Triton
+        where :meth:`trains_on_rows` says so; ``native`` and ``auto`` use C++ on CPUs;
+        all else is torch's. See :mod:`moxe_plugin.nn.backend`.
 
     :raises ValueError: The inner width is not a multiple of ``num_heads`` or of
         ``qkv_block_size``.

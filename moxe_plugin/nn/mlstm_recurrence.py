@@ -70,7 +70,9 @@ class MLSTMRecurrence(NamedTuple):
     """The number of heads H."""
 
     backend: ScanBackend
-    """What computes it: see :mod:`moxe_plugin.nn.backend`."""
+    """What computes it: see :mod:`moxe_plugin.nn.backend`. With ``triton`` it is torch,
+    as with ``torch``: what has a kernel, a whole block in training, does not get here.
+    """
 
     def apply(
         self,
@@ -89,6 +91,9 @@ class MLSTMRecurrence(NamedTuple):
         :param return_memory: Whether to compute the memory after the last one.
 
         :returns: The outputs ``([E,]N,S,I)`` and the memory, or ``None``.
+
+        :raises ValueError: As :func:`~moxe_plugin.nn.backend.resolve_backend`.
+        :raises TritonMissingError: As there.
         """
         seq_len = inputs.q.size(-2)
 
@@ -117,14 +122,11 @@ class MLSTMRecurrence(NamedTuple):
 
         check_backend(self.backend)
 
-        chunkwise, chunk_size = mlstm_chunkwise, _chunk_size(q)
         if self.backend == "triton":
+            # A mistake is an error here, too, where there is no kernel.
             resolve_backend(self.backend, q)
-            from moxe_plugin.nn.triton import mlstm as kernels
 
-            chunkwise, chunk_size = kernels.mlstm_chunkwise, kernels.MAX_CHUNK_SIZE
-
-        out, memory = chunkwise(
+        out, memory = mlstm_chunkwise(
             q,
             k,
             v,
@@ -132,7 +134,7 @@ class MLSTMRecurrence(NamedTuple):
             forget_preact,
             memory,
             seq_lens,
-            chunk_size=chunk_size,
+            chunk_size=_chunk_size(q),
             return_memory=return_memory,
         )
 

@@ -2,9 +2,10 @@
 
 What a kernel must do is arithmetic, not a measurement: its products' FLOPs, and the
 bytes that move if every tensor that one of its passes reads comes from memory once, and
-every one that it writes goes there once. What tiles read or compute again counts once,
-and padding up to whole chunks counts; gates, stabilisers and normalisers of the mLSTM,
-which are smaller by the width of a head, do not.
+every one that it writes goes there once. Of the mLSTM's squares of pairs of positions
+the blocks on the diagonal count whole, and those above it do not. What programs of a
+pass read or compute again counts once; gates, stabilisers and normalisers of the mLSTM,
+which are smaller by the width of a head, do not count.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-Kernel: TypeAlias = Literal["mlstm", "slstm", "grouped"]
+Kernel: TypeAlias = Literal["mlstm", "slstm", "scan"]
 
 Phase: TypeAlias = Literal["forward", "train"]
 
 _FLOAT32_BYTES: Final = 4
 
-_CHUNK_SIZE: Final = 64
-"""As the mLSTM block asks the kernels for."""
+_BLOCK_SIZE: Final = 64
+"""The positions of a block of the mLSTM."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class KernelCase:
     """One kernel at one shape, one way or both."""
 
     kernel: Kernel
-    """``mlstm``, ``slstm``, or ``grouped``, the product of rows with their expert's
-    weight."""
+    """``mlstm`` and ``slstm`` are what training runs on ragged rows, ``scan`` is the
+    sLSTM that carries a memory."""
 
     phase: Phase
     """``forward``, or ``train``: forward and backward."""
@@ -40,30 +41,24 @@ class KernelCase:
     """E; 1 for a system without experts."""
 
     num_rows: int
-    """Sequences N of each expert, or, of ``grouped``, rows of each."""
+    """Sequences N of each expert."""
 
     length: int
-    """Positions S of a sequence; 1 for ``grouped``."""
+    """Positions S of a sequence."""
 
     num_heads: int
-    """H; 1 for ``grouped``."""
+    """H."""
 
     dim: int
-    """The width D of a head, or of a row that ``grouped`` reads."""
-
-    out_dim: int
-    """D, or the width of a row that ``grouped`` writes."""
+    """The width D of a head."""
 
     def count_gflop(self) -> float:
         """Count what the products of the kernel take.
 
         :returns: GFLOP, two for each multiply-add.
         """
-        flop = {
-            "mlstm": self._count_mlstm_flop,
-            "slstm": self._count_slstm_flop,
-            "grouped": self._count_grouped_flop,
-        }[self.kernel]()
+        is_mlstm = self.kernel == "mlstm"
+        flop = self._count_mlstm_flop() if is_mlstm else self._count_slstm_flop()
 
         return flop / 1e9
 
@@ -77,7 +72,7 @@ class KernelCase:
         count = {
             "mlstm": self._count_mlstm_bytes,
             "slstm": self._count_slstm_bytes,
-            "grouped": self._count_grouped_bytes,
+            "scan": self._count_scan_bytes,
         }[self.kernel](element_bytes)
 
         return count / 1e9
@@ -87,73 +82,60 @@ class KernelCase:
         return self.num_experts * self.num_rows * self.num_heads
 
     @property
-    def _num_chunks(self) -> int:
-        return self._num_cells * -(-self.length // _CHUNK_SIZE)
+    def _num_elements(self) -> int:
+        return self._num_cells * self.length * self.dim
 
     def _count_mlstm_flop(self) -> int:
-        # Of a chunk, k^T v and q C with C (D,D), and q k^T and P v with pairs (L,L).
-        per_state, per_pair = 2, 2
-        if self.phase == "train":
-            # Into C, and with dC or C into dq, dk, dv; dh v^T, q k^T again, and each of
-            # dq, dk, dv.
-            per_state, per_pair = 2 + 4, 2 + 5
+        # q k^T and P v; for dq, dh v^T and its product with k; dh v^T again and q k^T
+        # again, and each one's product for dk and dv.
+        num_products = 2 + 2 + 4 if self.phase == "train" else 2
 
-        positions = self._num_chunks * _CHUNK_SIZE
+        num_blocks = -(-self.length // _BLOCK_SIZE)
+        num_pairs = num_blocks * (num_blocks + 1) // 2 * _BLOCK_SIZE**2
 
-        return (
-            2 * positions * self.dim * (per_state * self.dim + per_pair * _CHUNK_SIZE)
-        )
+        return num_products * 2 * self._num_cells * num_pairs * self.dim
 
     def _count_mlstm_bytes(self, element_bytes: int) -> int:
-        # States are written and read; k, v; q, k, v, h.
-        per_state, per_position = 2, 6
-        if self.phase == "train":
-            # C read twice, dC written and read twice; q, dh; q, k, v, dh, dq, dk; q,
-            # k, dh, dv.
-            per_state, per_position = 2 + 5, 6 + 12
+        # q, k, v, h; k, v, h, dh, dq; q, k, v, dh, dk, dv.
+        num_tensors = 4 + 5 + 6 if self.phase == "train" else 4
 
-        positions = self._num_cells * self.length
-
-        return (
-            per_state * self._num_chunks * self.dim**2
-            + per_position * positions * self.dim
-        ) * element_bytes
+        return num_tensors * self._num_elements * element_bytes
 
     def _count_slstm_flop(self) -> int:
         # y R; backwards, R with the gates' gradients, and these with y.
         num_products = 3 if self.phase == "train" else 1
 
-        return num_products * 2 * self._num_cells * self.length * 4 * self.dim**2
+        return num_products * 2 * self._num_elements * 4 * self.dim
 
     def _count_slstm_bytes(self, element_bytes: int) -> int:
-        positions = self._num_cells * self.length * self.dim
-        weights = self.num_experts * self.num_heads * 4 * self.dim**2 * element_bytes
+        # Four gates are read and an output is written, of each the inputs' type.
+        rounded, exact, num_weights = 4 + 1, 0, 1
+        if self.phase == "train":
+            # The outputs of the step before are saved, and four activations and c.
+            # Backwards, activations, c and the output's gradient are read and 4
+            # gradients written; R's gradient reads those and the saved outputs.
+            rounded, exact, num_weights = rounded + 1 + 1 + 4 + 5, 5 + 5, 3
 
+        return (
+            self._num_elements * (rounded * element_bytes + exact * _FLOAT32_BYTES)
+            + num_weights * self._count_weights() * element_bytes
+        )
+
+    def _count_scan_bytes(self, element_bytes: int) -> int:
         # Four gates are read and an output is written.
-        count = positions * (4 * element_bytes + _FLOAT32_BYTES) + weights
+        rounded, exact, num_weights = 4, 1, 1
         if self.phase == "train":
             # Saved: 5. Backwards, these, the output and its gradient are read and 4
             # gradients written; R's gradient reads those and the output.
-            count += positions * (5 + 7 + 4 + 5) * _FLOAT32_BYTES + 2 * weights
+            exact, num_weights = exact + 5 + 7 + 4 + 5, 3
 
-        return count
-
-    def _count_grouped_flop(self) -> int:
-        num_products = 3 if self.phase == "train" else 1
-        num_rows = self.num_experts * self.num_rows
-
-        return num_products * 2 * num_rows * self.dim * self.out_dim
-
-    def _count_grouped_bytes(self, element_bytes: int) -> int:
-        # Each product has these three, two of them to read and one to write.
-        num_products = 3 if self.phase == "train" else 1
-        num_rows = self.num_experts * self.num_rows
-        num_elements = (
-            num_rows * (self.dim + self.out_dim)
-            + self.num_experts * self.dim * self.out_dim
+        return (
+            self._num_elements * (rounded * element_bytes + exact * _FLOAT32_BYTES)
+            + num_weights * self._count_weights() * element_bytes
         )
 
-        return num_products * num_elements * element_bytes
+    def _count_weights(self) -> int:
+        return self.num_experts * self.num_heads * 4 * self.dim**2
 
 
 def list_kernel_cases(batch: int, length: int) -> list[KernelCase]:
@@ -181,17 +163,12 @@ def list_kernel_cases(batch: int, length: int) -> list[KernelCase]:
         )
 
     moxe, xlstm = ("moxe", 4, batch, length // 4, 4), ("xlstm", 1, batch, length, 8)
-    rows = ("moxe", 4, batch * length // 4, 1, 1)
 
-    shapes: list[tuple[Kernel, tuple[str, int, int, int, int], int, int]] = [
-        ("mlstm", moxe, 320, 320),
-        ("mlstm", xlstm, 256, 256),
-        ("slstm", moxe, 160, 160),
-        ("slstm", xlstm, 128, 128),
-        # The mLSTM expert's up-projection, and the other way
-        ("grouped", rows, 640, 2560),
-        ("grouped", rows, 1280, 640),
-    ]
+    kernels: tuple[tuple[Kernel, int, int], ...] = (
+        ("mlstm", 320, 256),
+        ("slstm", 160, 128),
+        ("scan", 160, 128),
+    )
     phases: tuple[Phase, ...] = ("forward", "train")
 
     return [
@@ -204,14 +181,10 @@ def list_kernel_cases(batch: int, length: int) -> list[KernelCase]:
             length=seq_len,
             num_heads=num_heads,
             dim=dim,
-            out_dim=out_dim,
         )
-        for kernel, (
-            system,
-            num_experts,
-            num_rows,
-            seq_len,
-            num_heads,
-        ), dim, out_dim in shapes
+        for kernel, *dims in kernels
+        for (system, num_experts, num_rows, seq_len, num_heads), dim in zip(
+            (moxe, xlstm), dims, strict=True
+        )
         for phase in phases
     ]

@@ -40,7 +40,9 @@ matrices {matmul_gflop_per_s:,.0f} GFLOP/s ({matmul_size:,} rows), copies
 
 {table}
 
-- **E x N x S x H x D**: experts, sequences (or rows) of each, positions, heads, width.
+- **mlstm**, **slstm**: what training runs, on ragged rows; **scan**: the sLSTM that
+  carries a memory. slstm is in bfloat16 and float16 only.
+- **E x N x S x H x D**: experts, sequences of each, positions, heads, width.
 - **ms**: the median of {repeats} calls from Python, after {warm_up}, each with all that
   it launches; *train* is forward and backward.
 - **ratio**: the reference's time over the kernel's.
@@ -124,6 +126,7 @@ def _measure(args: Namespace) -> list[KernelRow]:
 
     from moxe_plugin.bench.machine import describe_code, describe_hardware
     from moxe_plugin.speed.clock import measure_copy, measure_matmul
+    from moxe_plugin.speed.kernel_calls import why_not_run
     from moxe_plugin.speed.kernel_cases import list_kernel_cases
     from moxe_plugin.speed.kernel_measuring import KernelOptions, measure_kernel
 
@@ -157,6 +160,12 @@ def _measure(args: Namespace) -> list[KernelRow]:
 
     rows: list[KernelRow] = []
     for case in cases:
+        if reason := why_not_run(case, getattr(torch, options.dtype)):
+            sys.stderr.write(
+                f"{case.kernel} of {case.system}, {case.phase}: left out, as {reason}\n"
+            )
+            continue
+
         rows.append(measure_kernel(case, options, device))
         # A later case may need more memory than there is.
         write_kernels(args.out, name, machine, options, rows)
@@ -189,7 +198,6 @@ def _find_gpu() -> tuple[torch.device, str]:
 def _format_cells(row: KernelRow) -> dict[str, str]:
     case = row.case
     shape = (case.num_experts, case.num_rows, case.length, case.num_heads, case.dim)
-    width = f" → {case.out_dim}" if case.kernel == "grouped" else ""
     milliseconds, reference = (
         f"{statistics.median(x) * 1e3:.4g}"
         for x in (row.seconds, row.reference_seconds)
@@ -198,7 +206,7 @@ def _format_cells(row: KernelRow) -> dict[str, str]:
     return {
         "kernel": f"{case.kernel} of {case.system}",
         "phase": case.phase,
-        "E x N x S x H x D": " x ".join(map(str, shape)) + width,
+        "E x N x S x H x D": " x ".join(map(str, shape)),
         "ms": milliseconds,
         "torch, ms": reference,
         "ratio": f"{row.ratio:.2f}",

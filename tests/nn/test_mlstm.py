@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.mlstm_cell import MLSTMMemory
@@ -50,6 +51,44 @@ def test_large_heads_are_the_same_in_every_form(seq_len: int) -> None:
     # Where the normaliser is near 0, single outputs are off by more.
     for output in (parallel, in_chunks):
         assert (output - by_torch).norm() < 1e-3 * by_torch.norm()
+
+
+@pytest.mark.parametrize("seq_len", [5, 0])
+def test_block_with_a_memory_computes_the_same_with_triton(
+    seq_len: int, device: torch.device
+) -> None:
+    pytest.importorskip("triton")
+    block = MLSTMBlock(32, num_heads=2, num_experts=2, backend="torch").to(device)
+    seqs = torch.randn(2, 2, seq_len, 32, device=device)
+    lens = torch.tensor([[5, 2], [0, 4]], device=device).clamp(max=seq_len)
+    expected, expected_state = block(seqs, lens)
+    block.backend = "triton"
+
+    actual, state = block(seqs, lens)
+
+    valid = torch.arange(seq_len, device=device) < lens[..., None]
+    assert_close(actual[valid], expected[valid])
+    assert_close(state, expected_state)
+
+
+def test_backends_that_cannot_run_are_named(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    pytest.importorskip("triton")
+    block = MLSTMBlock(32, num_heads=2, backend="triton")
+
+    double = torch.zeros(1, 3, 32, dtype=torch.float64, device=device)
+    with pytest.raises(ValueError, match="'native' for float64, but is 'triton'"):
+        block.double().to(device)(double)
+
+    block, seqs = block.float().to("cpu"), torch.zeros(1, 3, 32)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="'triton' with a tensor on 'cpu'"):
+        block(seqs)
+
+    block.backend = "trition"  # type: ignore[assignment]  # the mistake
+    with pytest.raises(ValueError, match=r"`backend` must be one of auto, .*'trition'"):
+        block(seqs)
 
 
 def test_initial_state_is_empty() -> None:

@@ -8,8 +8,6 @@
 of rows that are sorted by expert, without padding. Forward, u and a are read and q, k
 and v are written once. Backward, the gradients of q, k and v and u and a are read and
 those of u and a are written once; what comes back through the gates is never stored.
-
-Verified by Triton's interpreter on a CPU, and compiled for compute capability 9.0.
 """
 
 from __future__ import annotations

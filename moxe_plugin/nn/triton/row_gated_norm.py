@@ -2,8 +2,6 @@
 
 ``(norm(hidden) * norm_weight + skip * convolved) * silu(gate)`` with a norm per head,
 as a Triton kernel for each direction.
-
-Verified by Triton's interpreter on a CPU, and compiled for compute capability 9.0.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 :class:`~moxe_plugin.nn.layers.ScaleNorm` as a Triton kernel for each direction; see
 :mod:`moxe_plugin.nn.triton.row_norm_kernels`.
-
-Verified by Triton's interpreter on a CPU, and compiled for compute capability 9.0.
 """
 
 from __future__ import annotations

@@ -3,9 +3,6 @@
 The equations of :mod:`moxe_plugin.nn.slstm_cell`; but a row costs nothing after its
 end, while :func:`~moxe_plugin.nn.slstm_cell.slstm_sequence` wants gates that are closed
 there.
-
-Verified by Triton's interpreter on a CPU, and compiled for compute capability 8.0 and
-9.0; neither run nor measured on a GPU yet.
 """
 
 from __future__ import annotations

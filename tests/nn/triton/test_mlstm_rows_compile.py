@@ -1,72 +1,47 @@
-"""Compile the kernels of `moxe_plugin.nn.triton.mlstm_rows` for an H100."""
+"""Compile the kernels of `moxe_plugin.nn.triton.mlstm_rows`: see `compiling`."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from moxe_plugin.nn.ragged import ragged_rows
+from tests.nn.triton.compiling import (
+    SHARED_BYTES,
+    SHARED_BYTES_OF_TWO,
+    compile_launches,
+)
 
 pytest.importorskip("triton")
 
-SHARED_BYTES = 232_448
-"""What a block may have of shared memory on an H100 (227 KiB)."""
 
-# In a fresh interpreter, as in this one kernels are interpreted. Two programs of blocks
-# of 80 kB each fit on a multiprocessor; widths are that of MoxE, and the largest.
-COMPILE = """
-import json
-from types import SimpleNamespace
-
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-
-from moxe_plugin.nn.ragged import ragged_rows
-from moxe_plugin.nn.triton.mlstm_rows import mlstm_rows_backward, mlstm_rows_forward
-
-driver.set_active(
-    SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda _: 0,
+def launch_kernels() -> None:
+    """Launch all at the width of MoxE's heads in Table 1, and one at the largest."""
+    from moxe_plugin.nn.triton.mlstm_rows import (
+        MAX_HEAD_DIM,
+        mlstm_rows_backward,
+        mlstm_rows_forward,
     )
-)
-run, found = JITFunction.run, []
 
-def compile_only(self, *args, grid, warmup, **options):
-    compiled = run(self, *args, grid=grid, warmup=True, **options)
-    assert compiled.asm["cubin"]
-    found.append(compiled.metadata.shared)
-
-JITFunction.run = compile_only
-rows = ragged_rows([[64, 20]], torch.device("cpu"))
-for width in (320, 512):
-    qkv = torch.zeros(84, 3 * width, dtype=torch.bfloat16)
-    qkv = qkv.split(width, dim=1)
+    rows = ragged_rows([[64, 20]], torch.device("cpu"))
     gates = torch.zeros(84, 2)
-    h, small = mlstm_rows_forward(*qkv, gates, rows, 1)
-    mlstm_rows_backward(*qkv, gates, h, small, h, *qkv, rows)
-print(json.dumps(found))
-"""
+    for width in (320, MAX_HEAD_DIM):
+        q, k, v = torch.zeros(84, 3 * width, dtype=torch.bfloat16).split(width, dim=1)
+        h, small = mlstm_rows_forward(q, k, v, gates, rows, 1)
+        if width == 320:
+            mlstm_rows_backward(q, k, v, gates, h, small, h, q, k, v, rows)
 
 
-def test_kernels_compile_and_fit() -> None:
-    environment = {x: y for x, y in os.environ.items() if x != "TRITON_INTERPRET"}
-    completed = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert completed.returncode == 0, completed.stderr
+def test_kernels_compile_and_fit(tmp_path: Path) -> None:
+    launches = compile_launches(launch_kernels, tmp_path)
 
-    shared = json.loads(completed.stdout)
-    # Two gate kernels and three others, at two widths
-    assert len(shared) == 10
-    assert max(shared) <= SHARED_BYTES
-    assert max(shared[:5]) <= SHARED_BYTES // 2
+    forward, grads = ["gate", "forward"], ["query_grad", "key_value_grad", "gate_grad"]
+    names = [f"mlstm_rows_{x}_kernel" for x in (*forward, *grads, *forward)]
+    assert [x.kernel for x in launches] == names
+    assert max(x.shared for x in launches) <= SHARED_BYTES
+    # Its tiles are in one stage; those of the others in two.
+    assert launches[3].shared <= SHARED_BYTES_OF_TWO
+    for launch in launches:
+        assert launch.multiplies_in_groups == ("gate" not in launch.kernel)
