@@ -1,4 +1,4 @@
-"""Tests of whole models whose cells and routers run in Triton."""
+"""Tests of whole models with the backend `triton`, in float32."""
 
 from __future__ import annotations
 
