@@ -7,8 +7,7 @@
 for each head, where u is what the convolution gives and x what it is given. Each tensor
 of rows is read and written once; weights stay in the second-level cache.
 
-Without gradients: the autograd function of the block calls these. Verified by Triton's
-interpreter on a CPU, and compiled for compute capability 9.0.
+Without gradients: the autograd function of the block calls these.
 """
 
 from __future__ import annotations

@@ -93,10 +93,12 @@ def test_kernels_are_the_products_of_each_head_with_gradients(
 
 def test_gradients_have_the_type_of_their_weight(device: torch.device) -> None:
     rows = ragged_rows([[20, 1], [0, 30]], device)
-    *inputs, weight = draw(rows, 16, bfloat16)
+    before, convolved, normed, grads, weight = draw(rows, 16, bfloat16)
 
-    wide = gate_weight_grads(*inputs, weight.float(), rows)
-    narrow = gate_weight_grads(*inputs, weight, rows)
+    wide, narrow = (
+        gate_weight_grads(before, convolved, normed, grads, like, rows)
+        for like in (weight.float(), weight)
+    )
 
     for x, y in zip(wide, narrow, strict=True):
         assert x.dtype == float32

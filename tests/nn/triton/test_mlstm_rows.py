@@ -64,7 +64,7 @@ def random_inputs(
         pytest.param([[5, 0, 1], [0, 0, 0], [33, 32, 3]], 2, 48, id="experts"),
         pytest.param([[70, 129, 64]], 2, 32, id="blocks"),
         pytest.param([[0, 20], [9, 0]], 1, 80, id="masked_tile"),
-        pytest.param([[1000]], 1, 16, id="long"),
+        pytest.param([[300]], 1, 16, id="long"),
     ],
 )
 @pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
