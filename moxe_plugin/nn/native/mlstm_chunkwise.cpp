@@ -253,6 +253,22 @@ void weigh(const Shape& s, const Constants<T>& k, int num_threads, const T* q, c
   });
 }
 
+// Writes the gradients of the numerator (C,H,D) and of the normaliser (C,H).
+template <typename T>
+void divide_backward(const Shape& s, const Constants<T>&, int num_threads,
+                     const T* grad_hidden, const T* hidden, const T* normalizer,
+                     T* grad_numerator, T* grad_normalizer) {
+  for_each_position(s, num_threads, [&](const Position& p) {
+    const int64_t at = s.at(p.t, p.head), row = s.row(p.t, p.head);
+    const Vec<T> factor(T(1) / normalizer[at]);
+
+    for_each<T>(s.dim, [&](int64_t i, int64_t n) {
+      (load(grad_hidden + row + i, n) * factor).store(grad_numerator + row + i, n);
+    });
+    grad_normalizer[at] = -dot(grad_numerator + row, hidden + row, s.dim);
+  });
+}
+
 // grads: the gradient of the weights from the numerator at first, then that of q k^T. Writes
 // the gradients of total, and of m where that is the normaliser.
 template <typename T>
@@ -370,6 +386,12 @@ void stabilise_backward(const Shape& s, const Constants<T>&, int num_threads,
       MOXE_SHAPE_PARAMETERS, const T* q, const T* n, const T* a, const T* peak,          \
       const T* m, const T* kept, T* weights, T* total, T* normalizer) {                  \
     weigh<T>(MOXE_SHAPE(T), q, n, a, peak, m, kept, weights, total, normalizer);         \
+  }                                                                                      \
+  extern "C" void moxe_mlstm_divide_backward_##T(                                        \
+      MOXE_SHAPE_PARAMETERS, const T* grad_hidden, const T* hidden, const T* normalizer, \
+      T* grad_numerator, T* grad_normalizer) {                                           \
+    divide_backward<T>(MOXE_SHAPE(T), grad_hidden, hidden, normalizer, grad_numerator,   \
+                       grad_normalizer);                                                 \
   }                                                                                      \
   extern "C" void moxe_mlstm_weigh_backward_##T(                                         \
       MOXE_SHAPE_PARAMETERS, const T* a, const T* peak, const T* m, const T* total,      \

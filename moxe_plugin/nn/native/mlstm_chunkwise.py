@@ -109,7 +109,7 @@ class _MLSTMChunkwise(Function):
             *(log_weights, peak, m, kept, weights, total, normalizer),
         )
 
-        hidden = torch.zeros_like(q)
+        hidden = chunks.rows_like(q)
         multiply_lower(weights, v, hidden, chunks.squares)
         _add_from_memories(q * kept.unsqueeze(-1), c, hidden, chunks.later)
         hidden /= normalizer.unsqueeze(-1)
@@ -128,11 +128,15 @@ class _MLSTMChunkwise(Function):
         q, k, v, gates, weights, c, n, hidden, *stats = ctx.saved_tensors
         log_weights, peak, m, kept, added, decay, total, normalizer = stats
         chunks: _Chunks = ctx.chunks
-        grad_q, grad_k, grad_v = (torch.zeros_like(q) for _ in range(3))
-        grad_total, grad_m, q_dots, k_dots = (torch.zeros_like(m) for _ in range(4))
+        grad_numerator, grad_q, grad_k, grad_v = (chunks.rows_like(q) for _ in range(4))
+        grad_normalizer, grad_total, grad_m, q_dots, k_dots = (
+            torch.zeros_like(m) for _ in range(5)
+        )
 
-        grad_numerator = (grad_hidden / normalizer.unsqueeze(-1)).contiguous()
-        grad_normalizer = -(grad_numerator * hidden).sum(dim=-1)
+        _call(
+            *("divide_backward", q, chunks, ctx.limits, grad_hidden.contiguous()),
+            *(hidden, normalizer, grad_numerator, grad_normalizer),
+        )
 
         grads = torch.empty_like(weights)
         multiply_into_lower(grad_numerator, v, grads, chunks.squares)
@@ -197,6 +201,12 @@ class _Chunks:
 
         self.num_memories = len(self.later)
         self.squares = Squares(Sequences(self.begins, self.lens), num_heads)
+
+    def rows_like(self, rows: Tensor) -> Tensor:
+        # Padding is 0, the rest is not set.
+        has_padding = sum(self.lens) < rows.size(0)
+
+        return torch.zeros_like(rows) if has_padding else torch.empty_like(rows)
 
 
 def _multiply_to_memories(
