@@ -18,11 +18,11 @@ from moxe_plugin.nn.mlstm_cell import (
     best_chunk_size,
     mlstm_chunkwise,
 )
+from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.mlstm_chunkwise import mlstm_chunkwise_rows
 from moxe_plugin.nn.native.mlstm_parallel import (
     NormalizerLimits,
-    Sequences,
     mlstm_parallel_rows,
 )
 from moxe_plugin.nn.products import runs_native
@@ -239,8 +239,8 @@ class MLSTMRecurrence(NamedTuple):
     ) -> Literal["mlstm_chunkwise", "mlstm_parallel"]:
         head_dim = inputs.q.size(-1) // self.num_heads
 
-        # As measured with heads of 64, 128 and 320: reading and writing a memory costs a
-        # position as much as the keys of twice a head's width.
+        # As measured with heads of 64, 128 and 320: a memory costs a position as much
+        # as the keys of twice a head's width.
         if max_len <= 2 * head_dim + _NATIVE_CHUNK_SIZE:
             return "mlstm_parallel"
 

@@ -309,7 +309,9 @@ void finish(const Shape& s, const Constants<T>&, int num_threads, const T* q, co
   });
 }
 
-// grad_a: k times its gradient; grad_peak: less q times its gradient, and the gradient of m.
+// Writes the gradients of the gates. That of a is k times its gradient, that of a peak minus q
+// times its gradient; what the m after a chunk gets as the unit of its memory cancels in its
+// peak, and is left to b.
 template <typename T>
 void stabilise_backward(const Shape& s, const Constants<T>&, int num_threads,
                         const T* gates, const T* a, const T* peak, const T* q_dots,
@@ -318,27 +320,24 @@ void stabilise_backward(const Shape& s, const Constants<T>&, int num_threads,
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
   for (int64_t task = 0; task < s.num_seqs * s.num_heads; ++task) {
     const int64_t seq = task / s.num_heads, head = task % s.num_heads;
-    // Of the m after a chunk: as what the memory is divided by, and as a peak.
-    T grad_unit = 0, grad_before = 0;
+    // Of the m after a chunk: as the unit of its memory, and as the next chunk's peaks.
+    T grad_unit = 0, grad_peak = 0;
 
     for (int64_t chunk = s.firsts[seq + 1] - 1; chunk >= s.firsts[seq]; --chunk) {
       const int64_t begin = s.begins[chunk], len = s.lens[chunk];
       std::vector<T> grad_a(len);
-      // As a multiple of m, the unit of a memory is in its decay alone.
-      T grad_b = grad_unit + grad_before;
-      T of_peaks = 0;
-
-      // The peak of the last position is also that of the next chunk.
-      const T grad_last = grad_before;
+      T grad_b = grad_unit + grad_peak;
+      T grad_before = 0;
       int64_t largest = -1;
-      grad_before = 0;
+
       for (int64_t i = 0; i < len; ++i) {
         const int64_t at = s.at(begin + i, head);
-        // The last one of the largest; -1 where the memory's is above.
+        // The last one of the largest, none if the m before the chunk is above.
         if (a[head * s.num_rows + begin + i] >= peak[at]) largest = i;
 
-        of_peaks = grad_m[at] - q_dots[at] + (i + 1 == len ? grad_last : T(0));
-        (largest >= 0 ? grad_a[largest] : grad_before) += of_peaks;
+        T& grad_largest = largest >= 0 ? grad_a[largest] : grad_before;
+        grad_largest += grad_m[at] - q_dots[at];
+        if (i + 1 == len) grad_largest += grad_peak;
         grad_a[i] += k_dots[at];
       }
 
@@ -352,6 +351,7 @@ void stabilise_backward(const Shape& s, const Constants<T>&, int num_threads,
         grad_gates[at + s.num_heads] = grad_b * std::exp(log_sigmoid(-f));
       }
 
+      grad_peak = grad_before;
       if (chunk > s.firsts[seq]) grad_unit = memory_dots[s.at(chunk - 1 - seq, head)];
     }
   }

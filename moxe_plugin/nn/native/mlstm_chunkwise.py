@@ -30,15 +30,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from moxe_plugin.nn.native.library import load_library
-from moxe_plugin.nn.native.mlstm_parallel import (
+from moxe_plugin.nn.native.causal_squares import (
     BLOCK,
-    NormalizerLimits,
     Sequences,
     Squares,
     multiply_into_lower,
     multiply_lower,
 )
+from moxe_plugin.nn.native.library import load_library
+from moxe_plugin.nn.native.mlstm_parallel import NormalizerLimits
 from moxe_plugin.nn.padding import EMPTY
 from moxe_plugin.nn.ragged_products import multiply_parts
 
@@ -91,7 +91,9 @@ class _MLSTMChunkwise(Function):
         chunks = _Chunks(seqs, num_heads, chunk_size)
 
         log_weights = q.new_zeros(num_heads, num_rows)
-        peak, m, kept, added, total = (q.new_zeros(num_rows, num_heads) for _ in range(5))
+        peak, m, kept, added, total = (
+            q.new_zeros(num_rows, num_heads) for _ in range(5)
+        )
         decay = q.new_zeros(len(chunks.begins), num_heads)
         gate_stats = log_weights, peak, m, kept, added
         _call("stabilise", q, chunks, limits, gates, *gate_stats, decay)

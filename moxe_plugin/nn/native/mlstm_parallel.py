@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from array import array
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -21,24 +19,17 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moxe_plugin.nn.native.causal_squares import (
+    BLOCK,
+    Sequences,
+    Squares,
+    multiply_into_lower,
+    multiply_lower,
+)
 from moxe_plugin.nn.native.library import load_library
 from moxe_plugin.nn.padding import EMPTY
-from moxe_plugin.nn.ragged_products import multiply_parts
-
-BLOCK: Final = 64
-"""Rows of the squares that are multiplied at a time."""
 
 _SUFFIXES: Final = {torch.float32: "float", torch.float64: "double"}
-
-
-class Sequences(NamedTuple):
-    """Which of C rows are a sequence."""
-
-    begins: list[int]
-    """The first row of each."""
-
-    lens: list[int]
-    """The length of each, 0 allowed. Rows of no sequence are padding."""
 
 
 class NormalizerLimits(NamedTuple):
@@ -130,74 +121,6 @@ class _MLSTMParallel(Function):
         multiply_lower(weights, grad_numerator, grad_v, squares, transposed=True)
 
         return None, None, grad_q, grad_k, grad_v, grad_gates
-
-
-class Squares:
-    # The squares (H,S,S) of sequences, one after the other.
-
-    def __init__(self, seqs: Sequences, num_heads: int) -> None:
-        self.num_heads = num_heads
-        self.begins = [b for b, n in zip(*seqs, strict=True) if n > 0]
-        self.lens = [n for n in seqs.lens if n > 0]
-
-        ends = list(accumulate(num_heads * n**2 for n in self.lens))
-        self.size = ends[-1] if ends else 0
-        self.offsets = [0, *ends][: len(self.lens)]
-
-    def blocks(self) -> Iterator[tuple[int, int, int, int, int]]:
-        # Of each square: its sequence's first row and length, its offset, and from
-        # where to where some of its rows go. What they read ends where they do.
-        for first, n, offset in zip(self.begins, self.lens, self.offsets, strict=True):
-            for begin in range(0, n, BLOCK):
-                yield first, n, offset, begin, min(begin + BLOCK, n)
-
-
-def multiply_into_lower(
-    lhs: Tensor, rhs: Tensor, flat: Tensor, squares: Squares
-) -> None:
-    # lhs rhs^T of each sequence and head, as far as the diagonal's blocks.
-    num_heads, dim = lhs.shape[1:]
-    width = num_heads * dim
-    numbers = array("q")
-
-    for first, n, offset, begin, end in squares.blocks():
-        numbers.extend(
-            (
-                *(num_heads, end - begin, end, dim),
-                *((first + begin) * width, dim, width, 1),
-                *(first * width, dim, 1, width),
-                *(offset + begin * n, n * n, n),
-            )
-        )
-
-    multiply_parts(numbers, lhs, rhs, flat)
-
-
-def multiply_lower(
-    flat: Tensor, rows: Tensor, out: Tensor, squares: Squares, transposed: bool = False
-) -> None:
-    # The lower half of each square times the rows of its sequence and head.
-    num_heads, dim = rows.shape[1:]
-    width = num_heads * dim
-    numbers = array("q")
-
-    for first, n, offset, begin, end in squares.blocks():
-        if transposed:
-            # Columns of the square, from the block that the diagonal cuts on.
-            inner, at, strides, read = n - begin, begin * n + begin, (1, n), begin
-        else:
-            inner, at, strides, read = end, begin * n, (n, 1), 0
-
-        numbers.extend(
-            (
-                *(num_heads, end - begin, dim, inner),
-                *(offset + at, n * n, *strides),
-                *((first + read) * width, dim, width, 1),
-                *((first + begin) * width, dim, width),
-            )
-        )
-
-    multiply_parts(numbers, flat, rows, out)
 
 
 def _call(

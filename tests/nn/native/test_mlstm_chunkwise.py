@@ -11,9 +11,10 @@ from torch.autograd import grad
 from torch.testing import assert_close
 
 from moxe_plugin.nn.mlstm_cell import MAX_EXPONENT, NORMALIZER_EPS, mlstm_chunkwise
+from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.mlstm_chunkwise import mlstm_chunkwise_rows
-from moxe_plugin.nn.native.mlstm_parallel import NormalizerLimits, Sequences
+from moxe_plugin.nn.native.mlstm_parallel import NormalizerLimits
 
 LIMITS = NormalizerLimits(MAX_EXPONENT, NORMALIZER_EPS)
 NUM_HEADS = 2
@@ -48,7 +49,9 @@ def run(inputs: list[Tensor], seqs: Sequences, chunk_size: int = 5) -> Tensor:
     return mlstm_chunkwise_rows(q, k, v, gates, seqs, LIMITS, chunk_size)
 
 
-def run_one_by_one(lens: list[int], inputs: list[Tensor], chunk_size: int = 5) -> Tensor:
+def run_one_by_one(
+    lens: list[int], inputs: list[Tensor], chunk_size: int = 5
+) -> Tensor:
     q, k, v, gates = inputs
     outputs = []
 
