@@ -115,7 +115,9 @@ def probe_native() -> str:
         "loss": why_not_loaded("cross_entropy"),
         "float32 products": products,
         # It multiplies by them.
-        "mLSTM": products or why_not_loaded("mlstm_parallel"),
+        "mLSTM": products
+        or why_not_loaded("mlstm_parallel")
+        or why_not_loaded("mlstm_chunkwise"),
     }
     others: dict[str, list[str]] = {}
     for name, reason in reasons.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +18,19 @@ from moxe_plugin.nn.mlstm_cell import (
     best_chunk_size,
     mlstm_chunkwise,
 )
+from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.library import why_not_loaded
+from moxe_plugin.nn.native.mlstm_chunkwise import mlstm_chunkwise_rows
 from moxe_plugin.nn.native.mlstm_parallel import (
     NormalizerLimits,
-    Sequences,
     mlstm_parallel_rows,
 )
 from moxe_plugin.nn.products import runs_native
 from moxe_plugin.nn.rows import Rows
 
 _LARGE_HEAD_DIM: Final = 256
+
+_NATIVE_CHUNK_SIZE: Final = 128
 
 
 class MLSTMState(NamedTuple):
@@ -213,28 +216,37 @@ class MLSTMRecurrence(NamedTuple):
         )
 
     def _is_native(self, inputs: MLSTMCellInputs, max_len: int) -> bool:
-        head_dim = inputs.q.size(-1) // self.num_heads
-        # Beyond, chunks are faster. As measured: the causal half of the squares is all
-        # that is multiplied.
-        limit = max(4 * head_dim, best_chunk_size(max_len, head_dim))
-
         return (
             self.backend in ("auto", "native")
-            and 0 < max_len <= limit
+            and max_len > 0
             and runs_native(*inputs)
-            and why_not_loaded("mlstm_parallel") is None
+            and why_not_loaded(self._native_form(inputs, max_len)) is None
         )
 
     def _run_native(self, inputs: MLSTMCellInputs, seqs: Sequences) -> Tensor:
         q, k, v = (torch.unflatten(x, -1, (self.num_heads, -1)) for x in inputs[:3])
+        limits = NormalizerLimits(MAX_EXPONENT, NORMALIZER_EPS)
 
-        hidden = mlstm_parallel_rows(
-            *(q, k, v, inputs.gates),
-            seqs,
-            NormalizerLimits(MAX_EXPONENT, NORMALIZER_EPS),
-        )
+        if self._native_form(inputs, max(seqs.lens)) == "mlstm_parallel":
+            hidden = mlstm_parallel_rows(q, k, v, inputs.gates, seqs, limits)
+        else:
+            hidden = mlstm_chunkwise_rows(
+                *(q, k, v, inputs.gates, seqs, limits), _NATIVE_CHUNK_SIZE
+            )
 
         return hidden.flatten(-2)
+
+    def _native_form(
+        self, inputs: MLSTMCellInputs, max_len: int
+    ) -> Literal["mlstm_chunkwise", "mlstm_parallel"]:
+        head_dim = inputs.q.size(-1) // self.num_heads
+
+        # As measured with heads of 64, 128 and 320: a memory costs a position as much
+        # as the keys of twice a head's width.
+        if max_len <= 2 * head_dim + _NATIVE_CHUNK_SIZE:
+            return "mlstm_parallel"
+
+        return "mlstm_chunkwise"
 
 
 def _chunk_size(q: Tensor) -> int:

@@ -18,14 +18,17 @@ from moxe_plugin.nn.native.products import Product
 from moxe_plugin.nn.products import multiply_all, runs_native
 
 
-def multiply_parts(numbers: array[int], lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
+def multiply_parts(
+    numbers: array[int], lhs: Tensor, rhs: Tensor, out: Tensor, *, adds: bool = False
+) -> None:
     """Compute products of parts of three tensors.
 
     :param numbers: As for :func:`~moxe_plugin.nn.native.products.multiply_described`,
         but offsets, in elements, instead of addresses. Used up.
-    :param lhs: Has the left factors; contiguous.
-    :param rhs: Has the right ones; contiguous.
+    :param lhs: Has the left factors.
+    :param rhs: Has the right ones.
     :param out: Where the results go; contiguous.
+    :param adds: Whether to add them to what is there.
     """
     if runs_native(lhs, rhs, out):
         for at, x in ((4, lhs), (8, rhs), (12, out)):
@@ -37,7 +40,7 @@ def multiply_parts(numbers: array[int], lhs: Tensor, rhs: Tensor, out: Tensor) -
                     for offset in numbers[at :: native.NUM_NUMBERS]
                 ],
             )
-        native.multiply_described(numbers)
+        native.multiply_described(numbers, adds=adds)
 
         return
 
@@ -58,7 +61,11 @@ def multiply_parts(numbers: array[int], lhs: Tensor, rhs: Tensor, out: Tensor) -
             )
         )
 
-    multiply_all(products)
+    if adds:
+        for x, y, sums in products:
+            sums += x @ y
+    else:
+        multiply_all(products)
 
 
 def multiply_rows(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 NativeSource: TypeAlias = Literal[
     "causal_conv",
     "cross_entropy",
+    "mlstm_chunkwise",
     "mlstm_parallel",
     "products",
     "scale_norm",

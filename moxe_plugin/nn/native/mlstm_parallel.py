@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from array import array
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -21,24 +19,17 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moxe_plugin.nn.native.causal_squares import (
+    BLOCK,
+    Sequences,
+    Squares,
+    multiply_into_lower,
+    multiply_lower,
+)
 from moxe_plugin.nn.native.library import load_library
 from moxe_plugin.nn.padding import EMPTY
-from moxe_plugin.nn.ragged_products import multiply_parts
-
-_BLOCK: Final = 64
-"""Rows of the squares that are multiplied at a time."""
 
 _SUFFIXES: Final = {torch.float32: "float", torch.float64: "double"}
-
-
-class Sequences(NamedTuple):
-    """Which of C rows are a sequence."""
-
-    begins: list[int]
-    """The first row of each."""
-
-    lens: list[int]
-    """The length of each, 0 allowed. Rows of no sequence are padding."""
 
 
 class NormalizerLimits(NamedTuple):
@@ -86,9 +77,9 @@ class _MLSTMParallel(Function):
         q, k, v, gates = (x.contiguous() for x in inputs)
         num_rows, num_heads, _ = q.shape
 
-        squares = _Squares(seqs, num_heads)
+        squares = Squares(seqs, num_heads)
         weights = q.new_empty(squares.size)
-        _multiply_into_lower(q, k, weights, squares)
+        multiply_into_lower(q, k, weights, squares)
 
         # a, its maximum, m, the sum of weights, the normaliser
         stats = [q.new_zeros(num_rows, num_heads) for _ in range(5)]
@@ -96,7 +87,7 @@ class _MLSTMParallel(Function):
         _call("weigh", q, squares, limits, gates, weights, *stats)
 
         hidden = torch.zeros_like(q)
-        _multiply_lower(weights, v, hidden, squares)
+        multiply_lower(weights, v, hidden, squares)
         hidden /= stats[-1].unsqueeze(-1)
 
         ctx.save_for_backward(q, k, v, gates, weights, hidden, *stats)
@@ -108,14 +99,14 @@ class _MLSTMParallel(Function):
     @once_differentiable
     def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, gates, weights, hidden, *stats = ctx.saved_tensors
-        squares: _Squares = ctx.squares
+        squares: Squares = ctx.squares
         *stats, normalizer = stats
 
         grad_numerator = (grad_hidden / normalizer.unsqueeze(-1)).contiguous()
         grad_normalizer = -(grad_numerator * hidden).sum(dim=-1)
 
         grads = torch.empty_like(weights)
-        _multiply_into_lower(grad_numerator, v, grads, squares)
+        multiply_into_lower(grad_numerator, v, grads, squares)
 
         grad_gates = torch.zeros_like(gates)
         _call(
@@ -125,85 +116,17 @@ class _MLSTMParallel(Function):
         )
 
         grad_q, grad_k, grad_v = (torch.zeros_like(q) for _ in range(3))
-        _multiply_lower(grads, k, grad_q, squares)
-        _multiply_lower(grads, q, grad_k, squares, transposed=True)
-        _multiply_lower(weights, grad_numerator, grad_v, squares, transposed=True)
+        multiply_lower(grads, k, grad_q, squares)
+        multiply_lower(grads, q, grad_k, squares, transposed=True)
+        multiply_lower(weights, grad_numerator, grad_v, squares, transposed=True)
 
         return None, None, grad_q, grad_k, grad_v, grad_gates
-
-
-class _Squares:
-    # The squares (H,S,S) of sequences, one after the other.
-
-    def __init__(self, seqs: Sequences, num_heads: int) -> None:
-        self.num_heads = num_heads
-        self.begins = [b for b, n in zip(*seqs, strict=True) if n > 0]
-        self.lens = [n for n in seqs.lens if n > 0]
-
-        ends = list(accumulate(num_heads * n**2 for n in self.lens))
-        self.size = ends[-1] if ends else 0
-        self.offsets = [0, *ends][: len(self.lens)]
-
-    def blocks(self) -> Iterator[tuple[int, int, int, int, int]]:
-        # Of each square: its sequence's first row and length, its offset, and from
-        # where to where some of its rows go. What they read ends where they do.
-        for first, n, offset in zip(self.begins, self.lens, self.offsets, strict=True):
-            for begin in range(0, n, _BLOCK):
-                yield first, n, offset, begin, min(begin + _BLOCK, n)
-
-
-def _multiply_into_lower(
-    lhs: Tensor, rhs: Tensor, flat: Tensor, squares: _Squares
-) -> None:
-    # lhs rhs^T of each sequence and head, as far as the diagonal's blocks.
-    num_heads, dim = lhs.shape[1:]
-    width = num_heads * dim
-    numbers = array("q")
-
-    for first, n, offset, begin, end in squares.blocks():
-        numbers.extend(
-            (
-                *(num_heads, end - begin, end, dim),
-                *((first + begin) * width, dim, width, 1),
-                *(first * width, dim, 1, width),
-                *(offset + begin * n, n * n, n),
-            )
-        )
-
-    multiply_parts(numbers, lhs, rhs, flat)
-
-
-def _multiply_lower(
-    flat: Tensor, rows: Tensor, out: Tensor, squares: _Squares, transposed: bool = False
-) -> None:
-    # The lower half of each square times the rows of its sequence and head.
-    num_heads, dim = rows.shape[1:]
-    width = num_heads * dim
-    numbers = array("q")
-
-    for first, n, offset, begin, end in squares.blocks():
-        if transposed:
-            # Columns of the square, from the block that the diagonal cuts on.
-            inner, at, strides, read = n - begin, begin * n + begin, (1, n), begin
-        else:
-            inner, at, strides, read = end, begin * n, (n, 1), 0
-
-        numbers.extend(
-            (
-                *(num_heads, end - begin, dim, inner),
-                *(offset + at, n * n, *strides),
-                *((first + read) * width, dim, width, 1),
-                *((first + begin) * width, dim, width),
-            )
-        )
-
-    multiply_parts(numbers, flat, rows, out)
 
 
 def _call(
     name: str,
     q: Tensor,
-    squares: _Squares,
+    squares: Squares,
     limits: NormalizerLimits,
     *tensors: Tensor,
 ) -> None:
@@ -214,7 +137,7 @@ def _call(
 
     # The tensors live until the call returns: the caller holds them.
     function(
-        _int64_array((len(squares.lens), squares.num_heads, _BLOCK)),
+        _int64_array((len(squares.lens), squares.num_heads, BLOCK)),
         (ctypes.c_double * len(constants))(*constants),
         ctypes.c_int(torch.get_num_threads()),
         *lists,

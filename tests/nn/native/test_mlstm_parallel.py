@@ -11,10 +11,10 @@ from torch.autograd import grad
 from torch.testing import assert_close
 
 from moxe_plugin.nn.mlstm_cell import MAX_EXPONENT, NORMALIZER_EPS, mlstm_parallel
+from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.mlstm_parallel import (
     NormalizerLimits,
-    Sequences,
     mlstm_parallel_rows,
 )
 
