@@ -3,8 +3,9 @@
 ``torch`` is the reference and runs everywhere. ``native`` is C++ for CPUs, which is
 compiled when it is first needed. ``triton`` is kernels for GPUs, in float32 or less.
 ``auto`` takes ``native`` for tensors on a CPU if a C++ compiler is there, ``triton``
-for those on a GPU of NVIDIA's if Triton is there, else ``torch``; on a CPU it logs once
-which of the two, and why. All compute the same function.
+for those on a GPU of NVIDIA's with the shared memory of an H100 if Triton is there,
+else ``torch``; on a CPU it logs once which of the two, and why. All compute the same
+function.
 
 The blocks' causal convolution runs in C++ where :func:`convolves_natively` says so.
 """
@@ -61,7 +62,10 @@ def resolve_backend(
             return _choose_for_cpu()
 
         # The meta device computes nothing.
-        return "triton" if _is_for_triton(seqs) else "torch"
+        if runs_triton(seqs) and _has_shared_memory(seqs.device):
+            return "triton"
+
+        return "torch"
 
     if backend == "torch":
         return "torch"
@@ -143,12 +147,17 @@ MAX_ROWS_LEN: Final = 4096
 """The longest sequence that :func:`trains_on_rows`: there the mLSTM takes its parallel
 form, whose work grows with the square of the length."""
 
+MIN_SHARED_MEMORY: Final = 227 * 1024
+"""Bytes of shared memory that a program gets on an H100, which the kernels of whole
+blocks are cut for."""
+
 
 def trains_on_rows(backend: ScanBackend, seqs: Tensor) -> bool:
     """Tell whether whole blocks may run as Triton kernels on ragged rows.
 
     They may where a block keeps no state, hence in training, with ``triton`` (and
-    ``auto``, where that takes it), if products are of bfloat16 or float16.
+    ``auto``, where that takes it), if products are of bfloat16 or float16 and the GPU
+    has ``MIN_SHARED_MEMORY``.
 
     :param backend: The choice.
     :param seqs: What a block reads. *Shape:* ``(N,S,M)``.
@@ -164,6 +173,7 @@ def trains_on_rows(backend: ScanBackend, seqs: Tensor) -> bool:
         and seqs.size(-2) <= MAX_ROWS_LEN
         and not torch.compiler.is_compiling()
         and resolve_backend(backend, seqs) == "triton"
+        and _has_shared_memory(seqs.device)
     )
 
 
@@ -182,7 +192,16 @@ def product_dtype(seqs: Tensor) -> torch.dtype:
     return seqs.dtype
 
 
-def _is_for_triton(seqs: Tensor) -> bool:
+def runs_triton(seqs: Tensor) -> bool:
+    """Tell whether Triton compiles kernels for a tensor.
+
+    It does on GPUs of NVIDIA's where it is installed, in all types but float64, outside
+    of compiled code.
+
+    :param seqs: What a kernel reads.
+
+    :returns: Whether it does.
+    """
     return (
         seqs.is_cuda
         and torch.version.hip is None
@@ -217,6 +236,18 @@ def _check_triton(seqs: Tensor) -> None:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def _has_shared_memory(device: torch.device) -> bool:
+    # Triton's interpreter has no limit.
+    if device.type != "cuda":
+        return True
+
+    properties = torch.cuda.get_device_properties(device)
+    size: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stubs lack it
+
+    return size >= MIN_SHARED_MEMORY
 
 
 @cache

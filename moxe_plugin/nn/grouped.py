@@ -11,16 +11,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.expert_products import expert_outer_products, expert_products
+from moxe_plugin.nn.backend import product_dtype
 from moxe_plugin.nn.ragged_products import multiply_columns, multiply_rows
 
 
-def grouped_product(
-    rows: Tensor,
-    weight: Tensor,
-    counts: Sequence[int],
-    ends: Tensor | None = None,
-) -> Tensor:
+def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
     """Multiply the rows of each expert by the expert's weight.
 
     Under autocast it computes in autocast's type, as ``@`` does. The gradient of an
@@ -29,16 +24,9 @@ def grouped_product(
     :param rows: The rows of expert 0, of expert 1 and so on. *Shape:* ``(C,in)``.
     :param weight: *Shape:* ``(E,in,out)``.
     :param counts: The number of rows of each expert, C in all.
-    :param ends: As for :func:`~moxe_plugin.nn.expert_products.expert_products`; spares
-        launches where there are many experts.
 
     :returns: *Shape:* ``(C,out)``.
     """
-    if rows.is_cuda:
-        weight, rows = _cast([weight, rows])
-
-        return _ExpertProducts.apply(rows, weight, tuple(counts), ends)  # type: ignore[no-any-return, no-untyped-call]  # torch
-
     return grouped_head_product(rows, weight.unsqueeze(1), counts)
 
 
@@ -65,7 +53,8 @@ def grouped_head_products(
 
     :returns: *Shape:* ``(C,G*out)`` each.
     """
-    weight, *rows = _cast([weight, *rows])
+    # As a product under autocast would
+    weight, *rows = [x.to(product_dtype(x)) for x in (weight, *rows)]
 
     return list(_GroupedProducts.apply(tuple(counts), weight, *rows))  # type: ignore[no-untyped-call]  # torch
 
@@ -82,52 +71,6 @@ def spread(vectors: Tensor, counts: Sequence[int]) -> Tensor:
     :returns: *Shape:* ``(C,M)``.
     """
     return _Spread.apply(vectors, tuple(counts))  # type: ignore[no-any-return, no-untyped-call]  # torch
-
-
-def _cast(tensors: list[Tensor]) -> list[Tensor]:
-    # As a product under autocast would
-    device_type = tensors[0].device.type
-
-    if not torch.is_autocast_enabled(device_type) or tensors[0].dtype == torch.float64:
-        return tensors
-
-    dtype = torch.get_autocast_dtype(device_type)
-
-    return [x.to(dtype) for x in tensors]
-
-
-class _ExpertProducts(Function):
-    # What `_GroupedProducts` computes of one tensor and one group, with less to do for
-    # the host.
-
-    @staticmethod
-    @override
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        counts: tuple[int, ...],
-        ends: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.counts, ctx.ends = counts, ends
-
-        return expert_products(rows, weight, counts, ends)
-
-    @staticmethod
-    @override
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
-        needs_rows, needs_weight, _, _ = ctx.needs_input_grad
-
-        grad_rows = grad_weight = None
-        if needs_rows:
-            grad_rows = expert_products(grad_output, weight.mT, ctx.counts, ctx.ends)
-        if needs_weight:
-            grad_weight = expert_outer_products(rows, grad_output, ctx.counts)
-
-        return grad_rows, grad_weight, None, None
 
 
 class _GroupedProducts(Function):

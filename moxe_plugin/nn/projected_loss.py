@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moxe_plugin.nn.backend import product_dtype, runs_triton
 from moxe_plugin.nn.native.cross_entropy import SUFFIXES, cross_entropy_
 from moxe_plugin.nn.native.library import is_readable, why_not_loaded
 from moxe_plugin.nn.native.products import Product
@@ -28,8 +27,6 @@ CHUNK_SIZE = 512
 GPU_CHUNK_SIZE = 8192
 """The same elsewhere: 0.8 GB for 49,152 words in bfloat16. Each chunk but the first
 reads and writes the float32 gradient of the weight."""
-
-_GPU_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def projected_cross_entropy(
@@ -51,10 +48,7 @@ def projected_cross_entropy(
 
     :returns: The sum, in nats. *Shape:* ``()``.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    else:
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    dtype = torch.promote_types(product_dtype(hidden), product_dtype(weight))
 
     wants_grad = torch.is_grad_enabled() and (
         hidden.requires_grad or weight.requires_grad
@@ -139,7 +133,7 @@ def _cross_entropy(
     logits: Tensor, targets: Tensor, weights: Tensor, wants_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     # The loss of each row, and the gradient of their weighed sum in the logits' place.
-    if _runs_triton(logits):
+    if runs_triton(logits) and type(logits) is Tensor:
         from moxe_plugin.nn.triton import cross_entropy as kernels
 
         losses = kernels.cross_entropy_(logits, targets, weights, wants_grad=wants_grad)
@@ -176,18 +170,3 @@ def _runs_native(logits: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and why_not_loaded("cross_entropy") is None
     )
-
-
-def _runs_triton(logits: Tensor) -> bool:
-    return (
-        logits.is_cuda
-        and type(logits) is Tensor
-        and logits.dtype in _GPU_DTYPES
-        and not torch.compiler.is_compiling()
-        and _has_triton()
-    )
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

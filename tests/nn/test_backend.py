@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -124,6 +126,28 @@ def test_unknown_backend_is_named() -> None:
 def test_native_backend_refuses_other_devices() -> None:
     with pytest.raises(ValueError, match="'native' with a tensor on 'meta'"):
         resolve_backend("native", torch.zeros(1, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(99 * 1024, "torch"), (227 * 1024, "triton")]
+)
+def test_auto_takes_triton_where_its_kernels_fit(
+    size: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(shared_memory_per_block_optin=size)
+    # What a tensor on a GPU tells of itself
+    seqs = SimpleNamespace(
+        device=torch.device("cuda", 0), is_cuda=True, dtype=torch.float32
+    )
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(backend_module, "_has_triton", lambda: True)
+    backend_module._has_shared_memory.cache_clear()
+
+    try:
+        assert resolve_backend("auto", cast(Tensor, seqs)) == expected
+    finally:
+        backend_module._has_shared_memory.cache_clear()
 
 
 def test_without_compiler_auto_says_so_and_native_is_an_error(

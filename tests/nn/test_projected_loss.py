@@ -115,9 +115,9 @@ def test_kernels_of_gpus_compute_the_same(
     targets = targets.where(target_weights > 0, -100)
     inputs = (hidden, weight, targets, target_weights.float())
 
-    monkeypatch.setattr(projected_loss, "_runs_triton", lambda _: False)
+    monkeypatch.setattr(projected_loss, "runs_triton", lambda _: False)
     expected = projected_cross_entropy(*inputs)
-    monkeypatch.setattr(projected_loss, "_runs_triton", lambda _: True)
+    monkeypatch.setattr(projected_loss, "runs_triton", lambda _: True)
     actual = projected_cross_entropy(*inputs)
 
     # Torch rounds to bfloat16, Triton's interpreter truncates.

@@ -6,8 +6,6 @@ Imports triton, so it is imported by who runs it only.
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 import triton
 import triton.language as tl
@@ -15,9 +13,6 @@ from torch import Tensor
 
 from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.sizes import power_of_two
-
-DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-"""The types of logits that it takes."""
 
 _MAX_BLOCK = 4096
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, bfloat16, float32, float64, nn
 
+from moxe_plugin.nn import backend as backend_module
 from moxe_plugin.nn.backend import MAX_ROWS_LEN, ScanBackend
 from moxe_plugin.nn.difficulty_router import DifficultyRouter
 from moxe_plugin.nn.experts import SparseExperts
@@ -140,8 +141,14 @@ def test_rows_are_for_training_in_16_bits(
     block.backend = "torch"
     assert not block.trains_on_rows(seqs)
 
-    # What has a state goes another way.
+    # Nor where they do not fit
     block.backend = "triton"
+    with monkeypatch.context() as patch:
+        patch.setattr(backend_module, "_has_shared_memory", lambda _: False)
+        assert not block.trains_on_rows(seqs)
+    assert block.trains_on_rows(seqs)
+
+    # What has a state goes another way.
     monkeypatch.setattr(type(block), "apply_to_rows", lambda *_: pytest.fail("rows"))
     assert block(seqs)[1] is not None
 
