@@ -1,7 +1,7 @@
 """Launch kernels with little work for the host, which a training step waits for.
 
 For each launch, Triton finds out anew what its arguments want a kernel to be compiled
-for: some 25 us of Python, about what a kernel of a training step takes a GPU.
+for: work in Python that can take as long as the kernel takes a GPU.
 """
 
 from __future__ import annotations
