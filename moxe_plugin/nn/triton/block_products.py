@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.block_products_kernels import (
@@ -57,7 +55,7 @@ class CellWeights(NamedTuple):
     forget_bias: Tensor
 
 
-def project_cell_inputs(
+def project_forward(
     convolved: Tensor, conv_input: Tensor, weights: CellWeights, rows: RaggedRows
 ) -> tuple[Tensor, Tensor]:
     """Compute q, k and v, and what the gates are before their non-linearity.
@@ -75,23 +73,6 @@ def project_cell_inputs(
 
     :raises ValueError: The blocks of ``weights.q`` are of a size that is no power of 2,
         or above 64.
-    """
-    return _CellInputs.apply(rows, convolved, conv_input, *weights)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
-
-
-def project_forward(
-    convolved: Tensor, conv_input: Tensor, weights: CellWeights, rows: RaggedRows
-) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel; see :func:`project_cell_inputs`.
-
-    :param convolved: As there.
-    :param conv_input: As there.
-    :param weights: As there.
-    :param rows: As there.
-
-    :returns: As there.
-
-    :raises ValueError: As there.
     """
     num_rows, width = convolved.shape
     num_heads = weights.input_bias.size(-1)
@@ -123,20 +104,18 @@ def project_backward(
     grad_conv_input: Tensor,
     *,
     adds_to_convolved: bool = False,
-    adds_to_conv_input: bool = False,
 ) -> list[Tensor]:
-    """Launch the backward kernel, and sum up the gradients of the parameters.
+    """Compute the gradients of :func:`project_forward`.
 
     :param grad_qkv: Its last stride is 1. *Shape:* ``(C,3*I)``.
     :param grad_gates: Contiguous and float32. *Shape:* ``(C,2*H)``.
-    :param convolved: As for :func:`project_cell_inputs`, as what follows.
+    :param convolved: As there, as what follows.
     :param conv_input: As there.
     :param weights: As there.
     :param rows: As there.
     :param grad_convolved: Gets the gradient; its last stride is 1. *Shape:* ``(C,I)``.
     :param grad_conv_input: As ``grad_convolved``.
     :param adds_to_convolved: Whether ``grad_convolved`` is added to.
-    :param adds_to_conv_input: Whether ``grad_conv_input`` is added to.
 
     :returns: The gradients of the parameters, in their order.
     """
@@ -158,45 +137,10 @@ def project_backward(
         NUM_EXPERTS=num_experts,
         RUN=_RUN,
         ADDS_CONVOLVED=adds_to_convolved,
-        ADDS_INPUT=adds_to_conv_input,
         **(sizes | {"ROWS": _ROWS // 2}),
     )
 
     return sum_partials_in_parts(partials, rows, _RUN, weights)
-
-
-class _CellInputs(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: RaggedRows,
-        convolved: Tensor,
-        conv_input: Tensor,
-        *params: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(convolved, conv_input, *params)
-        ctx.rows = rows
-
-        return project_forward(convolved, conv_input, CellWeights(*params), rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_qkv: Tensor, grad_gates: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        convolved, conv_input, *params = ctx.saved_tensors
-        grad_convolved = torch.empty_like(convolved)
-        grad_conv_input = torch.empty_like(convolved)
-
-        if grad_qkv.stride(-1) != 1:
-            grad_qkv = grad_qkv.contiguous()
-
-        grad_params = project_backward(
-            *(grad_qkv, grad_gates.contiguous(), convolved, conv_input),
-            *(CellWeights(*params), ctx.rows, grad_convolved, grad_conv_input),
-        )
-
-        return None, grad_convolved, grad_conv_input, *grad_params
 
 
 def _sizes(seqs: Tensor, weights: CellWeights) -> dict[str, Any]:

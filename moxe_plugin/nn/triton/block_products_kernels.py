@@ -135,7 +135,6 @@ def cell_inputs_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR091
     SPAN: tl.constexpr,
     GATES: tl.constexpr,
     ADDS_CONVOLVED: tl.constexpr,
-    ADDS_INPUT: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -215,8 +214,6 @@ def cell_inputs_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR091
         grad_a = _product(grad_v, tl.trans(v_block), WIDE, PRECISION)
         grad_a += _product(grad_gate, tl.trans(a_gate), WIDE, PRECISION)
         out = grad_conv_input + row * grad_input_stride + channel[None, :]
-        if ADDS_INPUT:
-            grad_a += tl.load(out, mask=inside, other=0.0).to(tl.float32)
         tl.store(out, grad_a.to(grad_conv_input.dtype.element_ty), mask=inside)
 
         u, a = tl.trans(u), tl.trans(a)

@@ -5,11 +5,9 @@ Imports triton, so it is imported by who runs it only.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.partials import new_partials, sum_partials
@@ -32,34 +30,18 @@ _BLOCK_COLS = 128
 _NUM_WARPS = 1
 
 
-def causal_conv_silu(
+def causal_conv_silu_forward(
     flat: Tensor, weight: Tensor, bias: Tensor, rows: RaggedRows
 ) -> Tensor:
-    """Convolve each segment and apply SiLU; differentiable once.
+    """Convolve each segment and apply SiLU.
 
     ``silu(bias_e + sum_k weight_ek * x_{c-(K-1)+k})``, k = 0..K-1, where e is the
     expert of row c, and x is 0 before the segment. In float32, rounded once.
 
     :param flat: The inputs; the last stride is 1. *Shape:* ``(C,M)``.
-    :param weight: The taps; the last one is the present. *Shape:* ``([E,]K,M)``.
-    :param bias: *Shape:* ``([E,]M)``.
-    :param rows: The rows.
-
-    :returns: *Shape:* ``(C,M)``.
-
-    :raises ValueError: K is not 4.
-    """
-    return _CausalConvSiLU.apply(flat, weight, bias, rows)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
-
-
-def causal_conv_silu_forward(
-    flat: Tensor, weight: Tensor, bias: Tensor, rows: RaggedRows
-) -> Tensor:
-    """Compute what :func:`causal_conv_silu` does, without a gradient.
-
-    :param flat: As there, and so are the other parameters.
-    :param weight: Contiguous.
-    :param bias: Contiguous.
+    :param weight: The taps, contiguous; the last one is the present. *Shape:*
+        ``([E,]K,M)``.
+    :param bias: Contiguous. *Shape:* ``([E,]M)``.
     :param rows: The rows.
 
     :returns: *Shape:* ``(C,M)``.
@@ -97,14 +79,14 @@ def causal_conv_silu_backward(
     out: Tensor | None = None,
     add: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients.
+    """Compute the gradients of :func:`causal_conv_silu_forward`.
 
     :param grad_output: The gradient of the result; the last stride is 1, as everywhere.
         *Shape:* ``(C,M)``.
-    :param flat: As in :func:`causal_conv_silu`.
-    :param weight: Contiguous.
-    :param bias: Contiguous.
-    :param rows: The rows.
+    :param flat: As there, and so are ``weight``, ``bias`` and ``rows``.
+    :param weight: As there.
+    :param bias: As there.
+    :param rows: As there.
     :param out: Where the gradient of the inputs goes, and not what is read here; a new
         tensor if ``None``. *Shape:* ``(C,M)``.
     :param add: What is added to it before it is rounded. It may be ``out``. *Shape:*
@@ -138,30 +120,6 @@ def causal_conv_silu_backward(
     of_weight, of_bias = sums.split([KERNEL_SIZE * width, width], dim=1)
 
     return out, of_weight.view(weight.shape), of_bias.view(bias.shape)
-
-
-class _CausalConvSiLU(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, flat: Tensor, weight: Tensor, bias: Tensor, rows: RaggedRows
-    ) -> Tensor:
-        weight, bias = weight.contiguous(), bias.contiguous()
-        ctx.save_for_backward(flat, weight, bias)
-        ctx.rows = rows
-
-        return causal_conv_silu_forward(flat, weight, bias, rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        # What a sum or an expansion hands back has strides of 0.
-        if grad_output.stride(1) != 1:
-            grad_output = grad_output.contiguous()
-
-        flat, weight, bias = ctx.saved_tensors
-        grads = causal_conv_silu_backward(grad_output, flat, weight, bias, ctx.rows)
-
-        return (*grads, None)
 
 
 def _grid(num_rows: int, width: int, block_rows: int) -> tuple[int]:

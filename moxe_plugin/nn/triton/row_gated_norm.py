@@ -6,12 +6,10 @@ as a Triton kernel for each direction.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.partials import new_partials, sum_partials
@@ -19,7 +17,7 @@ from moxe_plugin.nn.triton.row_gated_norm_kernels import (
     gated_norm_backward_kernel,
     gated_norm_forward_kernel,
 )
-from moxe_plugin.nn.triton.row_norm import MAX_REGISTERS, count_warps, readable
+from moxe_plugin.nn.triton.row_norm import MAX_REGISTERS, count_warps
 from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two
 
 _FORWARD_TILE_ROWS = 4
@@ -61,89 +59,20 @@ class GatedNormGrads(NamedTuple):
     skip: Tensor
 
 
-def gated_head_norm(
-    hidden: Tensor,
-    convolved: Tensor,
-    gate: Tensor,
-    norm_weight: Tensor,
-    skip: Tensor,
-    rows: RaggedRows,
-    num_heads: int,
-    eps: float,
-) -> Tensor:
+def gated_norm_forward(
+    inputs: GatedNormInputs, rows: RaggedRows, num_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
     """Compute ``(norm(hidden) * norm_weight + skip * convolved) * silu(gate)``.
 
     Computed in float32.
 
-    :param hidden: *Shape:* ``(C,I)``.
-    :param convolved: *Shape:* ``(C,I)``.
-    :param gate: *Shape:* ``(C,I)``.
-    :param norm_weight: *Shape:* ``(E,I)``.
-    :param skip: *Shape:* ``(E,I)``.
-    :param rows: The rows.
-    :param num_heads: The number of heads that are normalised separately; divides I.
-    :param eps: What the variance is increased by.
-
-    :returns: Of the type of ``gate``. *Shape:* ``(C,I)``.
-    """
-    return _GatedHeadNorm.apply(  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
-        hidden, convolved, gate, norm_weight, skip, rows, num_heads, eps
-    )
-
-
-class _GatedHeadNorm(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        convolved: Tensor,
-        gate: Tensor,
-        norm_weight: Tensor,
-        skip: Tensor,
-        rows: RaggedRows,
-        num_heads: int,
-        eps: float,
-    ) -> Tensor:
-        inputs = GatedNormInputs(
-            readable(hidden),
-            readable(convolved),
-            readable(gate),
-            norm_weight.contiguous(),
-            skip.contiguous(),
-        )
-
-        out, stats = gated_norm_forward(inputs, rows, num_heads, eps)
-
-        ctx.save_for_backward(*inputs, stats)
-        ctx.rows, ctx.num_heads = rows, num_heads
-
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, stats = ctx.saved_tensors
-
-        grads = gated_norm_backward(
-            *(readable(grad_out), GatedNormInputs(*inputs), stats),
-            *(ctx.rows, ctx.num_heads),
-        )
-
-        return *grads, None, None, None
-
-
-def gated_norm_forward(
-    inputs: GatedNormInputs, rows: RaggedRows, num_heads: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel; see :func:`gated_head_norm`.
-
     :param inputs: The inputs.
     :param rows: The rows.
-    :param num_heads: As there.
-    :param eps: As there.
+    :param num_heads: The number of heads H that are normalised separately; divides I.
+    :param eps: What the variance is increased by.
 
-    :returns: The outputs, and the mean and the inverse standard deviation of each head
-        in float32. *Shapes:* ``(C,I)`` and ``(2,C,H)``.
+    :returns: The outputs, of the type of the gate, and the mean and the inverse
+        standard deviation of each head in float32. *Shapes:* ``(C,I)`` and ``(2,C,H)``.
     """
     hidden, convolved, gate, norm_weight, skip = inputs
     num_rows, width = hidden.shape
@@ -175,7 +104,7 @@ def gated_norm_backward(
     num_heads: int,
     grad_gate: Tensor | None = None,
 ) -> GatedNormGrads:
-    """Launch the backward kernel, and add up the gradients of both weights.
+    """Compute the gradients of :func:`gated_norm_forward`.
 
     :param grad_out: The gradient of the outputs, with a last stride of 1. *Shape:*
         ``(C,I)``.

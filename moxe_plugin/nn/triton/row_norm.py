@@ -6,12 +6,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.partials import new_partials, sum_partials
@@ -34,99 +30,36 @@ Left to itself, the compiler takes so many that too few threads wait for memory.
 """
 
 
-def scale_norm_rows(
-    flat: Tensor,
-    weight: Tensor,
-    rows: RaggedRows,
-    num_heads: int,
-    eps: float,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Normalise each head of each row, and scale it: ``[residual +] norm(x) * weight``.
-
-    Computed in float32.
-
-    :param flat: *Shape:* ``(C,M)``.
-    :param weight: *Shape:* ``(E,M)``.
-    :param rows: The rows.
-    :param num_heads: The number of heads, which divides M.
-    :param eps: What the variance is increased by.
-    :param residual: What is added; nothing if ``None``. *Shape:* ``(C,M)``.
-
-    :returns: Of the type of ``residual``, or else of ``weight``. *Shape:* ``(C,M)``.
-    """
-    return _ScaleNormRows.apply(flat, weight, residual, rows, num_heads, eps)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
-
-
-class _ScaleNormRows(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        flat: Tensor,
-        weight: Tensor,
-        residual: Tensor | None,
-        rows: RaggedRows,
-        num_heads: int,
-        eps: float,
-    ) -> Tensor:
-        flat, weight = readable(flat), weight.contiguous()
-        if residual is not None:
-            residual = readable(residual)
-
-        out, stats = norm_forward(flat, weight, rows, num_heads, eps, residual)
-
-        ctx.save_for_backward(flat, weight, stats)
-        ctx.rows, ctx.num_heads = rows, num_heads
-
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, stats = ctx.saved_tensors
-
-        grad_flat, grad_weight = norm_backward(
-            readable(grad_out), flat, weight, stats, ctx.rows, ctx.num_heads
-        )
-        grad_residual = grad_out if ctx.needs_input_grad[2] else None
-
-        return grad_flat, grad_weight, grad_residual, None, None, None
-
-
 def norm_forward(
     flat: Tensor,
     weight: Tensor,
     rows: RaggedRows,
     num_heads: int,
     eps: float,
-    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel; see :func:`scale_norm_rows`.
+    """Normalise each head of each row, and scale it: ``norm(x) * weight``.
 
-    :param flat: As there; like ``residual``, with a last stride of 1.
-    :param weight: As there; contiguous.
-    :param rows: As there.
-    :param num_heads: As there.
-    :param eps: As there.
-    :param residual: As there.
+    Computed in float32.
 
-    :returns: The outputs, and the mean and the inverse standard deviation of each head
-        in float32. *Shapes:* ``(C,M)`` and ``(2,C,H)``.
+    :param flat: With a last stride of 1. *Shape:* ``(C,M)``.
+    :param weight: Contiguous. *Shape:* ``(E,M)``.
+    :param rows: The rows.
+    :param num_heads: The number of heads H, which divides M.
+    :param eps: What the variance is increased by.
+
+    :returns: The outputs, of the type of ``weight``, and the mean and the inverse
+        standard deviation of each head in float32. *Shapes:* ``(C,M)`` and ``(2,C,H)``.
     """
     num_rows, width = flat.shape
-    dtype = weight.dtype if residual is None else residual.dtype
-    out = flat.new_empty(num_rows, width, dtype=dtype)
+    out = weight.new_empty(num_rows, width)
     stats = flat.new_empty(2, num_rows, num_heads, dtype=torch.float32)
 
     if num_rows > 0:
         head_dim = width // num_heads
         block_dim = power_of_two(head_dim)
         norm_forward_kernel[(ceil_div(num_rows, _TILE_ROWS) * num_heads,)](
-            *(flat, weight, flat if residual is None else residual, out, stats),
-            *(rows.segment_of_row, num_rows, rows.num_seqs, flat.stride(0)),
-            0 if residual is None else residual.stride(0),
-            *(num_heads, eps),
-            HAS_RESIDUAL=residual is not None,
+            *(flat, weight, out, stats, rows.segment_of_row),
+            *(num_rows, rows.num_seqs, flat.stride(0), num_heads, eps),
             HEAD_DIM=head_dim,
             BLOCK_DIM=block_dim,
             TILE_ROWS=_TILE_ROWS,
@@ -145,7 +78,7 @@ def norm_backward(
     num_heads: int,
     other_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward kernel, and add up the gradient of the weight.
+    """Compute the gradients of :func:`norm_forward`.
 
     :param grad_out: The gradient of the outputs, with a last stride of 1. *Shape:*
         ``(C,M)``.
@@ -186,16 +119,6 @@ def norm_backward(
         )
 
     return grad_flat, sum_partials(partials, rows, _ROWS_PER_BLOCK, weight.dtype)
-
-
-def readable(flat: Tensor) -> Tensor:
-    """Copy rows whose channels do not lie side by side.
-
-    :param flat: *Shape:* ``(C,M)``.
-
-    :returns: ``flat``, or a copy with a last stride of 1. *Shape:* ``(C,M)``.
-    """
-    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def count_warps(block_dim: int) -> int:

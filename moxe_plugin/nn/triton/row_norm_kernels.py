@@ -101,17 +101,14 @@ def clip_to_expert(begins, num_seqs, expert, first, end):  # type: ignore[no-unt
 def norm_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     flat,
     weight,
-    residual,
     out,
     stats,
     segment_of_row,
     num_rows,
     num_seqs,
     flat_stride,
-    residual_stride,
     num_heads,
     eps,
-    HAS_RESIDUAL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -131,11 +128,8 @@ def norm_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     scale = load_rows(weight, expert, width, col, mask)
 
     normed, mean, rstd = standardize(x, mask, eps, HEAD_DIM)
-    y = normed * scale
-    if HAS_RESIDUAL:
-        y += load_rows(residual, row, residual_stride, col, mask)
 
-    store_rows(out, y, row, width, col, mask)
+    store_rows(out, normed * scale, row, width, col, mask)
     store_stats(stats, mean, rstd, row, num_rows, head, num_heads, is_row)
 
 

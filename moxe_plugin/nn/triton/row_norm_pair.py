@@ -6,16 +6,14 @@ direction, which reads and writes each row once.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.partials import new_partials, sum_partials
-from moxe_plugin.nn.triton.row_norm import MAX_REGISTERS, count_warps, readable
+from moxe_plugin.nn.triton.row_norm import MAX_REGISTERS, count_warps
 from moxe_plugin.nn.triton.row_norm_pair_kernels import (
     norm_pair_backward_kernel,
     norm_pair_forward_kernel,
@@ -30,79 +28,12 @@ _ROWS_PER_BLOCK = 32
 
 
 class NormPairGrads(NamedTuple):
-    """The gradients of the arguments of :func:`residual_norm_pair`, as these."""
+    """The gradients of the arguments of :func:`norm_pair_forward`, as these."""
 
     flat: Tensor
     weight: Tensor
     residual: Tensor
     next_weight: Tensor
-
-
-def residual_norm_pair(
-    flat: Tensor,
-    weight: Tensor,
-    residual: Tensor,
-    next_weight: Tensor,
-    rows: RaggedRows,
-    num_heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Add a norm per head to a residual, and normalise the sum over its whole width.
-
-    Computed in float32, the second norm of the sum as it is returned.
-
-    :param flat: What is normalised per head. *Shape:* ``(C,M)``.
-    :param weight: The first norm's scale. *Shape:* ``(E,M)``.
-    :param residual: *Shape:* ``(C,M)``.
-    :param next_weight: The second norm's scale. *Shape:* ``(E,M)``.
-    :param rows: The rows.
-    :param num_heads: The number of heads of the first norm, which divides M.
-    :param eps: What variances are increased by.
-
-    :returns: The sum, of the type of ``residual``, and its norm, of that of
-        ``next_weight``. *Shapes:* ``(C,M)``.
-    """
-    return _ResidualNormPair.apply(  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
-        flat, weight, residual, next_weight, rows, num_heads, eps
-    )
-
-
-class _ResidualNormPair(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        flat: Tensor,
-        weight: Tensor,
-        residual: Tensor,
-        next_weight: Tensor,
-        rows: RaggedRows,
-        num_heads: int,
-        eps: float,
-    ) -> tuple[Tensor, Tensor]:
-        flat, weight, next_weight = (
-            *(readable(flat), weight.contiguous(), next_weight.contiguous()),
-        )
-
-        summed, normed_sum, stats = norm_pair_forward(
-            flat, weight, readable(residual), next_weight, rows, num_heads, eps
-        )
-
-        ctx.save_for_backward(flat, weight, summed, next_weight, stats)
-        ctx.rows, ctx.num_heads = rows, num_heads
-
-        return summed, normed_sum
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_summed: Tensor, grad_normed_sum: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        grads = norm_pair_backward(
-            *(readable(grad_summed), readable(grad_normed_sum)),
-            *(*ctx.saved_tensors, ctx.rows, ctx.num_heads),
-        )
-
-        return *grads, None, None, None
 
 
 def norm_pair_forward(
@@ -114,19 +45,21 @@ def norm_pair_forward(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward kernel; see :func:`residual_norm_pair`.
+    """Add a norm per head to a residual, and normalise the sum over its whole width.
 
-    :param flat: As there; like ``residual``, with a last stride of 1.
-    :param weight: As there; like ``next_weight``, contiguous.
-    :param residual: As there.
-    :param next_weight: As there.
-    :param rows: As there.
-    :param num_heads: As there.
-    :param eps: As there.
+    Computed in float32, the second norm of the sum as it is returned.
 
-    :returns: The sum and its norm; and the mean and the inverse standard deviation of
-        each head and, last, of the sum, in float32. *Shapes:* ``(C,M)`` twice, and
-        ``(2,C,H+1)``.
+    :param flat: What is normalised per head; its last stride is 1. *Shape:* ``(C,M)``.
+    :param weight: The first norm's scale, contiguous. *Shape:* ``(E,M)``.
+    :param residual: Its last stride is 1. *Shape:* ``(C,M)``.
+    :param next_weight: The second norm's scale, contiguous. *Shape:* ``(E,M)``.
+    :param rows: The rows.
+    :param num_heads: The number of heads H of the first norm, which divides M.
+    :param eps: What variances are increased by.
+
+    :returns: The sum, of the type of ``residual``, and its norm, of that of
+        ``next_weight``; and the mean and the inverse standard deviation of each head
+        and, last, of the sum, in float32. *Shapes:* ``(C,M)`` twice, and ``(2,C,H+1)``.
     """
     num_rows, width = flat.shape
     summed = residual.new_empty(num_rows, width)
@@ -163,7 +96,7 @@ def norm_pair_backward(
     rows: RaggedRows,
     num_heads: int,
 ) -> NormPairGrads:
-    """Launch the backward kernel, and add up the gradients of both weights.
+    """Compute the gradients of :func:`norm_pair_forward`.
 
     :param grad_summed: The gradient of the sum, with a last stride of 1. *Shape:*
         ``(C,M)``.

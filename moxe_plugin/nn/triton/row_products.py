@@ -5,13 +5,9 @@ Imports triton, so it is imported by who runs it only.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.sizes import ceil_div
@@ -20,23 +16,13 @@ _BLOCK_ROWS = 32
 _BLOCK_COLS = 64
 
 
-def silu_product(projected: Tensor) -> Tensor:
-    """Compute ``silu(gate) * value``; differentiable once.
+def silu_product_forward(projected: Tensor) -> Tensor:
+    """Compute ``silu(gate) * value``.
 
     In float32, rounded once.
 
     :param projected: Gate and value of each row, side by side; the last stride is 1.
         *Shape:* ``(C,2F)``.
-
-    :returns: *Shape:* ``(C,F)``.
-    """
-    return _SiLUProduct.apply(projected)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
-
-
-def silu_product_forward(projected: Tensor) -> Tensor:
-    """Compute what :func:`silu_product` does, without a gradient.
-
-    :param projected: As in :func:`silu_product`.
 
     :returns: *Shape:* ``(C,F)``.
     """
@@ -58,7 +44,7 @@ def silu_product_backward(grad_output: Tensor, projected: Tensor) -> Tensor:
 
     :param grad_output: The gradient of the product; its last stride is 1. *Shape:*
         ``(C,F)``.
-    :param projected: As in :func:`silu_product`.
+    :param projected: As in :func:`silu_product_forward`.
 
     :returns: *Shape:* ``(C,2F)``.
     """
@@ -74,25 +60,6 @@ def silu_product_backward(grad_output: Tensor, projected: Tensor) -> Tensor:
         )
 
     return out
-
-
-class _SiLUProduct(Function):
-    @staticmethod
-    def forward(ctx: Any, projected: Tensor) -> Tensor:
-        ctx.save_for_backward(projected)
-
-        return silu_product_forward(projected)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        (projected,) = ctx.saved_tensors
-
-        # What a sum or an expansion hands back has strides of 0.
-        if grad_output.stride(1) != 1:
-            grad_output = grad_output.contiguous()
-
-        return silu_product_backward(grad_output, projected)
 
 
 def _grid(num_rows: int, width: int) -> tuple[int, int]:

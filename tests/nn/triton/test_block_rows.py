@@ -125,6 +125,22 @@ def test_experts_on_rows_are_the_experts(with_lens: bool, with_autocast: bool) -
 
 
 @pytest.mark.parametrize("kind", ["mlstm", "slstm"])
+def test_gradient_may_be_expanded(kind: str) -> None:
+    torch.manual_seed(3)
+    block = make_block(kind).to(bfloat16)
+    block.backend = "triton"
+    seqs = torch.randn(2, 5, MODEL_DIM, dtype=bfloat16, requires_grad=True)
+    leaves = [seqs, *block.parameters()]
+
+    actual = torch.autograd.grad(block(seqs, return_state=False)[0].sum(), leaves)
+    output = block(seqs, return_state=False)[0]
+    expected = torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("kind", ["mlstm", "slstm"])
 def test_rows_are_for_training_in_16_bits(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

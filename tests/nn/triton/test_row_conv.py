@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +13,8 @@ pytest.importorskip("triton")
 
 from moxe_plugin.nn.ragged import RaggedRows, ragged_rows
 from moxe_plugin.nn.triton.row_conv import (
-    causal_conv_silu,
     causal_conv_silu_backward,
+    causal_conv_silu_forward,
 )
 
 K = 4
@@ -41,18 +39,6 @@ def make_inputs(
     return flat, weight, bias, rows
 
 
-Leaves: TypeAlias = tuple[Tensor, Tensor, Tensor]
-
-
-def make_leaves(tensors: Leaves) -> tuple[Leaves, Leaves]:
-    """Return the tensors with gradients, and the same in float64."""
-    flat, weight, bias = (x.detach().requires_grad_() for x in tensors)
-    wide = (x.detach().double().requires_grad_() for x in tensors)
-    wide_flat, wide_weight, wide_bias = wide
-
-    return (flat, weight, bias), (wide_flat, wide_weight, wide_bias)
-
-
 def reference(
     flat: Tensor, weight: Tensor, bias: Tensor, lens: list[list[int]]
 ) -> Tensor:
@@ -68,21 +54,30 @@ def reference(
     return torch.cat(outputs)
 
 
+def differentiate(
+    inputs: tuple[Tensor, Tensor, Tensor], rows: RaggedRows, lens: list[list[int]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Give output and gradients, and the same by torch in float64."""
+    output = causal_conv_silu_forward(*inputs, rows)
+    upstream = torch.randn_like(output)
+    grads = causal_conv_silu_backward(upstream, *inputs, rows)
+
+    flat, weight, bias = exact = [x.double().requires_grad_() for x in inputs]
+    expected = reference(flat, weight, bias, lens)
+
+    return [output, *grads], [expected, *grad(expected, exact, upstream.double())]
+
+
 @pytest.mark.parametrize(("lens", "width"), LENS)
 def test_outputs_and_gradients_are_those_of_each_segment(
     lens: list[list[int]], width: int, device: torch.device
 ) -> None:
     flat, weight, bias, rows = make_inputs(lens, width, device)
-    leaves, wide = make_leaves((flat, weight, bias))
 
-    actual = causal_conv_silu(*leaves, rows)
-    expected = reference(*wide, lens)
-    upstream = torch.randn_like(actual)
+    actual, expected = differentiate((flat, weight, bias), rows, lens)
 
-    assert_close(actual, expected.float())
-    actual_grads = grad(actual, leaves, upstream)
-    expected_grads = grad(expected, wide, upstream.double())
-    for x, y in zip(actual_grads, expected_grads, strict=True):
+    assert_close(actual[0], expected[0].float())
+    for x, y in zip(actual[1:], expected[1:], strict=True):
         # Sums of up to 70 products, which cancel
         assert_close(x, y.float(), rtol=1e-5, atol=1e-5)
 
@@ -93,20 +88,14 @@ def test_bfloat16_is_rounded_once(
 ) -> None:
     lens = [[9, 70], [0, 8]]
     flat, weight, bias, rows = make_inputs(lens, 6, device)
-    leaves, wide = make_leaves(
-        (flat.bfloat16(), weight.to(of_parameters), bias.to(of_parameters))
-    )
+    inputs = (flat.bfloat16(), weight.to(of_parameters), bias.to(of_parameters))
 
-    actual = causal_conv_silu(*leaves, rows)
-    expected = reference(*wide, lens)
-    upstream = torch.randn_like(actual)
+    actual, expected = differentiate(inputs, rows, lens)
 
-    grads = grad(actual, leaves, upstream)
-    expected_grads = grad(expected, wide, upstream.double())
-    for x, y in zip((actual, *grads), (expected, *expected_grads), strict=True):
+    for x, y in zip(actual, expected, strict=True):
         # bfloat16 keeps 8 bits, and Triton's interpreter truncates to it.
         assert_close(x.double(), y, rtol=2**-7, atol=1e-5)
-    assert [x.dtype for x in grads] == [x.dtype for x in leaves]
+    assert [x.dtype for x in actual[1:]] == [x.dtype for x in inputs]
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -136,17 +125,17 @@ def test_block_that_is_no_bank_has_parameters_without_experts(
     device: torch.device,
 ) -> None:
     flat, weight, bias, rows = make_inputs([[5, 3]], 6, device)
-    leaves = (weight[0].clone().requires_grad_(), bias[0].clone().requires_grad_())
+    inputs = flat, weight[0], bias[0]
 
-    actual = causal_conv_silu(flat, *leaves, rows)
+    actual = causal_conv_silu_forward(*inputs, rows)
+    grads = causal_conv_silu_backward(torch.ones_like(actual), *inputs, rows)
 
     assert_close(actual, reference(flat, weight, bias, [[5, 3]]))
-    shapes = [x.shape for x in grad(actual.sum(), leaves)]
-    assert shapes == [x.shape for x in leaves]
+    assert [x.shape for x in grads] == [x.shape for x in inputs]
 
 
 def test_other_numbers_of_taps_are_refused(device: torch.device) -> None:
     flat, weight, bias, rows = make_inputs([[5, 3]], 6, device)
 
     with pytest.raises(ValueError, match="must have 4 taps, but has 3"):
-        causal_conv_silu(flat, weight[:, 1:], bias, rows)
+        causal_conv_silu_forward(flat, weight[:, 1:], bias, rows)
