@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from moxe_plugin.nn.ragged import RaggedRows
@@ -25,6 +24,7 @@ from moxe_plugin.nn.triton.block_products_kernels import (
 )
 from moxe_plugin.nn.triton.partials import new_partials, sum_partials_in_parts
 from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two
+from moxe_plugin.nn.triton.tile_products import find_precision, is_interpreted
 
 _MAX_BLOCK = 64
 _ROWS = 64
@@ -154,7 +154,6 @@ def _sizes(seqs: Tensor, weights: CellWeights) -> dict[str, Any]:
         )
 
     is_wide = seqs.dtype == torch.float32
-    highest = is_wide and torch.get_float32_matmul_precision() == "highest"
 
     return {
         "WIDTH": num_groups * block,
@@ -164,15 +163,10 @@ def _sizes(seqs: Tensor, weights: CellWeights) -> dict[str, Any]:
         "ROWS": _ROWS // 2 if is_wide else _ROWS,
         "SPAN": max(block, 32 if is_wide else 64),
         "GATES": max(power_of_two(2 * num_heads), 16),
-        "WIDE": _is_interpreted() and seqs.dtype == torch.bfloat16,
-        # TensorFloat-32 only where torch's own products may use it.
-        "PRECISION": "ieee" if highest else "tf32",
+        "INTERPRETED": is_interpreted(),
+        "PRECISION": find_precision(seqs.dtype),
         # Of 8 warps two groups would split columns of 16-bit products, and exchange
         # them by shared memory.
         "num_warps": 8 if is_wide else 4,
         "num_stages": 2,
     }
-
-
-def _is_interpreted() -> bool:
-    return bool(triton.knobs.runtime.interpret)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.partials import locate
+from moxe_plugin.nn.triton.tile_products import multiply
 
 
 @Launcher
@@ -37,7 +38,7 @@ def cell_inputs_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
     GATES: tl.constexpr,
-    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute q, k, v and the gates of a block of rows."""
@@ -64,15 +65,15 @@ def cell_inputs_forward_kernel(  # type: ignore[no-untyped-def]  # as above
         out = qkv + row * (3 * WIDTH) + channel[None, :]
 
         weight = _load_blocks(q_weight, expert, channel, WIDTH, BLOCK).to(dtype)
-        q = _product(u, weight, WIDE, PRECISION).to(dtype)
+        q = multiply(u, weight, INTERPRETED, PRECISION).to(dtype)
         tl.store(out, q, mask=inside)
 
         weight = _load_blocks(k_weight, expert, channel, WIDTH, BLOCK).to(dtype)
-        k = _product(u, weight, WIDE, PRECISION).to(dtype)
+        k = multiply(u, weight, INTERPRETED, PRECISION).to(dtype)
         tl.store(out + WIDTH, k, mask=inside)
 
         weight = _load_blocks(v_weight, expert, channel, WIDTH, BLOCK).to(dtype)
-        v = _product(a, weight, WIDE, PRECISION).to(dtype)
+        v = multiply(a, weight, INTERPRETED, PRECISION).to(dtype)
         tl.store(out + 2 * WIDTH, v, mask=inside)
 
         at = expert * (3 * WIDTH) + channel
@@ -80,15 +81,15 @@ def cell_inputs_forward_kernel(  # type: ignore[no-untyped-def]  # as above
         weight = _load_pair(
             input_weight, forget_weight, at, is_channel, NUM_HEADS, GATES
         )
-        total += _product(q, weight.to(dtype), WIDE, PRECISION)
+        total += multiply(q, weight.to(dtype), INTERPRETED, PRECISION)
         weight = _load_pair(
             input_weight, forget_weight, at + WIDTH, is_channel, NUM_HEADS, GATES
         )
-        total += _product(k, weight.to(dtype), WIDE, PRECISION)
+        total += multiply(k, weight.to(dtype), INTERPRETED, PRECISION)
         weight = _load_pair(
             input_weight, forget_weight, at + 2 * WIDTH, is_channel, NUM_HEADS, GATES
         )
-        total += _product(v, weight.to(dtype), WIDE, PRECISION)
+        total += multiply(v, weight.to(dtype), INTERPRETED, PRECISION)
 
     gate = tl.arange(0, GATES)[None, :]
     is_input, is_forget = gate < NUM_HEADS, (gate >= NUM_HEADS) & (gate < 2 * NUM_HEADS)
@@ -135,7 +136,7 @@ def cell_inputs_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR091
     SPAN: tl.constexpr,
     GATES: tl.constexpr,
     ADDS_CONVOLVED: tl.constexpr,
-    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute all gradients of a long run of rows, for one span of channels.
@@ -168,10 +169,10 @@ def cell_inputs_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR091
     v_gate = _load_pair(
         input_weight, forget_weight, at + 2 * WIDTH, is_channel, NUM_HEADS, GATES
     ).to(dtype)
-    u_gate = _product(q_block, q_gate, WIDE, PRECISION)
-    u_gate += _product(k_block, k_gate, WIDE, PRECISION)
+    u_gate = multiply(q_block, q_gate, INTERPRETED, PRECISION)
+    u_gate += multiply(k_block, k_gate, INTERPRETED, PRECISION)
     u_gate = u_gate.to(dtype)
-    a_gate = _product(v_block, v_gate, WIDE, PRECISION).to(dtype)
+    a_gate = multiply(v_block, v_gate, INTERPRETED, PRECISION).to(dtype)
 
     sum_q = tl.zeros((SPAN, SPAN), tl.float32)
     sum_k = tl.zeros((SPAN, SPAN), tl.float32)
@@ -203,25 +204,25 @@ def cell_inputs_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR091
             conv_input + row * input_stride + channel[None, :], mask=inside, other=0.0
         ).to(dtype)
 
-        grad_u = _product(grad_q, tl.trans(q_block), WIDE, PRECISION)
-        grad_u += _product(grad_k, tl.trans(k_block), WIDE, PRECISION)
-        grad_u += _product(grad_gate, tl.trans(u_gate), WIDE, PRECISION)
+        grad_u = multiply(grad_q, tl.trans(q_block), INTERPRETED, PRECISION)
+        grad_u += multiply(grad_k, tl.trans(k_block), INTERPRETED, PRECISION)
+        grad_u += multiply(grad_gate, tl.trans(u_gate), INTERPRETED, PRECISION)
         out = grad_convolved + row * grad_convolved_stride + channel[None, :]
         if ADDS_CONVOLVED:
             grad_u += tl.load(out, mask=inside, other=0.0).to(tl.float32)
         tl.store(out, grad_u.to(grad_convolved.dtype.element_ty), mask=inside)
 
-        grad_a = _product(grad_v, tl.trans(v_block), WIDE, PRECISION)
-        grad_a += _product(grad_gate, tl.trans(a_gate), WIDE, PRECISION)
+        grad_a = multiply(grad_v, tl.trans(v_block), INTERPRETED, PRECISION)
+        grad_a += multiply(grad_gate, tl.trans(a_gate), INTERPRETED, PRECISION)
         out = grad_conv_input + row * grad_input_stride + channel[None, :]
         tl.store(out, grad_a.to(grad_conv_input.dtype.element_ty), mask=inside)
 
         u, a = tl.trans(u), tl.trans(a)
-        sum_q += _product(u, grad_q, WIDE, PRECISION)
-        sum_k += _product(u, grad_k, WIDE, PRECISION)
-        sum_v += _product(a, grad_v, WIDE, PRECISION)
-        sum_u_gate += _product(u, grad_gate, WIDE, PRECISION)
-        sum_a_gate += _product(a, grad_gate, WIDE, PRECISION)
+        sum_q += multiply(u, grad_q, INTERPRETED, PRECISION)
+        sum_k += multiply(u, grad_k, INTERPRETED, PRECISION)
+        sum_v += multiply(a, grad_v, INTERPRETED, PRECISION)
+        sum_u_gate += multiply(u, grad_gate, INTERPRETED, PRECISION)
+        sum_a_gate += multiply(a, grad_gate, INTERPRETED, PRECISION)
 
     sums = partials + slot.to(tl.int64) * num_sums
     size: tl.constexpr = WIDTH * BLOCK
@@ -295,15 +296,6 @@ def _load_pair(  # type: ignore[no-untyped-def]  # as above
         forget_weight + at - NUM_HEADS, mask=is_channel & is_forget, other=0.0
     )
     return pair
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # as above
-def _product(x, y, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
-    if WIDE:
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(x, y, input_precision=PRECISION)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above

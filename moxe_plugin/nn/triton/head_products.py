@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
-import triton
 from torch import Tensor
 
 from moxe_plugin.nn.ragged import RaggedRows
@@ -27,6 +26,7 @@ from moxe_plugin.nn.triton.head_products_kernels import (
 from moxe_plugin.nn.triton.partials import new_partials, sum_partials_in_parts
 from moxe_plugin.nn.triton.sizes import ceil_div
 from moxe_plugin.nn.triton.slstm_rows import split_head_dim
+from moxe_plugin.nn.triton.tile_products import find_precision, is_interpreted
 
 _ROWS: Final = 128
 """Rows of a program that writes rows."""
@@ -167,16 +167,11 @@ def _sizes(weight: Tensor, dtype: torch.dtype) -> dict[str, Any]:
             f"on, but have heads of {head_dim} instead."
         )
 
-    highest = dtype == torch.float32 and (
-        torch.get_float32_matmul_precision() == "highest"
-    )
-
     return {
         "H": num_heads,
         "D": head_dim,
         "P": parts[0],
         "Q": parts[1],
-        "INTERPRETED": bool(triton.knobs.runtime.interpret),
-        # TensorFloat-32 only where torch's own products may use it
-        "PRECISION": "ieee" if highest else "tf32",
+        "INTERPRETED": is_interpreted(),
+        "PRECISION": find_precision(dtype),
     }

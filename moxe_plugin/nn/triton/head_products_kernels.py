@@ -10,6 +10,7 @@ import triton.language as tl
 
 from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.partials import locate
+from moxe_plugin.nn.triton.tile_products import multiply
 
 
 @Launcher
@@ -60,9 +61,9 @@ def gate_products_kernel(  # type: ignore[no-untyped-def]  # as above
         weight_tail = weight + tail[:, None] * (4 * D)
 
     for start in range(0, 2 * D, COLS):
-        gates = _product(x, tl.load(weight_body + start), INTERPRETED, PRECISION)
+        gates = multiply(x, tl.load(weight_body + start), INTERPRETED, PRECISION)
         if Q > 0:
-            gates += _product(
+            gates += multiply(
                 x_tail, tl.load(weight_tail + start), INTERPRETED, PRECISION
             )
         tl.store(out + start, gates.to(out.dtype.element_ty), mask=is_row)
@@ -118,10 +119,10 @@ def gate_products_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     for start in range(0, 2 * D, COLS):
         grads = tl.load(source + start, mask=is_row, other=0.0)
         part = tl.load(weight_body + start)
-        grad_body += _product(grads, tl.trans(part), INTERPRETED, PRECISION)
+        grad_body += multiply(grads, tl.trans(part), INTERPRETED, PRECISION)
         if Q > 0:
             part = tl.load(weight_tail + start)
-            grad_tail += _product(grads, tl.trans(part), INTERPRETED, PRECISION)
+            grad_tail += multiply(grads, tl.trans(part), INTERPRETED, PRECISION)
 
     dtype = out.dtype.element_ty
     tl.store(out + body[None, :], grad_body.to(dtype), mask=is_row)
@@ -195,16 +196,16 @@ def gate_weight_grads_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  
             grad_source + (grad_at + grad_body[None, :]), mask=is_row, other=0.0
         )
         grads = tl.trans(grads)
-        sum_body += _product(grads, x, INTERPRETED, PRECISION)
+        sum_body += multiply(grads, x, INTERPRETED, PRECISION)
         if Q > 0:
             x_tail = tl.load(source + (at + tail[None, :]), mask=is_row, other=0.0)
             lower = tl.load(
                 grad_source + (grad_at + grad_tail[None, :]), mask=is_row, other=0.0
             )
             lower = tl.trans(lower)
-            sum_right += _product(grads, x_tail, INTERPRETED, PRECISION)
-            sum_lower += _product(lower, x, INTERPRETED, PRECISION)
-            sum_tail += _product(lower, x_tail, INTERPRETED, PRECISION)
+            sum_right += multiply(grads, x_tail, INTERPRETED, PRECISION)
+            sum_lower += multiply(lower, x, INTERPRETED, PRECISION)
+            sum_tail += multiply(lower, x_tail, INTERPRETED, PRECISION)
         source += ROWS * H * D
         grad_source += ROWS * H * 2 * D
 
@@ -218,12 +219,3 @@ def gate_weight_grads_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def _store_transposed(out, sums, col, row, D: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     tl.store(out + row[None, :] * (4 * D) + col[:, None], sums)
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # as above
-def _product(x, y, INTERPRETED: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
-    if INTERPRETED:
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(x, y, input_precision=PRECISION)

@@ -23,7 +23,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -39,7 +38,8 @@ from moxe_plugin.nn.triton.mlstm_rows_gates import (
     mlstm_rows_gate_kernel,
 )
 from moxe_plugin.nn.triton.mlstm_rows_kernels import mlstm_rows_forward_kernel
-from moxe_plugin.nn.triton.sizes import power_of_two
+from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two
+from moxe_plugin.nn.triton.tile_products import find_precision, is_interpreted
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -154,7 +154,7 @@ def mlstm_rows_forward(
 
     head_dim = width // num_heads
     block, options = _options("forward", q.dtype, head_dim)
-    num_blocks = -(-rows.max_len // block)
+    num_blocks = ceil_div(rows.max_len, block)
     mlstm_rows_forward_kernel[(num_segments * num_blocks, num_heads)](
         *(q, k, v, rows.begins, small, h),
         *(q.stride(0), k.stride(0), v.stride(0), width),
@@ -206,7 +206,7 @@ def mlstm_rows_backward(
     num_segments = rows.begins.size(0) - 1
 
     block, options = _options("query_grad", q.dtype, head_dim)
-    num_blocks = -(-rows.max_len // block)
+    num_blocks = ceil_div(rows.max_len, block)
     mlstm_rows_query_grad_kernel[(num_segments * num_blocks, num_heads)](
         *(k, v, rows.begins, small, h, grad_h, grad_q, grad_small),
         *(k.stride(0), v.stride(0)),
@@ -216,7 +216,7 @@ def mlstm_rows_backward(
     )
 
     block, options = _options("key_value_grad", q.dtype, head_dim)
-    num_blocks = -(-rows.max_len // block)
+    num_blocks = ceil_div(rows.max_len, block)
     mlstm_rows_key_value_grad_kernel[(num_segments * num_blocks * 2, num_heads)](
         *(q, k, v, rows.begins, small, grad_h, grad_k, grad_v, grad_small),
         *(q.stride(0), k.stride(0), v.stride(0)),
@@ -275,22 +275,18 @@ def _options(
     kernel: str, dtype: torch.dtype, head_dim: int
 ) -> tuple[int, dict[str, Any]]:
     """Return the number of a program's own positions, and a launch's options."""
-    # TensorFloat-32 only where torch's own products may use it.
-    highest = torch.get_float32_matmul_precision() == "highest"
-
-    return _cached_options(kernel, dtype, head_dim, highest)
+    return _cached_options(kernel, dtype, head_dim, find_precision(dtype))
 
 
 @lru_cache(maxsize=64)
 def _cached_options(
-    kernel: str, dtype: torch.dtype, head_dim: int, highest: bool
+    kernel: str, dtype: torch.dtype, head_dim: int, precision: str
 ) -> tuple[int, dict[str, Any]]:
     if dtype != torch.float32:
         tiling = HALF_TILINGS[kernel]
     else:
-        tiling = (FLOAT_TILINGS if highest else TF32_TILINGS)[kernel]
+        tiling = (FLOAT_TILINGS if precision == "ieee" else TF32_TILINGS)[kernel]
     num_warps = 8 if head_dim > _WIDE_HEAD_DIM else tiling.num_warps
-    is_interpreted = bool(triton.knobs.runtime.interpret)
     own = tiling.block_s if kernel == "key_value_grad" else tiling.block_t
 
     return own, {
@@ -298,9 +294,8 @@ def _cached_options(
         "BLOCK_T": tiling.block_t,
         "BLOCK_S": tiling.block_s,
         "BLOCK_D": min(tiling.block_d, power_of_two(head_dim)),
-        "WIDE": is_interpreted and dtype == torch.bfloat16,
-        "PRECISION": "ieee" if dtype == torch.float32 and highest else "tf32",
-        "INTERPRETED": is_interpreted,
+        "INTERPRETED": is_interpreted(),
+        "PRECISION": precision,
         "num_warps": num_warps,
         "num_stages": tiling.num_stages,
     }

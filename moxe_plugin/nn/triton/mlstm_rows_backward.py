@@ -37,7 +37,7 @@ def add_query_grads(  # type: ignore[no-untyped-def]  # as above
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what the block of keys from ``start`` gives to the gradients of queries."""
@@ -46,12 +46,12 @@ def add_query_grads(  # type: ignore[no-untyped-def]  # as above
     vs = load_tiles(v, stride_v, s, s < length, D, BLOCK_D)
     a = tl.load(small + s, mask=s < length, other=0.0)
 
-    grad = multiply_all(grads, vs, NUM, BLOCK_T, BLOCK_S, WIDE, PRECISION)
+    grad = multiply_all(grads, vs, NUM, BLOCK_T, BLOCK_S, INTERPRETED, PRECISION)
     grad += from_norm[:, None]
     grad *= decays(a[None, :], shift[:, None], s[None, :], t[:, None], length)
     # Not before: they take the values' place in shared memory.
     ks = load_tiles(k, stride_k, s, s < length, D, BLOCK_D)
-    return add_weighted(totals, grad, ks, NUM, WIDE, PRECISION)
+    return add_weighted(totals, grad, ks, NUM, INTERPRETED, PRECISION)
 
 
 @Launcher
@@ -78,9 +78,8 @@ def mlstm_rows_query_grad_kernel(  # type: ignore[no-untyped-def]  # as above
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Compute what the norm is to gradients, and the gradient of a block of queries."""
     NUM: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -128,7 +127,7 @@ def mlstm_rows_query_grad_kernel(  # type: ignore[no-untyped-def]  # as above
             totals = add_query_grads(
                 *(totals, grads, from_norm, shift, t, start, k, v, small),
                 *(stride_k, stride_v, length),
-                *(D, BLOCK_T, BLOCK_S, BLOCK_D, WIDE, PRECISION),
+                *(D, BLOCK_T, BLOCK_S, BLOCK_D, INTERPRETED, PRECISION),
             )
             start += BLOCK_S
     else:
@@ -136,7 +135,7 @@ def mlstm_rows_query_grad_kernel(  # type: ignore[no-untyped-def]  # as above
             totals = add_query_grads(
                 *(totals, grads, from_norm, shift, t, start, k, v, small),
                 *(stride_k, stride_v, length),
-                *(D, BLOCK_T, BLOCK_S, BLOCK_D, WIDE, PRECISION),
+                *(D, BLOCK_T, BLOCK_S, BLOCK_D, INTERPRETED, PRECISION),
             )
 
     store_tiles(grad_q, stride_grad_q, t, valid, totals, D, BLOCK_D)
@@ -161,7 +160,7 @@ def add_key_value_grads(  # type: ignore[no-untyped-def]  # as above
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what the block of queries from ``start`` gives to gradients."""
@@ -173,13 +172,13 @@ def add_key_value_grads(  # type: ignore[no-untyped-def]  # as above
     shift = tl.load(grad_small + 3 * plane + t, mask=valid, other=0.0)
 
     # Queries first: a thread has few rows, and what it knows of each is in registers.
-    weights = multiply_all(ys, xs, NUM, BLOCK_T, BLOCK_S, WIDE, PRECISION)
+    weights = multiply_all(ys, xs, NUM, BLOCK_T, BLOCK_S, INTERPRETED, PRECISION)
     weights += from_norm[:, None]
     weights *= decays(a[None, :], shift[:, None], s[None, :], t[:, None], length)
     weights = tl.trans(weights.to(z.dtype.element_ty))
     # Not before: they take the place of the others in shared memory.
     zs = load_tiles(z, stride_z, t, valid, D, BLOCK_D)
-    return add_weighted(totals, weights, zs, NUM, WIDE, PRECISION)
+    return add_weighted(totals, weights, zs, NUM, INTERPRETED, PRECISION)
 
 
 @Launcher
@@ -206,9 +205,8 @@ def mlstm_rows_key_value_grad_kernel(  # type: ignore[no-untyped-def]  # as abov
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Compute the gradient of a block of keys, and of a, or of a block of values.
 
@@ -248,7 +246,7 @@ def mlstm_rows_key_value_grad_kernel(  # type: ignore[no-untyped-def]  # as abov
             totals = add_key_value_grads(
                 *(totals, xs, is_key, a, s, start, y, z, grad_small),
                 *(stride_y, stride_z, plane, length),
-                *(D, BLOCK_T, BLOCK_S, BLOCK_D, WIDE, PRECISION),
+                *(D, BLOCK_T, BLOCK_S, BLOCK_D, INTERPRETED, PRECISION),
             )
             start += BLOCK_T
     else:
@@ -257,7 +255,7 @@ def mlstm_rows_key_value_grad_kernel(  # type: ignore[no-untyped-def]  # as abov
             totals = add_key_value_grads(
                 *(totals, xs, is_key, a, s, start, y, z, grad_small),
                 *(stride_y, stride_z, plane, length),
-                *(D, BLOCK_T, BLOCK_S, BLOCK_D, WIDE, PRECISION),
+                *(D, BLOCK_T, BLOCK_S, BLOCK_D, INTERPRETED, PRECISION),
             )
 
     if is_key:

@@ -39,7 +39,7 @@ def add_keys(  # type: ignore[no-untyped-def]  # as above
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add what queries get from the block of keys that begins at ``start``."""
@@ -48,11 +48,12 @@ def add_keys(  # type: ignore[no-untyped-def]  # as above
     ks = load_tiles(k, stride_k, s, s < length, D, BLOCK_D)
     a = tl.load(small + s, mask=s < length, other=0.0)
 
-    weights = multiply_all(qs, ks, NUM, BLOCK_T, BLOCK_S, WIDE, PRECISION) * scale
+    weights = multiply_all(qs, ks, NUM, BLOCK_T, BLOCK_S, INTERPRETED, PRECISION)
+    weights *= scale
     weights *= decays(a[None, :], peak[:, None], s[None, :], t[:, None], length)
     # Not before: they take the keys' place in shared memory.
     vs = load_tiles(v, stride_v, s, s < length, D, BLOCK_D)
-    totals = add_weighted(totals, weights, vs, NUM, WIDE, PRECISION)
+    totals = add_weighted(totals, weights, vs, NUM, INTERPRETED, PRECISION)
     return totals, denominator + tl.sum(weights, 1)
 
 
@@ -77,9 +78,8 @@ def mlstm_rows_forward_kernel(  # type: ignore[no-untyped-def]  # as above
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Compute the outputs and denominators of a block of queries."""
     NUM: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -106,7 +106,7 @@ def mlstm_rows_forward_kernel(  # type: ignore[no-untyped-def]  # as above
             totals, denominator = add_keys(
                 *(totals, denominator, qs, peak, t, start, k, v, small),
                 *(stride_k, stride_v, length, scale),
-                *(D, BLOCK_T, BLOCK_S, BLOCK_D, WIDE, PRECISION),
+                *(D, BLOCK_T, BLOCK_S, BLOCK_D, INTERPRETED, PRECISION),
             )
             start += BLOCK_S
     else:
@@ -114,7 +114,7 @@ def mlstm_rows_forward_kernel(  # type: ignore[no-untyped-def]  # as above
             totals, denominator = add_keys(
                 *(totals, denominator, qs, peak, t, start, k, v, small),
                 *(stride_k, stride_v, length, scale),
-                *(D, BLOCK_T, BLOCK_S, BLOCK_D, WIDE, PRECISION),
+                *(D, BLOCK_T, BLOCK_S, BLOCK_D, INTERPRETED, PRECISION),
             )
 
     floor = tl.load(small + 2 * plane + t, mask=valid, other=1.0)

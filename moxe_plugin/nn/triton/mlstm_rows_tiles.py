@@ -7,6 +7,8 @@ of tiles, each ``BLOCK_D`` wide, as D need be no power of two.
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.tile_products import multiply
+
 
 @triton.jit
 def place(begins, num_blocks, num_rows):  # type: ignore[no-untyped-def]  # Triton has no annotations
@@ -23,20 +25,6 @@ def place(begins, num_blocks, num_rows):  # type: ignore[no-untyped-def]  # Trit
     head = tl.program_id(1)
     # A head's queries, and keys, of late positions follow those of early ones.
     return program % num_blocks, begin, length, head, head * num_rows + begin
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # as above
-def product(  # type: ignore[no-untyped-def]  # as above
-    x, y, total, WIDE: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Add a product of tiles to ``total``; ``WIDE`` where bfloat16 is interpreted.
-
-    Triton's interpreter multiplies the bits of bfloat16 as if they were integers;
-    products of bfloat16 are exact in float32, so widening changes nothing else.
-    """
-    if WIDE:
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, total, input_precision=PRECISION)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
@@ -91,25 +79,30 @@ def multiply_all(  # type: ignore[no-untyped-def]  # as above
     NUM: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
-    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Multiply each of the positions of one block with each of another."""
     total = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
     for i in tl.static_range(NUM):
-        total = product(xs[i], tl.trans(ys[i]), total, WIDE, PRECISION)
+        total = multiply(xs[i], tl.trans(ys[i]), INTERPRETED, PRECISION, total)
     return total
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def add_weighted(  # type: ignore[no-untyped-def]  # as above
-    totals, weights, xs, NUM: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
+    totals,
+    weights,
+    xs,
+    NUM: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Add the weighted sums of a block's positions to ``totals``."""
     weights = weights.to(xs[0].dtype)
     new = ()
     for i in tl.static_range(NUM):
-        new = new + (product(weights, xs[i], totals[i], WIDE, PRECISION),)  # type: ignore[assignment]  # noqa: RUF005  # as above
+        new = new + (multiply(weights, xs[i], INTERPRETED, PRECISION, totals[i]),)  # type: ignore[assignment]  # noqa: RUF005  # as above
     return new
 
 

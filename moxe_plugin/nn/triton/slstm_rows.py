@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -19,6 +18,7 @@ from moxe_plugin.nn.ragged_products import multiply_columns
 from moxe_plugin.nn.triton.sizes import ceil_div
 from moxe_plugin.nn.triton.slstm_rows_backward import slstm_backward_kernel
 from moxe_plugin.nn.triton.slstm_rows_forward import slstm_forward_kernel
+from moxe_plugin.nn.triton.tile_products import is_interpreted
 
 _MAX_SHARED_BYTES: Final = 208 * 1024
 """What R may take of an H100's 227 kB; the rest is for what is multiplied with it."""
@@ -166,14 +166,15 @@ def scan_forward(
         saved = SavedSteps(torch.empty_like(outputs), gates, cs)
 
     if rows.max_len > 0:
-        grid = _grid(rows, num_heads)
+        block = _choose_block(rows, num_heads)
+        grid = ceil_div(rows.num_seqs, block), num_heads, rows.num_experts
         slstm_forward_kernel[grid](
             *(rows.begins, inputs, bias.contiguous(), weight, outputs),
             # Without them any pointer does: nothing is stored.
             *(saved or (outputs, outputs, outputs)),
             *(num_heads, rows.num_seqs, inputs.stride(0)),
             SAVES=saves,
-            **_constants(head_dim, rows, grid[0]),
+            **_constants(head_dim, block),
         )
 
     return outputs, saved
@@ -193,30 +194,30 @@ def scan_backward(
     :returns: The gradients of the inputs, in R's type, and of the bias, ``(E,H,4,D)``.
     """
     num_experts, num_heads, head_dim = weight.shape[:3]
-    grid = _grid(rows, num_heads)
+    block = _choose_block(rows, num_heads)
+    num_blocks = ceil_div(rows.num_seqs, block)
 
     grad_inputs = weight.new_empty(2, rows.num_rows, num_heads * 2 * head_dim)
-    grad_bias = cs.new_empty(num_experts, num_heads, grid[0], 4, head_dim)
+    grad_bias = cs.new_empty(num_experts, num_heads, num_blocks, 4, head_dim)
 
-    slstm_backward_kernel[grid](
+    slstm_backward_kernel[(num_blocks, num_heads, num_experts)](
         *(rows.begins, weight, gates, cs, grad_outputs, grad_inputs, grad_bias),
         *(num_heads, rows.num_seqs, grad_inputs.stride(0)),
-        **_constants(head_dim, rows, grid[0]),
+        **_constants(head_dim, block),
     )
 
     return grad_inputs, grad_bias.sum(2)
 
 
-def _grid(rows: RaggedRows, num_heads: int) -> tuple[int, int, int]:
+def _choose_block(rows: RaggedRows, num_heads: int) -> int:
     # The fewer segments a program has, the faster it is through a step. Triton gives
     # the tensor cores no fewer than 16 columns, which 4 segments are twice, or backward
     # four times; all programs run at once, one on a multiprocessor.
-    num_stacks = num_heads * rows.num_experts
     num_blocks = ceil_div(rows.num_seqs, 4)
-    if num_stacks * num_blocks > count_multiprocessors(rows.begins.device):
-        num_blocks = ceil_div(rows.num_seqs, 8)
+    num_programs = num_blocks * num_heads * rows.num_experts
+    all_run = num_programs <= count_multiprocessors(rows.begins.device)
 
-    return num_blocks, num_heads, rows.num_experts
+    return 4 if all_run or num_blocks == 1 else 8
 
 
 @lru_cache(maxsize=16)
@@ -233,7 +234,7 @@ def count_multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _constants(head_dim: int, rows: RaggedRows, num_blocks: int) -> dict[str, Any]:
+def _constants(head_dim: int, block: int) -> dict[str, Any]:
     parts = split_head_dim(head_dim)
     assert parts is not None
     body, tail = parts
@@ -242,8 +243,8 @@ def _constants(head_dim: int, rows: RaggedRows, num_blocks: int) -> dict[str, An
         "D": head_dim,
         "P": body,
         "Q": tail,
-        "BLOCK_N": 4 if num_blocks == ceil_div(rows.num_seqs, 4) else 8,
-        "WIDE": bool(triton.knobs.runtime.interpret),
+        "BLOCK_N": block,
+        "INTERPRETED": is_interpreted(),
         # A gate's rows of the body then lie in the same threads for all gates.
         "num_warps": max(body // 16, 4),
     }

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from moxe_plugin.nn.triton.launching import Launcher
-from moxe_plugin.nn.triton.slstm_rows_tiles import columns, first_copy, multiply
+from moxe_plugin.nn.triton.slstm_rows_tiles import columns, first_copy
+from moxe_plugin.nn.triton.tile_products import multiply
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
     P: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """Run a head of some segments back through all steps."""
     head, expert = tl.program_id(1), tl.program_id(2)
@@ -155,7 +156,7 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
         sum_o += d_o
         iz = columns(d_i, d_z, P, BLOCK_N, element)
         fo = columns(d_f, d_o, P, BLOCK_N, element)
-        dy = multiply(r_iz, iz, WIDE) + multiply(r_fo, fo, WIDE)
+        dy = multiply(r_iz, iz, INTERPRETED) + multiply(r_fo, fo, INTERPRETED)
         # Of a tensor (2,C,H,2,D)
         into = grad_inputs + 2 * place + bodies[:, None]
         tl.store(into, d_i.to(element), mask=valid)
@@ -199,10 +200,10 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
             )
             both = tl.reshape(tl.permute(both, (2, 0, 1)), (2 * Q, 16))
             both = both.to(element)
-            dy += multiply(r_tail, both, WIDE)
-            dy_tail = multiply(r_iz_of_tail, iz, WIDE)
-            dy_tail += multiply(r_fo_of_tail, fo, WIDE)
-            dy_tail += multiply(r_tail_of_tail, both, WIDE)
+            dy += multiply(r_tail, both, INTERPRETED)
+            dy_tail = multiply(r_iz_of_tail, iz, INTERPRETED)
+            dy_tail += multiply(r_fo_of_tail, fo, INTERPRETED)
+            dy_tail += multiply(r_tail_of_tail, both, INTERPRETED)
             grad_y_tail = _own_half(dy_tail, Q, BLOCK_N)
             into_tail = grad_inputs + 2 * place + tails[:, None]
             tl.store(into_tail, d_i_tail.to(element), mask=valid)

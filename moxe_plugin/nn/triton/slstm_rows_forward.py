@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from moxe_plugin.nn.triton.launching import Launcher
-from moxe_plugin.nn.triton.slstm_rows_tiles import columns, first_copy, multiply
+from moxe_plugin.nn.triton.slstm_rows_tiles import columns, first_copy
+from moxe_plugin.nn.triton.tile_products import multiply
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
@@ -95,7 +96,7 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
     Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SAVES: tl.constexpr,
-    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """Run a head of some segments through all steps."""
     head, expert = tl.program_id(1), tl.program_id(2)
@@ -160,12 +161,12 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
         )
 
         y_twice = columns(y, y, P, BLOCK_N, element)
-        x = multiply(r, y_twice, WIDE)
+        x = multiply(r, y_twice, INTERPRETED)
         if Q > 0:
             tail_twice = columns(y_tail, y_tail, Q, BLOCK_N, element)
-            x += multiply(r_tail, tail_twice, WIDE)
-            x_tail = multiply(r_of_tail, y_twice, WIDE)
-            x_tail += multiply(r_of_tail_tail, tail_twice, WIDE)
+            x += multiply(r_tail, tail_twice, INTERPRETED)
+            x_tail = multiply(r_of_tail, y_twice, INTERPRETED)
+            x_tail += multiply(r_of_tail_tail, tail_twice, INTERPRETED)
             x_tail = _once(x_tail, 4 * Q, BLOCK_N) + biases_tail
             i, f, z, o = _split_gates(x_tail, Q, BLOCK_N)
             i += next_i.to(tl.float32)

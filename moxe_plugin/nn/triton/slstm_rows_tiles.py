@@ -27,18 +27,6 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
-def multiply(r, x, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's arguments have no type
-    """Multiply tiles in their own type, with float32 sums; ``WIDE`` if interpreted.
-
-    The interpreter multiplies the bits of bfloat16; float32 holds the same products.
-    """
-    if WIDE:
-        return tl.dot(r.to(tl.float32), x.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(r, x)
-
-
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def columns(x, y, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, element: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     """Let the columns of two tiles take turns: two of (SIZE,N) -> (SIZE,N*2).
