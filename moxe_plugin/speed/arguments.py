@@ -1,8 +1,9 @@
-"""The arguments of ``moxe speed``."""
+"""The arguments of ``moxe speed``, and what other benchmarks have of them."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -80,20 +81,15 @@ def create_parser() -> ArgumentParser:
         help="tokens of a step, for the suite length (default: the longest length)",
     )
 
-    for option, default, text in (
+    add_numbers(
+        parser,
+        _positive,
         ("--repeats", 5, "calls that are timed"),
         ("--decode-tokens", 16, "tokens of a call of decode"),
         ("--chunk", 512, "tokens that a state takes in at a time"),
         ("--seed", 1, "seeds parameters and tokens"),
         ("--copy-mib", 1024, "MiB that a copy reads which tells the memory's speed"),
-    ):
-        add(
-            option,
-            metavar="N",
-            type=_positive,
-            default=default,
-            help=f"{text} (default: %(default)s)",
-        )
+    )
 
     add(
         "--swap-linear",
@@ -132,22 +128,53 @@ def create_parser() -> ArgumentParser:
         type=_positive,
         help="rows of the matrices that tell the peak (default: 2048, on cuda 8192)",
     )
-    add(
+    add_output_options(parser)
+    add_json_option(parser)
+
+    return parser
+
+
+def add_numbers(
+    parser: ArgumentParser,
+    parse: Callable[[str], int],
+    *numbers: tuple[str, int, str],
+) -> None:
+    """Add options that take a number.
+
+    :param parser: Gets them.
+    :param parse: Reads the number.
+    :param numbers: The name, the default and the meaning of each.
+    """
+    for option, default, text in numbers:
+        parser.add_argument(
+            option,
+            metavar="N",
+            type=parse,
+            default=default,
+            help=f"{text} (default: %(default)s)",
+        )
+
+
+def add_output_options(parser: ArgumentParser, name: str | None = None) -> None:
+    """Add ``--name`` and ``--out``, which tell where records go.
+
+    :param parser: Gets them.
+    :param name: The default name; ``None`` if it depends on what is measured.
+    """
+    parser.add_argument(
         "--name",
         metavar="NAME",
-        help="name of the files without suffix (default: machine and type)",
+        default=name,
+        help="name of the files without suffix "
+        f"(default: {name or 'after machine and type'})",
     )
-    add(
+    parser.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
         default=_DEFAULT_OUT,
         help="where NAME.json and NAME.md go (default: %(default)s)",
     )
-
-    add_json_option(parser)
-
-    return parser
 
 
 def _positive(text: str) -> int:

@@ -13,11 +13,12 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
 from rich.console import Console
+
+from moxe_plugin.speed.arguments import add_output_options
 
 _CHUNK_LEN: Final = 512
 
@@ -56,8 +57,7 @@ def _create_parser() -> ArgumentParser:
     add("--tokens", type=int, default=16, metavar="N", help="of a turn (default: 16)")
     add("--repeats", type=int, default=15, metavar="N", help="turns (default: 15)")
     add("--threads", type=int, default=2, metavar="N", help="default: 2")
-    add("--name", default="contexts", help="name of the files without suffix")
-    add("--out", type=Path, default=Path("results") / "speed", metavar="DIR")
+    add_output_options(parser, "contexts")
 
     return parser
 

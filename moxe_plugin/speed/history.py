@@ -16,6 +16,8 @@ from typing import Any, Final
 import pandas as pd
 from rich.console import Console
 
+from moxe_plugin.speed.arguments import add_output_options
+
 _STEP: Final = Path(__file__).with_name("history_step.py")
 
 _ARCH: Final = "340m"
@@ -65,8 +67,7 @@ def _create_parser() -> ArgumentParser:
     add("--system-allocator", action="store_true", help="let glibc return memory")
     add("--repeats", type=int, default=3, metavar="N", help="timed calls (default: 3)")
     add("--threads", type=int, default=2, metavar="N", help="default: 2")
-    add("--name", default="history", help="name of the files without suffix")
-    add("--out", type=Path, default=Path("results") / "speed", metavar="DIR")
+    add_output_options(parser, "history")
 
     return parser
 

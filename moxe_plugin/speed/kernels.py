@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from moxe_plugin.speed.arguments import add_numbers, add_output_options
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
 DTYPES: Final = ("bfloat16", "float16", "float32")
 """What the kernels take."""
-
-_DEFAULT_OUT: Final = Path("results") / "speed"
 
 _COPY_BYTES: Final = 2**30
 
@@ -232,27 +232,15 @@ def _create_parser() -> ArgumentParser:
         default=DTYPES[0],
         help="the type of the inputs (default: %(default)s)",
     )
-    for option, default, text in (
+    add_numbers(
+        parser,
+        int,
         ("--batch", 64, "sequences that the system reads at once"),
         ("--length", 256, "tokens of each"),
         ("--repeats", 20, "calls that are timed"),
         ("--warm-up", 3, "calls before them"),
-    ):
-        add(
-            option,
-            metavar="N",
-            type=int,
-            default=default,
-            help=f"{text} (default: %(default)s)",
-        )
-    add("--name", metavar="NAME", help="name of the files without suffix")
-    add(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=_DEFAULT_OUT,
-        help="where NAME.json and NAME.md go (default: %(default)s)",
     )
+    add_output_options(parser)
 
     return parser
 

@@ -14,13 +14,12 @@ from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from moxe_plugin.speed.arguments import add_numbers, add_output_options
 
 if TYPE_CHECKING:
     import torch
-
-_DEFAULT_OUT: Final = Path("results") / "speed"
 
 _PAGE: Final = """\
 # Profile: {name}
@@ -93,17 +92,16 @@ def time_steps(
 
     :returns: The times.
     """
-    steps, host = [], []
+    from moxe_plugin.speed.clock import time_repeats
 
-    for _ in range(repeats):
-        _synchronize(device)
+    host: list[float] = []
+
+    def launch() -> None:
         begin = time.perf_counter()
         call()
         host.append(time.perf_counter() - begin)
-        _synchronize(device)
-        steps.append(time.perf_counter() - begin)
 
-    return StepTimes(steps, host)
+    return StepTimes(time_repeats(launch, repeats, device), host)
 
 
 def list_calls(call: Callable[[], object], device: torch.device) -> list[CallTime]:
@@ -250,28 +248,16 @@ def _create_parser() -> ArgumentParser:
         default="bfloat16",
         help="what is computed in (default: %(default)s)",
     )
-    for option, default, text in (
+    add_numbers(
+        parser,
+        int,
         ("--batch", 64, "sequences of a step"),
         ("--length", 256, "tokens of each"),
         ("--repeats", 5, "steps that are timed"),
         ("--warm-up", 2, "steps before them"),
         ("--top", 40, "rows of the table"),
-    ):
-        add(
-            option,
-            metavar="N",
-            type=int,
-            default=default,
-            help=f"{text} (default: %(default)s)",
-        )
-    add("--name", metavar="NAME", help="name of the files without suffix")
-    add(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=_DEFAULT_OUT,
-        help="where NAME.json and NAME.md go (default: %(default)s)",
     )
+    add_output_options(parser)
 
     return parser
 

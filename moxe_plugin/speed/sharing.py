@@ -12,14 +12,13 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from moxe_plugin.speed.arguments import add_output_options
 from moxe_plugin.speed.sharing_records import SharingRow, write_sharing
 
 if TYPE_CHECKING:
     from moxe_plugin.eval.checkpoints import LoadedModel
-
-_DEFAULT_OUT: Final = Path("results") / "speed"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,14 +183,7 @@ def _create_parser() -> ArgumentParser:
         help="leave out questions with a longer answer",
     )
     add("--limit", metavar="N", type=int, help="the first N of each file only")
-    add("--name", metavar="NAME", help="name of the files without suffix")
-    add(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=_DEFAULT_OUT,
-        help="where NAME.json and NAME.md go (default: %(default)s)",
-    )
+    add_output_options(parser)
 
     return parser
 
