@@ -15,13 +15,18 @@ from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.ragged_products import multiply_columns
-from moxe_plugin.nn.triton.sizes import ceil_div
+from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two
 from moxe_plugin.nn.triton.slstm_rows_backward import slstm_backward_kernel
 from moxe_plugin.nn.triton.slstm_rows_forward import slstm_forward_kernel
 from moxe_plugin.nn.triton.tile_products import is_interpreted
 
 _MAX_SHARED_BYTES: Final = 208 * 1024
 """What R may take of an H100's 227 kB; the rest is for what is multiplied with it."""
+
+
+_STEPS_AHEAD: Final = 2
+"""By how many steps kernels ask for what they will read; on an H200, 1 to 8 are as
+fast."""
 
 
 def supports(head_dim: int, dtype: torch.dtype) -> bool:
@@ -130,8 +135,8 @@ class SavedSteps(NamedTuple):
     ``(C,H*D)``."""
 
     gates: Tensor
-    """w, 1 - sigmoid(f), tanh(z) and sigmoid(o), float32. *Shape:*
-    ``(C,H*4*D)``."""
+    """w, 1 - sigmoid(f), tanh(z) and sigmoid(o) of each channel, float32. *Shape:*
+    ``(C,H*D*4)``."""
 
     cs: Tensor
     """c, float32. *Shape:* ``(C,H*D)``."""
@@ -174,6 +179,7 @@ def scan_forward(
             *(saved or (outputs, outputs, outputs)),
             *(num_heads, rows.num_seqs, inputs.stride(0)),
             SAVES=saves,
+            LINES=2 * power_of_two(ceil_div(2 * head_dim, 64)),
             **_constants(head_dim, block),
         )
 
@@ -203,6 +209,7 @@ def scan_backward(
     slstm_backward_kernel[(num_blocks, num_heads, num_experts)](
         *(rows.begins, weight, gates, cs, grad_outputs, grad_inputs, grad_bias),
         *(num_heads, rows.num_seqs, grad_inputs.stride(0)),
+        LINES=power_of_two(ceil_div(head_dim, 32)),
         **_constants(head_dim, block),
     )
 
@@ -244,6 +251,7 @@ def _constants(head_dim: int, block: int) -> dict[str, Any]:
         "P": body,
         "Q": tail,
         "BLOCK_N": block,
+        "AHEAD": _STEPS_AHEAD,
         "INTERPRETED": is_interpreted(),
         # A gate's rows of the body then lie in the same threads for all gates.
         "num_warps": max(body // 16, 4),

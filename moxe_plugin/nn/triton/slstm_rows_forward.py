@@ -6,7 +6,17 @@ import triton
 import triton.language as tl
 
 from moxe_plugin.nn.triton.launching import Launcher
-from moxe_plugin.nn.triton.slstm_rows_tiles import columns, first_copy
+from moxe_plugin.nn.triton.slstm_rows_tiles import (
+    columns,
+    find_segments,
+    first_copy,
+)
+from moxe_plugin.nn.triton.tile_access import (
+    fetch_ahead,
+    load_here,
+    store_four_here,
+    store_here,
+)
 from moxe_plugin.nn.triton.tile_products import multiply
 
 
@@ -21,18 +31,21 @@ def _split_gates(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
-def _merge_gates(i, f, z, o, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    # The inverse of `_split_gates`
-    x = tl.join(tl.join(i, z), tl.join(f, o))
-    return tl.reshape(tl.permute(x, (2, 3, 0, 1)), (4 * SIZE, BLOCK_N))
+def _split_pair(x, SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
+    # Rows (channel // 8, gate, channel % 8) -> two of (SIZE,N), of columns that are
+    # there twice
+    x = tl.reshape(x, (SIZE // 8, 2, 8, COLUMNS, 2))
+    x = tl.reshape(tl.permute(x, (0, 2, 3, 1, 4)), (SIZE, COLUMNS, 2, 2))
+    once, _ = tl.split(x)
+    return tl.split(once)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
-def _load_inputs(base, plane, D: tl.constexpr, valid):  # type: ignore[no-untyped-def]  # as above
-    i = tl.load(base, mask=valid, other=0.0)
-    f = tl.load(base + D, mask=valid, other=0.0)
-    z = tl.load(base + plane, mask=valid, other=0.0)
-    o = tl.load(base + plane + D, mask=valid, other=0.0)
+def _load_inputs(base, plane, D: tl.constexpr, valid, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
+    i = load_here(base, valid, INTERPRETED)
+    f = load_here(base + D, valid, INTERPRETED)
+    z = load_here(base + plane, valid, INTERPRETED)
+    o = load_here(base + plane + D, valid, INTERPRETED)
     return i, f, z, o
 
 
@@ -96,16 +109,13 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
     Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SAVES: tl.constexpr,
+    LINES: tl.constexpr,
+    AHEAD: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Run a head of some segments through all steps."""
     head, expert = tl.program_id(1), tl.program_id(2)
-    segments = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_segment = segments < N
-    first = tl.load(begins + expert * N + segments, mask=is_segment, other=0)
-    last = tl.load(begins + expert * N + segments + 1, mask=is_segment, other=0)
-    lens = last - first
-    first = first.to(tl.int64)
+    first, lens = find_segments(begins, expert, N, BLOCK_N, BLOCK_N)
     num_steps = tl.max(lens)
 
     stack = (expert * H + head).to(tl.int64)
@@ -113,9 +123,8 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
     # R^T: rows (gate, output), columns inputs
     bodies = tl.arange(0, P)
     outs = tl.arange(0, 4 * P)
-    # In (C,H,4,D), in (2,C,H,2,D)
+    # Where they are in a tensor (E,H,D,4,D), or (E,H,4,D)
     at_gate = outs // P * D + outs % P
-    at_input = outs // (2 * P) * plane + outs // P % 2 * D + outs % P
     from_body = weight + stack * 4 * D * D + at_gate[:, None]
     r = tl.load(from_body + bodies[None, :] * (4 * D))
     biases = tl.load(bias + stack * 4 * D + at_gate).to(tl.float32)[:, None]
@@ -123,29 +132,39 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
     c = tl.zeros((P, BLOCK_N), tl.float32)
     log_n = tl.full((P, BLOCK_N), -1e30, tl.float32)
     y = tl.zeros((P, BLOCK_N), tl.float32)
-    valid = (lens > 0)[None, :]
-    place = ((first * H + head) * D)[None, :]
+    is_first = (lens > 0)[None, :]
+    begin = ((first * H + head) * D)[None, :]
     if SAVES:
-        tl.store(before + place + bodies[:, None], y.to(element), mask=valid)
-    next_x = tl.load(inputs + 2 * place + at_input[:, None], mask=valid, other=0.0)
+        tl.store(before + begin + bodies[:, None], y.to(element), mask=is_first)
     if Q > 0:
         tails = P + tl.arange(0, Q)
-        outs_tail = tl.arange(0, 4 * Q)
-        at_gate_tail = P + outs_tail // Q * D + outs_tail % Q
+        outs_tail = tl.arange(0, 2 * Q)
+        # Rows (pair, channel // 8, gate of the pair, channel % 8): where the tensor
+        # cores leave the sums, a channel's four gates are with one thread then.
+        at_gate_tail = P + outs_tail // 8 % 2 * D + outs_tail // 16 * 8 + outs_tail % 8
         r_tail = tl.load(from_body + tails[None, :] * (4 * D))
         from_tail = weight + stack * 4 * D * D + at_gate_tail[:, None]
-        r_of_tail = tl.load(from_tail + bodies[None, :] * (4 * D))
-        r_of_tail_tail = tl.load(from_tail + tails[None, :] * (4 * D))
-        biases_tail = tl.load(bias + stack * 4 * D + at_gate_tail)
-        biases_tail = biases_tail.to(tl.float32)[:, None]
-        c_tail = tl.zeros((Q, BLOCK_N), tl.float32)
-        log_n_tail = tl.full((Q, BLOCK_N), -1e30, tl.float32)
-        y_tail = tl.zeros((Q, BLOCK_N), tl.float32)
+        r_if = tl.load(from_tail + bodies[None, :] * (4 * D))
+        r_if_tail = tl.load(from_tail + tails[None, :] * (4 * D))
+        r_zo = tl.load(from_tail + bodies[None, :] * (4 * D) + 2 * D)
+        r_zo_tail = tl.load(from_tail + tails[None, :] * (4 * D) + 2 * D)
+        biases_tail = bias + stack * 4 * D + at_gate_tail
+        biases_if = tl.load(biases_tail).to(tl.float32)[:, None]
+        biases_zo = tl.load(biases_tail + 2 * D).to(tl.float32)[:, None]
+        first_tail, lens_tail = find_segments(begins, expert, N, BLOCK_N, 8)
+        c_tail = tl.zeros((Q, 8), tl.float32)
+        log_n_tail = tl.full((Q, 8), -1e30, tl.float32)
+        y_tail = tl.zeros((Q, 8), tl.float32)
         if SAVES:
-            tl.store(before + place + tails[:, None], y_tail.to(element), mask=valid)
-        next_i, next_f, next_z, next_o = _load_inputs(
-            inputs + 2 * place + tails[:, None], plane, D, valid
-        )
+            begin = ((first_tail * H + head) * D)[None, :]
+            is_first = (lens_tail > 0)[None, :]
+            tl.store(before + begin + tails[:, None], y_tail.to(element), mask=is_first)
+
+    # Lines of 64 elements with a head's i and f, or z and o, of a step
+    lines = tl.arange(0, LINES)
+    at_line = lines % (LINES // 2) * 64
+    is_line = (at_line < 2 * D)[:, None]
+    from_line = inputs + (lines // (LINES // 2) * plane + at_line)[:, None]
 
     # The interpreter takes no tensor as the end of a range.
     t = 0
@@ -153,53 +172,62 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
         valid = (t < lens)[None, :]
         is_next = (t + 1 < lens)[None, :]
         place = (((first + t) * H + head) * D)[None, :]
-        place_next = (((first + t + 1) * H + head) * D)[None, :]
-        # Of the step to come, which arrives during this one
-        from_inputs = next_x
-        next_x = tl.load(
-            inputs + 2 * place_next + at_input[:, None], mask=is_next, other=0.0
+        fetch_ahead(
+            from_line + 2 * place + 2 * H * D * AHEAD,
+            is_line & (t + AHEAD < lens)[None, :],
+            INTERPRETED,
         )
-
+        at_body = place + bodies[:, None]
+        in_i, in_f, in_z, in_o = _load_inputs(
+            inputs + place + at_body, plane, D, valid, INTERPRETED
+        )
         y_twice = columns(y, y, P, BLOCK_N, element)
+        if Q > 0:
+            valid_tail = (t < lens_tail)[None, :]
+            is_next_tail = (t + 1 < lens_tail)[None, :]
+            place_tail = (((first_tail + t) * H + head) * D)[None, :]
+            at_tail = place_tail + tails[:, None]
+            tail_i, tail_f, tail_z, tail_o = _load_inputs(
+                inputs + place_tail + at_tail, plane, D, valid_tail, INTERPRETED
+            )
+            tail_twice = columns(y_tail, y_tail, Q, 8, element)
+            x_if = multiply(r_if, y_twice, INTERPRETED)
+            x_if_tail = multiply(r_if_tail, tail_twice, INTERPRETED)
+            x_zo = multiply(r_zo, y_twice, INTERPRETED)
+            x_zo_tail = multiply(r_zo_tail, tail_twice, INTERPRETED)
         x = multiply(r, y_twice, INTERPRETED)
         if Q > 0:
-            tail_twice = columns(y_tail, y_tail, Q, BLOCK_N, element)
-            x += multiply(r_tail, tail_twice, INTERPRETED)
-            x_tail = multiply(r_of_tail, y_twice, INTERPRETED)
-            x_tail += multiply(r_of_tail_tail, tail_twice, INTERPRETED)
-            x_tail = _once(x_tail, 4 * Q, BLOCK_N) + biases_tail
-            i, f, z, o = _split_gates(x_tail, Q, BLOCK_N)
-            i += next_i.to(tl.float32)
-            f += next_f.to(tl.float32)
-            z += next_z.to(tl.float32)
-            o += next_o.to(tl.float32)
-            next_i, next_f, next_z, next_o = _load_inputs(
-                inputs + 2 * place_next + tails[:, None], plane, D, is_next
-            )
+            x = multiply(r_tail, tail_twice, INTERPRETED, total=x)
+
+            i, f = _split_pair(x_if + biases_if, Q, 8)
+            z, o = _split_pair(x_zo + biases_zo, Q, 8)
+            # Not one sum of both products: Triton would chain them, and chained they
+            # have another layout.
+            more_i, more_f = _split_pair(x_if_tail, Q, 8)
+            more_z, more_o = _split_pair(x_zo_tail, Q, 8)
             w, not_f, z, o, c_tail, log_n_tail = _advance(
-                i, f, z, o, c_tail, log_n_tail
+                *(i + (more_i + tail_i), f + (more_f + tail_f)),
+                *(z + (more_z + tail_z), o + (more_o + tail_o)),
+                *(c_tail, log_n_tail),
             )
             y_tail = o * c_tail
-            at = place + tails[:, None]
-            tl.store(outputs + at, y_tail.to(element), mask=valid)
+            store_here(outputs + at_tail, y_tail, valid_tail, INTERPRETED)
             if SAVES:
-                tl.store(before + at + H * D, y_tail.to(element), mask=is_next)
-                tl.store(cs + at, c_tail, mask=valid)
-                at_tail = gates + 4 * place + tails[:, None]
-                tl.store(at_tail, w, mask=valid)
-                tl.store(at_tail + D, not_f, mask=valid)
-                tl.store(at_tail + 2 * D, z, mask=valid)
-                tl.store(at_tail + 3 * D, o, mask=valid)
+                store_here(before + at_tail + H * D, y_tail, is_next_tail, INTERPRETED)
+                store_here(cs + at_tail, c_tail, valid_tail, INTERPRETED)
+                store_four_here(
+                    gates + 4 * at_tail, w, not_f, z, o, valid_tail, INTERPRETED
+                )
 
-        x = _once(x, 4 * P, BLOCK_N) + biases + from_inputs.to(tl.float32)
+        x = _once(x, 4 * P, BLOCK_N) + biases
         i, f, z, o = _split_gates(x, P, BLOCK_N)
-        w, not_f, z, o, c, log_n = _advance(i, f, z, o, c, log_n)
+        w, not_f, z, o, c, log_n = _advance(
+            *(i + in_i, f + in_f, z + in_z, o + in_o, c, log_n)
+        )
         y = o * c
-        at_body = place + bodies[:, None]
-        tl.store(outputs + at_body, y.to(element), mask=valid)
+        store_here(outputs + at_body, y, valid, INTERPRETED)
         if SAVES:
-            tl.store(before + at_body + H * D, y.to(element), mask=is_next)
-            tl.store(cs + at_body, c, mask=valid)
-            merged = _merge_gates(w, not_f, z, o, P, BLOCK_N)
-            tl.store(gates + 4 * place + at_gate[:, None], merged, mask=valid)
+            store_here(before + at_body + H * D, y, is_next, INTERPRETED)
+            store_here(cs + at_body, c, valid, INTERPRETED)
+            store_four_here(gates + 4 * at_body, w, not_f, z, o, valid, INTERPRETED)
         t += 1

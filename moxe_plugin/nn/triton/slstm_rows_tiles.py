@@ -15,10 +15,12 @@ of the right factor are ``(segment, half)``, half 0 being i or f and half 1 bein
 o; rows are ``(half, channel)``, and what has two different halves is not used. As a
 product is bound by reading R, twice the columns cost nothing.
 
-What takes the time of a step is latency: waits for products, and tensors that go from
-the threads that have them to those that store them, through shared memory. So products
-are few and large, and where things are is computed from what does not change: a vector
-of places that does would go from thread to thread at each step.
+A tensor that goes from the threads that have it to others goes through shared memory,
+with barriers. So rows are ordered such that the gates of a channel, or both halves, are
+with one thread where the tensor cores leave them; loads and stores are those of
+:mod:`.tile_access`; and of a tail there are always 8 columns, as two groups of warps
+then have 4 each: of 4 segments, the same. What is left in a step is one barrier before
+and one after the outputs, or gradients, go to shared memory.
 """
 
 from __future__ import annotations
@@ -47,3 +49,16 @@ def first_copy(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no
     if BLOCK_N == 4:
         x, _ = tl.split(tl.permute(tl.reshape(x, (SIZE, 2, 2 * BLOCK_N)), (0, 2, 1)))
     return x
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # as above
+def find_segments(  # type: ignore[no-untyped-def]  # as above
+    begins, expert, N, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Tell the first row, int64, and the length of the segment of each column."""
+    segments = tl.program_id(0) * BLOCK_N + tl.arange(0, COLUMNS) % BLOCK_N
+    is_segment = segments < N
+    at = begins + expert * N + segments
+    first = tl.load(at, mask=is_segment, other=0)
+    last = tl.load(at + 1, mask=is_segment, other=0)
+    return first.to(tl.int64), last - first

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,8 @@ SHARED_BYTES: Final = 232_448
 SHARED_BYTES_OF_TWO: Final = SHARED_BYTES // 2 - 512
 """What each of two programs may have (113 KiB) on one multiprocessor, whose 228 KiB
 have 1 KiB more for each program, the system's."""
+
+_MOVES: Final = re.compile(r"^ {6,}%.* ttg\.convert_layout ", re.MULTILINE)
 
 _ROOT: Final = Path(__file__).parents[3]
 
@@ -42,6 +45,9 @@ class Launch(NamedTuple):
 
     multiplies_in_groups: bool
     """Whether four warps multiply together, as an H100 does fastest."""
+
+    num_moves: int
+    """How often a step of a loop moves a tile from thread to thread."""
 
 
 def compile_launches(launch: Callable[[], None], cache: Path) -> list[Launch]:
@@ -99,6 +105,8 @@ def _compile_only() -> list[Launch]:
                 compiled.asm["ttgir"].count("gpu.barrier"),
                 "ld.global.nc" in compiled.asm["ptx"],
                 "wgmma" in compiled.asm["ptx"],
+                # What is in a loop is indented more than the kernel's own lines.
+                len(_MOVES.findall(compiled.asm["ttgir"])),
             )
         )
 

@@ -39,6 +39,13 @@ def test_kernels_compile_and_fit(launches: list[Launch]) -> None:
     assert [x.multiplies_in_groups for x in launches] == [True, True, False, False]
 
 
+def test_a_step_of_the_slstm_moves_no_tile(launches: list[Launch]) -> None:
+    """Look for what the docstring of `slstm_rows_tiles` says of threads."""
+    assert [x.num_moves for x in launches[:2]] == [0, 0]
+    # Those of the scan in float32 are what is counted where there are some.
+    assert launches[2].num_moves > 0
+
+
 def test_threads_of_the_scan_see_what_others_wrote(launches: list[Launch]) -> None:
     """Look for what the docstring of `slstm_kernels` relies on."""
     scans = launches[2:]
