@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Final
 
 import triton
-from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -42,8 +41,8 @@ class Launcher:
 
         :param grid: The numbers of programs, in up to three dimensions.
 
-        :returns: Takes the kernel's arguments, the first of which is a tensor, and its
-            constants and Triton's options by name.
+        :returns: Takes the kernel's arguments, which are tensors, the first of them, or
+            of the types int and float, and its constants and Triton's options by name.
         """
         return partial(self._launch, grid)
 
@@ -54,12 +53,24 @@ class Launcher:
             return
 
         key: list[object] = [args[0].get_device(), *constants.values()]
+        # Addresses, as Triton would ask CUDA about each tensor
+        values: list[object] = []
         for arg in args:
-            if isinstance(arg, Tensor):
-                key += arg.dtype, arg.data_ptr() % _ALIGNMENT
-            elif isinstance(arg, int):
-                key.append(1 if arg == 1 else arg % _ALIGNMENT == 0)
-                key.append(arg > _MAX_INT32)
+            kind = type(arg)
+            if kind is int:
+                is_long = arg > _MAX_INT32
+                key.append(
+                    arg if arg < 2 else 2 + (arg % _ALIGNMENT == 0) + 2 * is_long
+                )
+                values.append(arg)
+            elif kind is float:
+                values.append(arg)
+            else:
+                address = arg.data_ptr()
+                key.append(arg.dtype)
+                if address % _ALIGNMENT:
+                    key.append(address % _ALIGNMENT)
+                values.append(address)
         known = self._known.get(tuple(key))
 
         if known is None:
@@ -83,5 +94,5 @@ class Launcher:
         stream = driver.active.get_current_stream(key[0])
         compiled.run(
             *(*sizes, stream, compiled.function, compiled.packed_metadata),
-            *(None, None, None, *args, *tail),
+            *(None, None, None, *values, *tail),
         )
