@@ -18,7 +18,7 @@ from moxe_plugin.nn.expert_layouts import (
     make_token_mask,
 )
 from moxe_plugin.nn.expert_steps import Choices, sort_choices, step_bank
-from moxe_plugin.nn.ragged_dispatch import combine_rows, plan_rows, take_tokens
+from moxe_plugin.nn.ragged_dispatch import combine_rows, send_tokens
 from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.rows import find_rows, pack, unpack
 
@@ -188,7 +188,8 @@ class SparseExperts(Module):
     def _apply_to_rows(
         self, seqs: Tensor, routing: Routing, seq_lens: Tensor | None
     ) -> Tensor:
-        plan = plan_rows(
+        plan, banks = send_tokens(
+            seqs.flatten(0, 1),
             routing.expert_indices.view(*seqs.shape[:2], -1),
             make_token_mask(seqs, seq_lens),
             self._bank_sizes,
@@ -196,10 +197,7 @@ class SparseExperts(Module):
         outputs = [
             self._bank(name).apply_to_rows(flat, rows)
             for name, flat, rows in zip(
-                self._bank_names,
-                take_tokens(seqs.flatten(0, 1), plan),
-                plan.banks,
-                strict=True,
+                self._bank_names, banks, plan.banks, strict=True
             )
         ]
 

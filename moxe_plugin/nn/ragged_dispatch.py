@@ -7,7 +7,7 @@ rather than grids, and by Triton kernels, which do the work in few launches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from moxe_plugin.nn.ragged import RaggedRows
+
+if TYPE_CHECKING:
+    from moxe_plugin.nn.triton.row_plan import PlacedRows
 
 
 class RowPlan(NamedTuple):
@@ -30,79 +33,74 @@ class RowPlan(NamedTuple):
     num_rows: list[int]
     """The number of rows of each bank; they sum to C."""
 
-    token_of_row: Tensor
-    """The token of each row of all banks, int32. *Shape:* ``(C)``."""
-
     row_of_choice: Tensor
     """The row of each choice, int32; -1 if it was not sent. *Shape:* ``(T,K)``."""
 
 
-def plan_rows(
-    expert_indices: Tensor, token_mask: Tensor | None, bank_sizes: Sequence[int]
-) -> RowPlan:
-    """Give a row to every choice.
+def send_tokens(
+    tokens: Tensor,
+    expert_indices: Tensor,
+    token_mask: Tensor | None,
+    bank_sizes: Sequence[int],
+) -> tuple[RowPlan, tuple[Tensor, ...]]:
+    """Give a row to every choice, and copy tokens into the rows of their experts.
 
     Waits once for the device, for the numbers of rows.
 
+    :param tokens: *Shape:* ``(T,M)``, ``T = N * S``.
     :param expert_indices: The distinct experts of each token; -1 at places that it
         leaves empty, to which nothing is sent. *Shape:* ``(N,S,K)``.
     :param token_mask: Which tokens to send; all if ``None``. *Shape:* ``(N,S)``.
     :param bank_sizes: How many experts each bank has: first come the experts of the
         first bank, and so on.
 
-    :returns: The plan for ``T = N * S`` tokens.
+    :returns: The plan, and the rows of each bank; they lie one behind the other, and
+        must not be changed in place. *Shape:* ``(C,M)`` each, C may differ.
 
     :raises ValueError: There are neither one nor two banks.
     """
-    from moxe_plugin.nn.triton.row_plan import place_rows
-
     if not 1 <= len(bank_sizes) <= 2:
         raise ValueError(
             f"`bank_sizes` must have 1 or 2 numbers, but has {len(bank_sizes)} instead."
         )
 
-    num_seqs = expert_indices.size(0)
-    placed = place_rows(expert_indices, token_mask, list(bank_sizes))
+    plan, *banks = _SendTokens.apply(tokens, expert_indices, token_mask, bank_sizes)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+
+    return plan, tuple(banks)
+
+
+def _wait_for_plan(
+    placed: PlacedRows, num_seqs: int, bank_sizes: Sequence[int]
+) -> RowPlan:
+    # What needs no number of rows comes before the wait.
+    begins = [
+        x[: size * num_seqs + 1]
+        for x, size in zip(placed.begins.unbind(), bank_sizes, strict=True)
+    ]
+    segments, steps = placed.segment_of_row.unbind(), placed.step_of_row.unbind()
 
     # The one copy to the host
-    seq_lens = placed.seq_lens.cpu()
-    counts: list[int] = seq_lens.sum(dim=1).tolist()
-    max_lens: list[int] = seq_lens.amax(dim=1).tolist()
+    seq_lens: list[list[int]] = placed.seq_lens.tolist()
 
     banks, num_rows, expert = [], [], 0
 
     for idx, size in enumerate(bank_sizes):
-        bank_counts = counts[expert : expert + size]
-        bank_rows = sum(bank_counts)
+        bank_lens = seq_lens[expert : expert + size]
+        counts = [sum(lens) for lens in bank_lens]
+        bank_rows = sum(counts)
 
         banks.append(
             RaggedRows(
                 num_seqs,
-                bank_counts,
-                max(max_lens[expert : expert + size]),
-                placed.begins[idx, : size * num_seqs + 1],
-                placed.segment_of_row[idx, :bank_rows],
-                placed.step_of_row[idx, :bank_rows],
+                counts,
+                max(max(lens) for lens in bank_lens),
+                *(begins[idx], segments[idx][:bank_rows], steps[idx][:bank_rows]),
             )
         )
         num_rows.append(bank_rows)
         expert += size
 
-    return RowPlan(
-        banks, num_rows, placed.token_of_row[: sum(num_rows)], placed.row_of_choice
-    )
-
-
-def take_tokens(tokens: Tensor, plan: RowPlan) -> tuple[Tensor, ...]:
-    """Copy tokens into the rows of their experts.
-
-    :param tokens: *Shape:* ``(T,M)``.
-    :param plan: Where they go.
-
-    :returns: The rows of each bank; they lie one behind the other, and must not be
-        changed in place. *Shape:* ``(C,M)`` each, C may differ.
-    """
-    return _TakeTokens.apply(tokens, plan)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+    return RowPlan(banks, num_rows, placed.row_of_choice)
 
 
 def combine_rows(
@@ -115,7 +113,7 @@ def combine_rows(
     :param banks: The outputs of the rows of each bank. *Shape:* ``(C,M)`` each, C may
         differ.
     :param weights: The weights of the experts. *Shape:* ``(T,K)``.
-    :param plan: The plan by which the banks' inputs were taken.
+    :param plan: The plan by which the banks' inputs were sent.
     :param out_dtype: The type of the sums.
 
     :returns: The sums; exactly 0 for tokens that were not sent. *Shape:* ``(T,M)``.
@@ -123,24 +121,39 @@ def combine_rows(
     return _CombineRows.apply(weights, plan, out_dtype, *banks)  # type: ignore[no-any-return, no-untyped-call]  # as above
 
 
-class _TakeTokens(Function):
+class _SendTokens(Function):
     @staticmethod
     @override
-    def forward(ctx: Any, tokens: Tensor, plan: RowPlan) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        expert_indices: Tensor,
+        token_mask: Tensor | None,
+        bank_sizes: Sequence[int],
+    ) -> tuple[Any, ...]:
+        from moxe_plugin.nn.triton.row_plan import place_rows
+
+        placed = place_rows(expert_indices, token_mask, list(bank_sizes))
+        # Before the numbers of rows are there: with them, fewer would be copied where
+        # some are not sent, but device and host would wait for each other.
+        rows = tokens.index_select(0, placed.token_of_row)
+        plan = _wait_for_plan(placed, expert_indices.size(0), bank_sizes)
+
         ctx.row_of_choice, ctx.dtype = plan.row_of_choice, tokens.dtype
 
-        rows = tokens.index_select(0, plan.token_of_row)
-        banks: tuple[Tensor, ...] = rows.split(plan.num_rows)
+        sizes = [*plan.num_rows, rows.size(0) - sum(plan.num_rows)]
 
-        return banks
+        return plan, *rows.split(sizes)[:-1]
 
     @staticmethod
     @override
     @once_differentiable
-    def backward(ctx: Any, *grad_banks: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, _: None, *grad_banks: Tensor) -> tuple[Tensor | None, ...]:
         from moxe_plugin.nn.triton.row_dispatch import sum_choices
 
-        return sum_choices(_dense(grad_banks), None, ctx.row_of_choice, ctx.dtype), None
+        grad = sum_choices(_dense(grad_banks), None, ctx.row_of_choice, ctx.dtype)
+
+        return grad, None, None, None
 
 
 class _CombineRows(Function):

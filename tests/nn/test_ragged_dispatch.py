@@ -11,8 +11,7 @@ from moxe_plugin.nn.dispatch import DispatchPlan, combine, dispatch, plan_dispat
 from moxe_plugin.nn.ragged_dispatch import (
     RowPlan,
     combine_rows,
-    plan_rows,
-    take_tokens,
+    send_tokens,
 )
 from moxe_plugin.nn.rows import Rows, find_rows, pack, unpack
 
@@ -54,6 +53,12 @@ def draw_choices(
         mask = (torch.arange(seq_len) < lens).to(device)
 
     return indices.to(device), mask
+
+
+def plan_rows(indices: Tensor, mask: Tensor | None, bank_sizes: list[int]) -> RowPlan:
+    tokens = torch.zeros(indices[..., 0].numel(), 1, device=indices.device)
+
+    return send_tokens(tokens, indices, mask, bank_sizes)[0]
 
 
 def plan_both(
@@ -115,14 +120,14 @@ def test_outputs_and_gradients_are_those_of_grids(
 ) -> None:
     torch.manual_seed(3)
     num_tokens, top_k = batch[0] * batch[1], batch[2]
-    plan, grid_plan, grid_rows = plan_both(batch, device)
+    _, grid_plan, grid_rows = plan_both(batch, device)
 
     tokens = torch.randn(num_tokens, WIDTH, device=device).to(dtype).requires_grad_()
     weights = torch.rand(num_tokens, top_k, device=device, requires_grad=True)
     direction = torch.randn(num_tokens, WIDTH, device=device).to(dtype)
 
     # Something that differs by bank, and between rows of the same token
-    taken = take_tokens(tokens, plan)
+    plan, taken = send_tokens(tokens, *draw_choices(batch, device), batch[3])
     factors = [torch.randn(len(rows), WIDTH, device=device).to(dtype) for rows in taken]
     outputs = [rows * factor for rows, factor in zip(taken, factors, strict=True)]
     actual = combine_rows(outputs, weights, plan, dtype)
@@ -182,8 +187,7 @@ def test_a_batch_that_is_all_padding_gives_zeros(device: torch.device) -> None:
     tokens = torch.randn(2, 5, device=device, requires_grad=True)
     weights = torch.rand(2, 2, device=device, requires_grad=True)
 
-    plan = plan_rows(indices, mask, [1, 2])
-    banks = take_tokens(tokens, plan)
+    plan, banks = send_tokens(tokens, indices, mask, [1, 2])
     summed = combine_rows(banks, weights, plan, float32)
 
     assert [len(rows) for rows in banks] == [0, 0]

@@ -44,7 +44,7 @@ class PlacedRows(NamedTuple):
     ``segment_of_row``."""
 
     token_of_row: Tensor
-    """The token of each row of all banks; the rest is not set. *Shape:* ``(T*K)``."""
+    """The token of each row of all banks; the rest is 0. *Shape:* ``(T*K)``."""
 
     row_of_choice: Tensor
     """The row of each choice among those of all banks; -1 if it was not sent. *Shape:*
@@ -260,6 +260,8 @@ def _place_kernel(  # type: ignore[no-untyped-def]  # as above
         tl.store(segment_of_row + at, own_segment, mask=is_sent)
         tl.store(step_of_row + at, own_step, mask=is_sent)
         tl.store(token_of_row + row, choice // TOP_K, mask=is_sent)
+        # No choice has this row.
+        tl.store(token_of_row + choice, 0, mask=is_inside & (choice >= num_rows))
         tl.store(row_of_choice + choice, tl.where(is_sent, row, -1), mask=is_inside)
 
         step += tl.sum(is_own, 0)
