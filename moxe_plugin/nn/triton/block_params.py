@@ -8,14 +8,19 @@ import torch
 from torch import Tensor
 
 
-def stack_params(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def stack_params(
+    params: Sequence[Tensor], dtype: torch.dtype, stacked: Sequence[int]
+) -> list[Tensor]:
     """Bring parameters into the form that kernels read.
 
     :param params: Those of a bank, or of a block that is none; the first is a vector
         for each expert.
     :param dtype: What is computed in.
+    :param stacked: Which of them must have E first, though E be 1. Kernels get only the
+        addresses of the others.
 
-    :returns: The same, contiguous, with E first; E is 1 for a block that is no bank.
+    :returns: The same, contiguous; of a block that is no bank, ``stacked`` ones are
+        ``(1,…)``.
     """
     is_bank = params[0].ndim == 2
     # Each call that does nothing has its cost, too.
@@ -24,7 +29,11 @@ def stack_params(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         for x in params
     ]
 
-    return params if is_bank else [x.unsqueeze(0) for x in params]
+    if not is_bank:
+        for i in stacked:
+            params[i] = params[i].unsqueeze(0)
+
+    return params
 
 
 def unstack_grads(

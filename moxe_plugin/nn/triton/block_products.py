@@ -22,7 +22,7 @@ from moxe_plugin.nn.triton.block_products_kernels import (
     cell_inputs_backward_kernel,
     cell_inputs_forward_kernel,
 )
-from moxe_plugin.nn.triton.partials import new_partials, sum_partials_in_parts
+from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two
 from moxe_plugin.nn.triton.tile_products import find_precision, is_interpreted
 
@@ -100,11 +100,12 @@ def project_backward(
     conv_input: Tensor,
     weights: CellWeights,
     rows: RaggedRows,
+    sums: PartialSums,
     grad_convolved: Tensor,
     grad_conv_input: Tensor,
     *,
     adds_to_convolved: bool = False,
-) -> list[Tensor]:
+) -> None:
     """Compute the gradients of :func:`project_forward`.
 
     :param grad_qkv: Its last stride is 1. *Shape:* ``(C,3*I)``.
@@ -113,34 +114,30 @@ def project_backward(
     :param conv_input: As there.
     :param weights: As there.
     :param rows: As there.
+    :param sums: Gets the gradients of the parameters, in their order.
     :param grad_convolved: Gets the gradient; its last stride is 1. *Shape:* ``(C,I)``.
     :param grad_conv_input: As ``grad_convolved``.
     :param adds_to_convolved: Whether ``grad_convolved`` is added to.
-
-    :returns: The gradients of the parameters, in their order.
     """
     num_rows, width = convolved.shape
     sizes = _sizes(grad_qkv, weights)
 
-    if num_rows == 0:
-        return [torch.zeros_like(x) for x in weights]
+    partials = sums.new_slots(_RUN, weights)
 
-    num_experts = rows.num_experts
-    num_sums = sum(x.numel() for x in weights) // num_experts
-    partials = new_partials(rows, _RUN, num_sums)
+    if num_rows == 0:
+        return
+
     grid = (ceil_div(width, sizes["SPAN"]), partials.size(0))
     cell_inputs_backward_kernel[grid](
         *(grad_qkv, grad_gates, convolved, conv_input, *weights[:5], rows.begins),
         *(grad_convolved, grad_conv_input, partials, rows.num_seqs),
         *(grad_qkv.stride(0), conv_input.stride(0)),
-        *(grad_convolved.stride(0), grad_conv_input.stride(0), num_sums),
-        NUM_EXPERTS=num_experts,
+        *(grad_convolved.stride(0), grad_conv_input.stride(0), partials.size(1)),
+        NUM_EXPERTS=rows.num_experts,
         RUN=_RUN,
         ADDS_CONVOLVED=adds_to_convolved,
         **(sizes | {"ROWS": _ROWS // 2}),
     )
-
-    return sum_partials_in_parts(partials, rows, _RUN, weights)
 
 
 def _sizes(seqs: Tensor, weights: CellWeights) -> dict[str, Any]:

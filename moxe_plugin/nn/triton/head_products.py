@@ -23,7 +23,7 @@ from moxe_plugin.nn.triton.head_products_kernels import (
     gate_products_kernel,
     gate_weight_grads_kernel,
 )
-from moxe_plugin.nn.triton.partials import new_partials, sum_partials_in_parts
+from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.sizes import ceil_div
 from moxe_plugin.nn.triton.slstm_rows import split_head_dim
 from moxe_plugin.nn.triton.tile_products import find_precision, is_interpreted
@@ -90,7 +90,8 @@ def gate_weight_grads(
     grad_gates: Tensor,
     like: Tensor,
     rows: RaggedRows,
-) -> tuple[Tensor, Tensor]:
+    sums: PartialSums,
+) -> None:
     """Compute the gradients of both weights of the gates.
 
     :param before: What the recurrent weight was multiplied with, contiguous; all four
@@ -100,14 +101,13 @@ def gate_weight_grads(
     :param grad_gates: Contiguous. *Shape:* ``(2,C,H*2*D)``.
     :param like: A weight. *Shape:* ``(E,H,D,4,D)``.
     :param rows: Where rows stand.
-
-    :returns: The gradients of the recurrent weight and of ``gate_proj``, in the type of
-        ``like``; 0 for an expert without a row. *Shape:* ``(E,H,D,4,D)`` each.
+    :param sums: Gets the gradients of the recurrent weight and of ``gate_proj``, in the
+        type of ``like``. *Shape:* ``(E,H,D,4,D)`` each.
 
     :raises ValueError: As for :func:`gate_products`.
     """
     num_heads, head_dim = like.shape[1:3]
-    partials = new_partials(rows, _RUN, 2 * num_heads * 4 * head_dim**2)
+    partials = sums.new_slots(_RUN, (like, like))
 
     if rows.num_rows > 0:
         is_wide = before.dtype == torch.float32
@@ -122,10 +122,6 @@ def gate_weight_grads(
             num_warps=8 if head_dim > 64 else 4,
             num_stages=1 if is_wide else 6,
         )
-
-    grad_recurrent, grad_proj = sum_partials_in_parts(partials, rows, _RUN, (like,) * 2)
-
-    return grad_recurrent, grad_proj
 
 
 def _launch(

@@ -7,7 +7,7 @@ by the kernels themselves.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from moxe_plugin.nn.triton.block_products import (
     project_forward,
 )
 from moxe_plugin.nn.triton.mlstm_rows import mlstm_rows_backward, mlstm_rows_forward
+from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.row_conv import (
     KERNEL_SIZE,
     causal_conv_silu_backward,
@@ -101,6 +102,9 @@ def mlstm_block_rows(
         return _MLSTMBlockRows.apply(rows, num_heads, eps, dtype, flat, *weights)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
 
+_STACKED: Final = [MLSTMWeights._fields.index(x) for x in ("up_proj", "down_proj")]
+
+
 class _MLSTMBlockRows(Function):
     @staticmethod
     def forward(
@@ -112,7 +116,7 @@ class _MLSTMBlockRows(Function):
         flat: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        w = MLSTMWeights(*stack_params(params, dtype))
+        w = MLSTMWeights(*stack_params(params, dtype, _STACKED))
         flat = flat.contiguous()
         ends = ends_of_experts(rows)
 
@@ -160,10 +164,11 @@ class _MLSTMBlockRows(Function):
 
         grad_down = expert_outer_products(gated, grad, rows.counts, ends)
         grad_gated = expert_products(grad, w.down_proj.mT, rows.counts, ends)
+        sums = PartialSums(rows)
         grads = gated_norm_backward(
             grad_gated,
             GatedNormInputs(hidden, convolved, gate, w.out_norm, w.skip),
-            *(out_stats, rows, ctx.num_heads, grad_gate),
+            *(out_stats, rows, ctx.num_heads, sums, grad_gate),
         )
 
         grad_qkv = torch.empty_like(qkv)
@@ -172,26 +177,28 @@ class _MLSTMBlockRows(Function):
             *(*grad_qkv.chunk(3, dim=1), rows),
         )
         grad_convolved = grads.convolved
-        grad_cell = project_backward(
-            *(grad_qkv, grad_gates, convolved, conv_input, w.cell, rows),
+        project_backward(
+            *(grad_qkv, grad_gates, convolved, conv_input, w.cell, rows, sums),
             *(grad_convolved, grad_conv_input),
             adds_to_convolved=True,
         )
-        _, grad_conv_weight, grad_conv_bias = causal_conv_silu_backward(
-            *(grad_convolved, conv_input, w.conv_weight, w.conv_bias, rows),
+        causal_conv_silu_backward(
+            *(grad_convolved, conv_input, w.conv_weight, w.conv_bias, rows, sums),
             out=grad_conv_input,
             add=grad_conv_input,
         )
 
         grad_up = expert_outer_products(normed, grad_projected, rows.counts, ends)
         grad_normed = expert_products(grad_projected, w.up_proj.mT, rows.counts, ends)
-        grad_flat, grad_norm = norm_backward(
-            *(grad_normed, flat, w.norm, stats, rows, 1, grad_out)
+        grad_flat = norm_backward(
+            *(grad_normed, flat, w.norm, stats, rows, 1, sums, grad_out)
         )
 
+        grad_out_norm, grad_skip, *small = sums.add_up()
+        *grad_cell, grad_conv_weight, grad_conv_bias, grad_norm = small
         grad_params = (
             *(grad_norm, grad_up, grad_conv_weight, grad_conv_bias, *grad_cell),
-            *(grads.norm_weight, grads.skip, grad_down),
+            *(grad_out_norm, grad_skip, grad_down),
         )
 
         return (

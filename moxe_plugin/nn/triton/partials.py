@@ -2,13 +2,15 @@
 
 A kernel whose program b reads the rows ``[b * R, (b + 1) * R)`` writes, for each expert
 e that has rows among them, its sum of these to slot ``b + e``. As rows are sorted by
-expert, no two programs write to the same slot. :func:`sum_partials` then adds up the
+expert, no two programs write to the same slot. :class:`PartialSums` then adds up the
 slots of each expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Final
 
 import torch
 import triton
@@ -25,83 +27,89 @@ _NARROW = 64, 32
 _WIDE = 16, 256
 """The same of many sums."""
 
+_MANY = 2048
+"""From how many on they are."""
 
-def new_partials(rows: RaggedRows, rows_per_block: int, width: int) -> Tensor:
-    """Create the slots.
+
+MAX_PARTS: Final = 4
+"""How many kernels may leave sums to one :class:`PartialSums`."""
+
+
+class PartialSums:
+    """Sums that several kernels leave, added up by one launch.
 
     :param rows: The rows.
-    :param rows_per_block: How many of them a program reads, R.
-    :param width: The number of sums.
-
-    :returns: Uninitialised float32. *Shape:* ``(slots,width)``.
     """
-    num_blocks = ceil_div(rows.num_rows, rows_per_block)
 
-    return torch.empty(
-        max(num_blocks + rows.num_experts - 1, 1),
-        width,
-        dtype=torch.float32,
-        device=rows.begins.device,
-    )
+    def __init__(self, rows: RaggedRows) -> None:
+        self._rows = rows
+        self._partials: list[Tensor] = []
+        self._rows_per_block: list[int] = []
+        self._params: list[Sequence[Tensor]] = []
 
+    def new_slots(self, rows_per_block: int, params: Sequence[Tensor]) -> Tensor:
+        """Create the slots of a kernel.
 
-def sum_partials(
-    partials: Tensor, rows: RaggedRows, rows_per_block: int, dtype: torch.dtype
-) -> Tensor:
-    """Add up the slots of each expert.
+        :param rows_per_block: How many rows a program of it reads, R.
+        :param params: What it sums up the gradients of: an expert's sums stand side by
+            side in this order. All of one type. *Shape:* ``([E,]…)`` each.
 
-    :param partials: What programs wrote. *Shape:* ``(slots,width)``.
-    :param rows: The rows.
-    :param rows_per_block: As for :func:`new_partials`.
-    :param dtype: The type of the sums.
+        :returns: Uninitialised float32; ``width`` is the number of sums of an expert.
+            *Shape:* ``(slots,width)``.
 
-    :returns: The sums, 0 for an expert without a row. *Shape:* ``(E,width)``.
-    """
-    width = partials.size(1)
-    out = partials.new_empty(rows.num_experts, width, dtype=dtype)
-    _sum_up(partials, rows, rows_per_block, out, (width,))
+        :raises ValueError: ``MAX_PARTS`` kernels have slots already.
+        """
+        if len(self._partials) == MAX_PARTS:
+            raise ValueError(f"No more than {MAX_PARTS} kernels may leave sums.")
 
-    return out
+        num_experts = self._rows.num_experts
+        num_blocks = ceil_div(self._rows.num_rows, rows_per_block)
+        partials = torch.empty(
+            max(num_blocks + num_experts - 1, 1),
+            sum([x.numel() for x in params]) // num_experts,
+            dtype=torch.float32,
+            device=self._rows.begins.device,
+        )
 
+        self._partials.append(partials)
+        self._rows_per_block.append(rows_per_block)
+        self._params.append(params)
 
-def sum_partials_in_parts(
-    partials: Tensor, rows: RaggedRows, rows_per_block: int, params: Sequence[Tensor]
-) -> list[Tensor]:
-    """Add up slots that have the sums for several parameters side by side.
+        return partials
 
-    :param partials: What programs wrote. *Shape:* ``(slots,width)``.
-    :param rows: The rows.
-    :param rows_per_block: As for :func:`new_partials`.
-    :param params: The parameters, in the order of their sums, of one type. *Shape:*
-        ``([E,]…)`` each, ``E * width`` elements in all.
+    def add_up(self) -> list[Tensor]:
+        """Add up the slots of each expert, of all kernels.
 
-    :returns: The sums, each contiguous, and as its parameter.
-    """
-    sizes = [x.numel() for x in params]
-    out = partials.new_empty(sum(sizes), dtype=params[0].dtype)
-    widths = tuple(size // rows.num_experts for size in sizes)
-    _sum_up(partials, rows, rows_per_block, out, widths)
+        :returns: The gradients of all parameters, in the order they were given in, each
+            contiguous, of its parameter's type and shape; 0 for an expert without a
+            row.
+        """
+        rows = self._rows
+        num_experts = rows.num_experts
+        params = [x for of_kernel in self._params for x in of_kernel]
+        sizes = [x.numel() for x in params]
+        out = torch.empty(sum(sizes), dtype=params[0].dtype, device=rows.begins.device)
 
-    return [x.view(y.shape) for x, y in zip(out.split(sizes), params, strict=True)]
+        widths = [x.numel() // num_experts for x in params]
+        tiles = [_NARROW if x.size(1) < _MANY else _WIDE for x in self._partials]
+        num_tiles = [
+            ceil_div(x.size(1), cols)
+            for x, (_, cols) in zip(self._partials, tiles, strict=True)
+        ]
+        unused = [self._partials[0]] * (MAX_PARTS - len(tiles))
+        _add_up_kernel[(sum(num_tiles), num_experts)](
+            *(*self._partials, *unused, rows.begins, out, rows.num_seqs),
+            WIDTHS=tuple(widths),
+            PARTS=tuple([i for i, x in enumerate(self._params) for _ in x]),
+            TOTALS=tuple([x.size(1) for x in self._partials]),
+            ROWS_PER_BLOCK=tuple(self._rows_per_block),
+            BLOCK_ROWS=tuple([x for x, _ in tiles]),
+            BLOCK_COLS=tuple([x for _, x in tiles]),
+            ENDS=tuple(accumulate(num_tiles)),
+            NUM_EXPERTS=num_experts,
+        )
 
-
-def _sum_up(
-    partials: Tensor,
-    rows: RaggedRows,
-    rows_per_block: int,
-    out: Tensor,
-    widths: tuple[int, ...],
-) -> None:
-    width = partials.size(1)
-    block_rows, block_cols = _NARROW if width < 2048 else _WIDE
-    grid = (ceil_div(width, block_cols), rows.num_experts)
-    _sum_partials_kernel[grid](
-        *(partials, rows.begins, out, rows.num_seqs, width, rows_per_block),
-        WIDTHS=widths,
-        NUM_EXPERTS=rows.num_experts,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLS=block_cols,
-    )
+        return [x.view(y.shape) for x, y in zip(out.split(sizes), params, strict=True)]
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
@@ -128,42 +136,60 @@ def locate(begins, num_seqs, slot, ROWS: tl.constexpr, NUM_EXPERTS: tl.constexpr
 
 @Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # as above
-def _sum_partials_kernel(  # type: ignore[no-untyped-def]  # as above
-    partials,
+def _add_up_kernel(  # type: ignore[no-untyped-def]  # as above
+    partials_0,
+    partials_1,
+    partials_2,
+    partials_3,
     begins,
     out,
     num_seqs,
-    width,
-    rows_per_block,
     WIDTHS: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TOTALS: tl.constexpr,
+    ROWS_PER_BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    ENDS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
 ):
+    partials = (partials_0, partials_1, partials_2, partials_3)
     expert = tl.program_id(1)
-    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     begin = tl.load(begins + expert * num_seqs)
     end = tl.load(begins + (expert + 1) * num_seqs)
 
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    if end > begin:
-        slot = begin // rows_per_block + expert
-        last = (end - 1) // rows_per_block + expert
-        # The interpreter takes no tensor as the end of a range.
-        while slot <= last:
-            slots = slot + tl.arange(0, BLOCK_ROWS)
-            total += tl.load(
-                partials + slots.to(tl.int64)[:, None] * width + cols[None, :],
-                mask=(slots <= last)[:, None] & (cols < width)[None, :],
-                other=0.0,
-            )
-            slot += BLOCK_ROWS
+    first_tile = 0
+    for part in tl.static_range(len(ENDS)):
+        tile = tl.program_id(0) - first_tile
+        width = TOTALS[part]
 
-    # (E,width) of each part, one after the other
-    at = cols
-    first = 0
-    for i in tl.static_range(len(WIDTHS)):
-        shift = (NUM_EXPERTS - 1) * first + expert * WIDTHS[i]
-        at = tl.where(cols >= first, cols + shift, at)
-        first += WIDTHS[i]
-    tl.store(out + at, tl.sum(total, 0).to(out.dtype.element_ty), mask=cols < width)
+        if (tile >= 0) & (tl.program_id(0) < ENDS[part]):
+            rows = tl.arange(0, BLOCK_ROWS[part])
+            cols = tile * BLOCK_COLS[part] + tl.arange(0, BLOCK_COLS[part])
+            total = (rows[:, None] + cols[None, :]) * 0.0
+            if end > begin:
+                slot = begin // ROWS_PER_BLOCK[part] + expert
+                last = (end - 1) // ROWS_PER_BLOCK[part] + expert
+                # The interpreter takes no tensor as the end of a range.
+                while slot <= last:
+                    slots = slot + rows
+                    total += tl.load(
+                        partials[part] + slots.to(tl.int64)[:, None] * width + cols,
+                        mask=(slots <= last)[:, None] & (cols < width)[None, :],
+                        other=0.0,
+                    )
+                    slot += BLOCK_ROWS[part]
+
+            # (E,width) of each parameter, one after the other
+            at = cols
+            first = 0
+            for i in tl.static_range(len(WIDTHS)):
+                if PARTS[i] == part:
+                    shift = (NUM_EXPERTS - 1) * first + expert * WIDTHS[i]
+                    at = tl.where(cols >= first, cols + shift, at)
+                    first += WIDTHS[i]
+            sums = tl.sum(total, 0).to(out.dtype.element_ty)
+            tl.store(out + at, sums, mask=cols < width)
+
+        out += NUM_EXPERTS * width
+        first_tile = ENDS[part]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moxe_plugin.nn.ragged import RaggedRows
-from moxe_plugin.nn.triton.partials import new_partials, sum_partials
+from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.row_gated_norm_kernels import (
     gated_norm_backward_kernel,
     gated_norm_forward_kernel,
@@ -50,13 +50,11 @@ class GatedNormInputs(NamedTuple):
 
 
 class GatedNormGrads(NamedTuple):
-    """The gradients of :class:`GatedNormInputs`, as these."""
+    """The gradients of those of :class:`GatedNormInputs` that have rows, as these."""
 
     hidden: Tensor
     convolved: Tensor
     gate: Tensor
-    norm_weight: Tensor
-    skip: Tensor
 
 
 def gated_norm_forward(
@@ -102,6 +100,7 @@ def gated_norm_backward(
     stats: Tensor,
     rows: RaggedRows,
     num_heads: int,
+    sums: PartialSums,
     grad_gate: Tensor | None = None,
 ) -> GatedNormGrads:
     """Compute the gradients of :func:`gated_norm_forward`.
@@ -112,6 +111,7 @@ def gated_norm_backward(
     :param stats: What :func:`gated_norm_forward` returned.
     :param rows: As in :func:`gated_norm_forward`.
     :param num_heads: As in :func:`gated_norm_forward`.
+    :param sums: Gets the gradients of the norm's weight and of the skip.
     :param grad_gate: Gets the gradient of the gate, with a last stride of 1, as the
         half of a wider tensor; a new tensor if ``None``. *Shape:* ``(C,I)``.
 
@@ -123,8 +123,7 @@ def gated_norm_backward(
     grad_convolved = convolved.new_empty(num_rows, width)
     if grad_gate is None:
         grad_gate = gate.new_empty(num_rows, width)
-    # Those of the norm's weight, and of the skip
-    partials = new_partials(rows, _ROWS_PER_BLOCK, 2 * width)
+    partials = sums.new_slots(_ROWS_PER_BLOCK, (norm_weight, skip))
 
     if num_rows > 0:
         head_dim = width // num_heads
@@ -143,9 +142,4 @@ def gated_norm_backward(
             maxnreg=MAX_REGISTERS,
         )
 
-    sums = sum_partials(partials, rows, _ROWS_PER_BLOCK, norm_weight.dtype)
-
-    return GatedNormGrads(
-        *(grad_hidden, grad_convolved, grad_gate),
-        *(sums[:, :width], sums[:, width:].to(skip.dtype)),
-    )
+    return GatedNormGrads(grad_hidden, grad_convolved, grad_gate)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moxe_plugin.nn.ragged import RaggedRows
-from moxe_plugin.nn.triton.partials import new_partials, sum_partials
+from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.row_norm_kernels import (
     norm_backward_kernel,
     norm_forward_kernel,
@@ -76,8 +76,9 @@ def norm_backward(
     stats: Tensor,
     rows: RaggedRows,
     num_heads: int,
+    sums: PartialSums,
     other_grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Compute the gradients of :func:`norm_forward`.
 
     :param grad_out: The gradient of the outputs, with a last stride of 1. *Shape:*
@@ -87,15 +88,16 @@ def norm_backward(
     :param stats: What :func:`norm_forward` returned.
     :param rows: As in :func:`norm_forward`.
     :param num_heads: As in :func:`norm_forward`.
+    :param sums: Gets the gradient of ``weight``.
     :param other_grad: The gradient that ``flat`` gets elsewhere, as from a residual
         connection around the norm, to which this one is added; with a last stride of 1.
         *Shape:* ``(C,M)``.
 
-    :returns: The gradients of ``flat`` and ``weight``, as these.
+    :returns: The gradient of ``flat``, as this.
     """
     num_rows, width = flat.shape
     grad_flat = flat.new_empty(num_rows, width)
-    partials = new_partials(rows, _ROWS_PER_BLOCK, width)
+    partials = sums.new_slots(_ROWS_PER_BLOCK, (weight,))
 
     if num_rows > 0:
         head_dim = width // num_heads
@@ -118,7 +120,7 @@ def norm_backward(
             maxnreg=MAX_REGISTERS,
         )
 
-    return grad_flat, sum_partials(partials, rows, _ROWS_PER_BLOCK, weight.dtype)
+    return grad_flat
 
 
 def count_warps(block_dim: int) -> int:

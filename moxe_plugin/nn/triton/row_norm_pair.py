@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moxe_plugin.nn.ragged import RaggedRows
-from moxe_plugin.nn.triton.partials import new_partials, sum_partials
+from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.row_norm import MAX_REGISTERS, count_warps
 from moxe_plugin.nn.triton.row_norm_pair_kernels import (
     norm_pair_backward_kernel,
@@ -28,12 +28,10 @@ _ROWS_PER_BLOCK = 32
 
 
 class NormPairGrads(NamedTuple):
-    """The gradients of the arguments of :func:`norm_pair_forward`, as these."""
+    """The gradients of what :func:`norm_pair_forward` reads rows of, as these."""
 
     flat: Tensor
-    weight: Tensor
     residual: Tensor
-    next_weight: Tensor
 
 
 def norm_pair_forward(
@@ -95,6 +93,7 @@ def norm_pair_backward(
     stats: Tensor,
     rows: RaggedRows,
     num_heads: int,
+    sums: PartialSums,
 ) -> NormPairGrads:
     """Compute the gradients of :func:`norm_pair_forward`.
 
@@ -109,14 +108,14 @@ def norm_pair_backward(
     :param stats: What :func:`norm_pair_forward` returned.
     :param rows: As in :func:`norm_pair_forward`.
     :param num_heads: As in :func:`norm_pair_forward`.
+    :param sums: Gets the gradients of ``weight`` and ``next_weight``.
 
     :returns: The gradients.
     """
     num_rows, width = flat.shape
     grad_flat = flat.new_empty(num_rows, width)
     grad_residual = summed.new_empty(num_rows, width)
-    # Those of the first norm's weight, and of the second's
-    partials = new_partials(rows, _ROWS_PER_BLOCK, 2 * width)
+    partials = sums.new_slots(_ROWS_PER_BLOCK, (weight, next_weight))
 
     if num_rows > 0:
         head_dim = width // num_heads
@@ -137,9 +136,4 @@ def norm_pair_backward(
             maxnreg=MAX_REGISTERS,
         )
 
-    sums = sum_partials(partials, rows, _ROWS_PER_BLOCK, weight.dtype)
-
-    return NormPairGrads(
-        *(grad_flat, sums[:, :width]),
-        *(grad_residual, sums[:, width:].to(next_weight.dtype)),
-    )
+    return NormPairGrads(grad_flat, grad_residual)

@@ -6,7 +6,7 @@ The block of :mod:`moxe_plugin.nn.slstm` as one autograd function, as
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from moxe_plugin.nn.triton.head_products import (
     gate_products_backward,
     gate_weight_grads,
 )
+from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.row_conv import (
     KERNEL_SIZE,
     causal_conv_silu_backward,
@@ -90,6 +91,12 @@ def slstm_block_rows(
         return _SLSTMBlockRows.apply(rows, eps, dtype, flat, *weights)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
 
+_STACKED: Final = [
+    SLSTMWeights._fields.index(x)
+    for x in ("gate_proj", "recurrent_weight", "ffn_up_proj", "ffn_down_proj")
+]
+
+
 class _SLSTMBlockRows(Function):
     @staticmethod
     def forward(
@@ -100,7 +107,7 @@ class _SLSTMBlockRows(Function):
         flat: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        w = SLSTMWeights(*stack_params(params, dtype))
+        w = SLSTMWeights(*stack_params(params, dtype, _STACKED))
         flat = flat.contiguous()
         ends = ends_of_experts(rows)
         num_heads = w.gate_proj.size(1)
@@ -153,32 +160,35 @@ class _SLSTMBlockRows(Function):
         grad_ffn_normed = expert_products(
             grad_projected, w.ffn_up_proj.mT, rows.counts, ends
         )
+        sums = PartialSums(rows)
         grads = norm_pair_backward(
             *(grad_out, grad_ffn_normed, outputs, w.out_norm, mixed, w.ffn_norm),
-            *(mixed_stats, rows, num_heads),
+            *(mixed_stats, rows, num_heads, sums),
         )
 
         grad_inputs, grad_bias = scan_backward(
             w.recurrent_weight, rows, gates, cs, grads.flat
         )
-        grad_recurrent, grad_gate_proj = gate_weight_grads(
-            before, convolved, normed, grad_inputs, w.gate_proj, rows
+        gate_weight_grads(
+            before, convolved, normed, grad_inputs, w.gate_proj, rows, sums
         )
         grad_convolved, grad_normed = gate_products_backward(
             grad_inputs, w.gate_proj, rows
         )
-        _, grad_conv_weight, grad_conv_bias = causal_conv_silu_backward(
-            *(grad_convolved, normed, w.conv_weight, w.conv_bias, rows),
+        causal_conv_silu_backward(
+            *(grad_convolved, normed, w.conv_weight, w.conv_bias, rows, sums),
             out=grad_normed,
             add=grad_normed,
         )
-        grad_flat, grad_norm = norm_backward(
-            *(grad_normed, flat, w.norm, stats, rows, 1, grads.residual)
+        grad_flat = norm_backward(
+            *(grad_normed, flat, w.norm, stats, rows, 1, sums, grads.residual)
         )
 
+        grad_out_norm, grad_ffn_norm, grad_recurrent, *others = sums.add_up()
+        grad_gate_proj, grad_conv_weight, grad_conv_bias, grad_norm = others
         grad_params = (
             *(grad_norm, grad_conv_weight, grad_conv_bias, grad_gate_proj),
-            *(grad_recurrent, grad_bias, grads.weight, grads.next_weight),
+            *(grad_recurrent, grad_bias, grad_out_norm, grad_ffn_norm),
             *(grad_ffn_up, grad_ffn_down),
         )
 

@@ -16,6 +16,7 @@ from moxe_plugin.nn.triton.block_products import (
     project_backward,
     project_forward,
 )
+from moxe_plugin.nn.triton.partials import PartialSums
 
 NUM_HEADS = 3
 LAYOUTS = [
@@ -87,9 +88,10 @@ def run(
     inputs = (convolved, conv_input, weights, rows)
     of_u, of_a = torch.empty_like(convolved), torch.empty_like(convolved)
     of_qkv, of_gates = directions
-    of_weights = project_backward(of_qkv, of_gates, *inputs, of_u, of_a)
+    sums = PartialSums(rows)
+    project_backward(of_qkv, of_gates, *inputs, sums, of_u, of_a)
 
-    return list(project_forward(*inputs)), [of_u, of_a, *of_weights]
+    return list(project_forward(*inputs)), [of_u, of_a, *sums.add_up()]
 
 
 @pytest.mark.parametrize(
@@ -162,10 +164,11 @@ def test_gradients_can_be_added_to_parts_of_wider_tensors(device: torch.device) 
     parts = wide.clone().chunk(2, dim=1)
     inputs = (*grads, convolved, conv_input, weights, rows)
 
-    expected = project_backward(*inputs, *plain)
-    actual = project_backward(*inputs, *parts, adds_to_convolved=True)
+    expected, actual = PartialSums(rows), PartialSums(rows)
+    project_backward(*inputs, expected, *plain)
+    project_backward(*inputs, actual, *parts, adds_to_convolved=True)
 
-    assert_close(actual, expected, rtol=0, atol=0)
+    assert_close(actual.add_up(), expected.add_up(), rtol=0, atol=0)
     assert_close(parts[0], wide.chunk(2, dim=1)[0] + plain[0])
     assert_close(parts[1], plain[1], rtol=0, atol=0)
 

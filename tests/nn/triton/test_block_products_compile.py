@@ -20,6 +20,7 @@ def launch_kernels() -> None:
         project_backward,
         project_forward,
     )
+    from moxe_plugin.nn.triton.partials import PartialSums
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.bfloat16)
@@ -30,7 +31,11 @@ def launch_kernels() -> None:
     u, a = zeros(128, 1280), zeros(128, 2560)[:, :1280]
 
     project_forward(u, a, weights, rows)
-    project_backward(zeros(128, 3840), torch.zeros(128, 8), u, a, weights, rows, u, a)
+    sums = PartialSums(rows)
+    project_backward(
+        zeros(128, 3840), torch.zeros(128, 8), u, a, weights, rows, sums, u, a
+    )
+    sums.add_up()
 
 
 def test_kernels_compile_and_two_programs_fit(tmp_path: Path) -> None:

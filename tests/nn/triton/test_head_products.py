@@ -16,6 +16,7 @@ from moxe_plugin.nn.triton.head_products import (
     gate_products_backward,
     gate_weight_grads,
 )
+from moxe_plugin.nn.triton.partials import PartialSums
 
 NUM_HEADS = 2
 LAYOUTS = [
@@ -66,9 +67,9 @@ def test_kernels_are_the_products_of_each_head_with_gradients(
 
     gates = gate_products(convolved, normed, weight, rows)
     grads = gate_products_backward(grad_gates, weight, rows)
-    grad_weights = gate_weight_grads(
-        before, convolved, normed, grad_gates, weight, rows
-    )
+    sums = PartialSums(rows)
+    gate_weight_grads(before, convolved, normed, grad_gates, weight, rows, sums)
+    grad_weights = sums.add_up()
 
     h, u, x, w = (y.double() for y in (before, convolved, normed, weight))
     directions = tuple(grad_gates.double())
@@ -95,12 +96,11 @@ def test_gradients_have_the_type_of_their_weight(device: torch.device) -> None:
     rows = ragged_rows([[20, 1], [0, 30]], device)
     before, convolved, normed, grads, weight = draw(rows, 16, bfloat16)
 
-    wide, narrow = (
-        gate_weight_grads(before, convolved, normed, grads, like, rows)
-        for like in (weight.float(), weight)
-    )
+    wide, narrow = PartialSums(rows), PartialSums(rows)
+    for like, sums in ((weight.float(), wide), (weight, narrow)):
+        gate_weight_grads(before, convolved, normed, grads, like, rows, sums)
 
-    for x, y in zip(wide, narrow, strict=True):
+    for x, y in zip(wide.add_up(), narrow.add_up(), strict=True):
         assert x.dtype == float32
         # The interpreter rounds to bfloat16 by cutting off.
         assert_close(x.to(bfloat16), y, rtol=2**-7, atol=0)

@@ -24,6 +24,7 @@ def launch_kernels() -> None:
         gate_products_backward,
         gate_weight_grads,
     )
+    from moxe_plugin.nn.triton.partials import PartialSums
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.bfloat16)
@@ -37,7 +38,9 @@ def launch_kernels() -> None:
 
     gate_products(inputs, inputs, weight, rows)
     gate_products_backward(grads, weight, rows)
-    gate_weight_grads(inputs, inputs, inputs, grads, weight, rows)
+    sums = PartialSums(rows)
+    gate_weight_grads(inputs, inputs, inputs, grads, weight, rows, sums)
+    sums.add_up()
 
 
 def test_kernels_compile_and_fit(tmp_path: Path) -> None:

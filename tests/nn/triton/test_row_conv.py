@@ -12,6 +12,7 @@ from torch.testing import assert_close
 pytest.importorskip("triton")
 
 from moxe_plugin.nn.ragged import RaggedRows, ragged_rows
+from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.row_conv import (
     causal_conv_silu_backward,
     causal_conv_silu_forward,
@@ -60,7 +61,9 @@ def differentiate(
     """Give output and gradients, and the same by torch in float64."""
     output = causal_conv_silu_forward(*inputs, rows)
     upstream = torch.randn_like(output)
-    grads = causal_conv_silu_backward(upstream, *inputs, rows)
+    sums = PartialSums(rows)
+    of_flat = causal_conv_silu_backward(upstream, *inputs, rows, sums)
+    grads = [of_flat, *sums.add_up()]
 
     flat, weight, bias = exact = [x.double().requires_grad_() for x in inputs]
     expected = reference(flat, weight, bias, lens)
@@ -109,11 +112,10 @@ def test_gradient_of_inputs_is_added_to_another_in_wider_rows(
     wide = others.clone() if in_place else torch.full_like(others, 7)
     out = wide[:, :6]
 
-    alone, *_ = causal_conv_silu_backward(upstream, flat, weight, bias, rows)
+    args = (upstream, flat, weight, bias, rows, PartialSums(rows))
+    alone = causal_conv_silu_backward(*args)
     add = out if in_place else others[:, :6]
-    result, *_ = causal_conv_silu_backward(
-        upstream, flat, weight, bias, rows, out=out, add=add
-    )
+    result = causal_conv_silu_backward(*args, out=out, add=add)
 
     assert result is out
     assert_close(out, alone + others[:, :6])
@@ -128,9 +130,11 @@ def test_block_that_is_no_bank_has_parameters_without_experts(
     inputs = flat, weight[0], bias[0]
 
     actual = causal_conv_silu_forward(*inputs, rows)
-    grads = causal_conv_silu_backward(torch.ones_like(actual), *inputs, rows)
+    sums = PartialSums(rows)
+    of_flat = causal_conv_silu_backward(torch.ones_like(actual), *inputs, rows, sums)
 
     assert_close(actual, reference(flat, weight, bias, [[5, 3]]))
+    grads = [of_flat, *sums.add_up()]
     assert [x.shape for x in grads] == [x.shape for x in inputs]
 
 

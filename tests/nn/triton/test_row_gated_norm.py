@@ -12,6 +12,7 @@ from moxe_plugin.nn.ragged import RaggedRows, ragged_rows
 
 pytest.importorskip("triton")
 
+from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.row_gated_norm import (  # needs Triton
     GatedNormInputs,
     gated_norm_backward,
@@ -55,13 +56,14 @@ def differentiate(
     """Give output and gradients, and the same by torch in float64."""
     own = GatedNormInputs(*inputs)
     out, stats = gated_norm_forward(own, ROWS, num_heads, EPS)
-    grads = gated_norm_backward(grad, own, stats, ROWS, num_heads)
+    sums = PartialSums(ROWS)
+    grads = gated_norm_backward(grad, own, stats, ROWS, num_heads, sums)
 
     exact = [x.to(float64).requires_grad_() for x in inputs]
     expected = reference(exact, ROWS, num_heads)
     expected_grads = torch.autograd.grad(expected, exact, grad.to(float64))
 
-    return [out, *grads], [expected, *expected_grads]
+    return [out, *grads, *sums.add_up()], [expected, *expected_grads]
 
 
 @pytest.mark.parametrize(("width", "num_heads"), [(40, 1), (24, 4), (320, 2)])
@@ -92,14 +94,18 @@ def test_writes_the_gradient_of_the_gate_where_told() -> None:
     inputs = GatedNormInputs(*draw_inputs(ROWS, 24))
     grad = draw(ROWS.num_rows, 24, seed=5)
     _, stats = gated_norm_forward(inputs, ROWS, 2, EPS)
-    expected = gated_norm_backward(grad, inputs, stats, ROWS, 2)
+    args = (grad, inputs, stats, ROWS, 2)
+    expected_sums, sums = PartialSums(ROWS), PartialSums(ROWS)
+    expected = gated_norm_backward(*args, expected_sums)
 
     wide = torch.full((ROWS.num_rows, 48), 7.0)
-    actual = gated_norm_backward(grad, inputs, stats, ROWS, 2, wide[:, 24:])
+    actual = gated_norm_backward(*args, sums, wide[:, 24:])
 
     assert torch.equal(wide[:, 24:], expected.gate)
     assert torch.equal(wide[:, :24], torch.full((ROWS.num_rows, 24), 7.0))
-    for x, y in zip(actual, expected, strict=True):
+    for x, y in zip(
+        [*actual, *sums.add_up()], [*expected, *expected_sums.add_up()], strict=True
+    ):
         assert torch.equal(x, y)
 
 
@@ -108,8 +114,9 @@ def test_no_rows_give_zero_gradients() -> None:
     inputs = GatedNormInputs(*draw_inputs(rows, 24))
 
     out, stats = gated_norm_forward(inputs, rows, 4, EPS)
-    grads = gated_norm_backward(torch.ones(0, 24), inputs, stats, rows, 4)
+    sums = PartialSums(rows)
+    gated_norm_backward(torch.ones(0, 24), inputs, stats, rows, 4, sums)
 
     assert out.shape == (0, 24)
-    for grad in (grads.norm_weight, grads.skip):
+    for grad in sums.add_up():
         assert torch.equal(grad, torch.zeros(2, 24))

@@ -12,6 +12,7 @@ from moxe_plugin.nn.ragged import RaggedRows, ragged_rows
 
 pytest.importorskip("triton")
 
+from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.row_norm import norm_backward, norm_forward
 
 EPS = 1e-5
@@ -38,7 +39,8 @@ def differentiate(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Give output and gradients, and the same by torch in float64."""
     out, stats = norm_forward(flat, weight, rows, num_heads, EPS)
-    grads = norm_backward(grad, flat, weight, stats, rows, num_heads)
+    sums = PartialSums(rows)
+    of_flat = norm_backward(grad, flat, weight, stats, rows, num_heads, sums)
 
     exact = [x.to(float64).requires_grad_() for x in (flat, weight)]
     heads = exact[0].unflatten(-1, (num_heads, -1))
@@ -46,7 +48,7 @@ def differentiate(
     expected = normed * exact[1][expert_of_row(rows)]
     expected_grads = torch.autograd.grad(expected, exact, grad.to(float64))
 
-    return [out, *grads], [expected, *expected_grads]
+    return [out, of_flat, *sums.add_up()], [expected, *expected_grads]
 
 
 @pytest.mark.parametrize(("width", "num_heads"), [(40, 1), (24, 4), (320, 2)])
@@ -85,11 +87,12 @@ def test_adds_the_gradient_from_elsewhere() -> None:
 
     _, stats = norm_forward(flat, weight, rows, 1, EPS)
     args = (grad, flat, weight, stats, rows, 1)
-    grad_flat, grad_weight = norm_backward(*args)
-    summed, same_weight = norm_backward(*args, other_grad=other)
+    sums, same_sums = PartialSums(rows), PartialSums(rows)
+    grad_flat = norm_backward(*args, sums)
+    summed = norm_backward(*args, same_sums, other_grad=other)
 
     assert_close(summed, grad_flat + other)
-    assert torch.equal(same_weight, grad_weight)
+    assert torch.equal(same_sums.add_up()[0], sums.add_up()[0])
 
 
 def test_a_constant_row_stays_finite() -> None:
@@ -97,7 +100,9 @@ def test_a_constant_row_stays_finite() -> None:
     flat, weight = torch.full((3, 40), 1e4), torch.ones(1, 40)
 
     out, stats = norm_forward(flat, weight, rows, 1, EPS)
-    grad, _ = norm_backward(draw(3, 40, seed=1), flat, weight, stats, rows, 1)
+    grad = norm_backward(
+        draw(3, 40, seed=1), flat, weight, stats, rows, 1, PartialSums(rows)
+    )
 
     assert_close(out, torch.zeros(3, 40))
     assert grad.isfinite().all()
@@ -108,7 +113,9 @@ def test_no_rows_give_zero_gradients() -> None:
     flat, weight = torch.zeros(0, 40), torch.ones(2, 40)
 
     out, stats = norm_forward(flat, weight, rows, 1, EPS)
-    grad, grad_weight = norm_backward(flat, flat, weight, stats, rows, 1)
+    sums = PartialSums(rows)
+    grad = norm_backward(flat, flat, weight, stats, rows, 1, sums)
+    (grad_weight,) = sums.add_up()
 
     assert out.shape == grad.shape == (0, 40)
     assert torch.equal(grad_weight, torch.zeros(2, 40))

@@ -12,6 +12,7 @@ from moxe_plugin.nn.ragged import RaggedRows, ragged_rows
 
 pytest.importorskip("triton")
 
+from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.row_norm_pair import norm_pair_backward, norm_pair_forward
 
 EPS = 1e-5
@@ -47,12 +48,14 @@ def run(
         flat, weight, residual, next_weight, rows, num_heads, EPS
     )
     of_summed, of_normed_sum = grads
-    of_inputs = norm_pair_backward(
+    sums = PartialSums(rows)
+    of_flat, of_residual = norm_pair_backward(
         *(of_summed, of_normed_sum, flat, weight, summed, next_weight, stats),
-        *(rows, num_heads),
+        *(rows, num_heads, sums),
     )
+    of_weight, of_next_weight = sums.add_up()
 
-    return [summed, normed_sum, *of_inputs]
+    return [summed, normed_sum, of_flat, of_weight, of_residual, of_next_weight]
 
 
 def differentiate(
