@@ -9,13 +9,15 @@ slots of each expert.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.launching import Launcher
@@ -77,7 +79,7 @@ class PartialSums:
 
         return partials
 
-    def add_up(self) -> list[Tensor]:
+    def add_up(self) -> tuple[Tensor, ...]:
         """Add up the slots of each expert, of all kernels.
 
         :returns: The gradients of all parameters, in the order they were given in, each
@@ -90,26 +92,50 @@ class PartialSums:
         sizes = [x.numel() for x in params]
         out = torch.empty(sum(sizes), dtype=params[0].dtype, device=rows.begins.device)
 
-        widths = [x.numel() // num_experts for x in params]
-        tiles = [_NARROW if x.size(1) < _MANY else _WIDE for x in self._partials]
-        num_tiles = [
-            ceil_div(x.size(1), cols)
-            for x, (_, cols) in zip(self._partials, tiles, strict=True)
-        ]
-        unused = [self._partials[0]] * (MAX_PARTS - len(tiles))
-        _add_up_kernel[(sum(num_tiles), num_experts)](
-            *(*self._partials, *unused, rows.begins, out, rows.num_seqs),
-            WIDTHS=tuple(widths),
-            PARTS=tuple([i for i, x in enumerate(self._params) for _ in x]),
-            TOTALS=tuple([x.size(1) for x in self._partials]),
-            ROWS_PER_BLOCK=tuple(self._rows_per_block),
-            BLOCK_ROWS=tuple([x for x, _ in tiles]),
-            BLOCK_COLS=tuple([x for _, x in tiles]),
-            ENDS=tuple(accumulate(num_tiles)),
-            NUM_EXPERTS=num_experts,
+        num_tiles, constants = _plan(
+            tuple(sizes),
+            tuple([len(x) for x in self._params]),
+            tuple(self._rows_per_block),
+            num_experts,
+        )
+        unused = [self._partials[0]] * (MAX_PARTS - len(self._partials))
+        _add_up_kernel[(num_tiles, num_experts)](
+            *(*self._partials, *unused, rows.begins, out, rows.num_seqs), **constants
         )
 
-        return [x.view(y.shape) for x, y in zip(out.split(sizes), params, strict=True)]
+        grads: tuple[Tensor, ...] = _unflatten_dense_tensors(out, params)
+
+        return grads
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    sizes: tuple[int, ...],
+    num_params: tuple[int, ...],
+    rows_per_block: tuple[int, ...],
+    num_experts: int,
+) -> tuple[int, dict[str, Any]]:
+    parts = tuple([i for i, count in enumerate(num_params) for _ in range(count)])
+    widths = tuple([size // num_experts for size in sizes])
+    totals = tuple(
+        [
+            sum(width for width, of in zip(widths, parts, strict=True) if of == part)
+            for part in range(len(num_params))
+        ]
+    )
+    tiles = [_NARROW if total < _MANY else _WIDE for total in totals]
+    num_tiles = [ceil_div(x, cols) for x, (_, cols) in zip(totals, tiles, strict=True)]
+
+    return sum(num_tiles), {
+        "WIDTHS": widths,
+        "PARTS": parts,
+        "TOTALS": totals,
+        "ROWS_PER_BLOCK": rows_per_block,
+        "BLOCK_ROWS": tuple([x for x, _ in tiles]),
+        "BLOCK_COLS": tuple([x for _, x in tiles]),
+        "ENDS": tuple(accumulate(num_tiles)),
+        "NUM_EXPERTS": num_experts,
+    }
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations

@@ -48,10 +48,11 @@ def sum_choices(
             ceil_div(width, _BLOCK_COLS),
         )
         _sum_choices_kernel[grid](
-            *(first, second, first.size(0), first.stride(0), second.stride(0)),
+            *(first, second),
             # Without weights any pointer does: nothing is loaded.
-            *(row_of_choice if weights is None else weights.contiguous(),),
-            *(row_of_choice, out, num_tokens),
+            row_of_choice if weights is None else weights.contiguous(),
+            *(row_of_choice, out),
+            *(first.size(0), first.stride(0), second.stride(0), num_tokens),
             TOP_K=top_k,
             WIDTH=width,
             HAS_WEIGHTS=weights is not None,
@@ -122,12 +123,12 @@ def _row_starts(  # type: ignore[no-untyped-def]  # Triton has no annotations
 def _sum_choices_kernel(  # type: ignore[no-untyped-def]  # as above
     first,
     second,
-    boundary,
-    first_stride,
-    second_stride,
     weights,
     row_of_choice,
     out,
+    boundary,
+    first_stride,
+    second_stride,
     num_tokens,
     TOP_K: tl.constexpr,
     WIDTH: tl.constexpr,

@@ -84,6 +84,30 @@ def test_other_arguments_are_compiled_for(
     assert not kernel.relaunched
 
 
+def test_other_numbers_of_the_same_kind_are_not_compiled_for(kernel: Kernel) -> None:
+    launcher, x = Launcher(kernel), torch.zeros(32)
+
+    for size in range(17, 17 + 16 * launching._MAX_KNOWN, 16):
+        launcher[(1,)](x, size, 1e-5, BLOCK=64)
+        launcher[(1,)](x, size, 1e-5, BLOCK=64)
+    # More are not remembered, but launched.
+    launcher[(1,)](x, 2**20 + 1, 1e-5, BLOCK=64)
+
+    assert len(kernel.compiled) == 1
+    assert kernel.relaunched[-1][10] == 2**20 + 1
+    assert len(launcher._known) <= launching._MAX_KNOWN
+
+
+def test_tensors_come_before_numbers(kernel: Kernel) -> None:
+    x = torch.zeros(32)
+
+    for args in ((17, 1e-5), (x, 17, x)):
+        with pytest.raises(TypeError, match="tensors before numbers, at least one"):
+            Launcher(kernel)[(1,)](*args, BLOCK=64)
+
+    assert not kernel.compiled
+
+
 def test_what_is_interpreted_is_launched_by_triton() -> None:
     kernel = Kernel()
     launcher = Launcher(kernel)
