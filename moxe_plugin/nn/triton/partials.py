@@ -41,10 +41,12 @@ class PartialSums:
     """Sums that several kernels leave, added up by one launch.
 
     :param rows: The rows.
+    :param dtype: The type of the gradients; ``None`` for that of the parameters.
     """
 
-    def __init__(self, rows: RaggedRows) -> None:
+    def __init__(self, rows: RaggedRows, dtype: torch.dtype | None = None) -> None:
         self._rows = rows
+        self._dtype = dtype
         self._partials: list[Tensor] = []
         self._rows_per_block: list[int] = []
         self._params: list[Sequence[Tensor]] = []
@@ -83,14 +85,14 @@ class PartialSums:
         """Add up the slots of each expert, of all kernels.
 
         :returns: The gradients of all parameters, in the order they were given in, each
-            contiguous, of its parameter's type and shape; 0 for an expert without a
-            row.
+            contiguous and of its parameter's shape; 0 for an expert without a row.
         """
         rows = self._rows
         num_experts = rows.num_experts
         params = [x for of_kernel in self._params for x in of_kernel]
         sizes = [x.numel() for x in params]
-        out = torch.empty(sum(sizes), dtype=params[0].dtype, device=rows.begins.device)
+        dtype = params[0].dtype if self._dtype is None else self._dtype
+        out = torch.empty(sum(sizes), dtype=dtype, device=rows.begins.device)
 
         num_tiles, constants = _plan(
             tuple(sizes),

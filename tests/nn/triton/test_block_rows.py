@@ -93,6 +93,22 @@ def test_a_block_on_rows_is_the_block(kind: str, with_autocast: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["mlstm", "slstm"])
+def test_gradients_of_float32_parameters_are_not_rounded(kind: str) -> None:
+    torch.manual_seed(4)
+    block = make_block(kind)
+    set_backend(block, "triton")
+
+    with torch.autocast("cpu", bfloat16):
+        output, _ = block(torch.randn(3, 21, MODEL_DIM), return_state=False)
+    output.float().square().sum().backward()
+
+    # What is no product of torch's, which gives bfloat16
+    for weight in (block.norm.weight, block.conv.weight, block.conv.bias):
+        assert weight.grad is not None
+        assert not torch.equal(weight.grad, weight.grad.to(bfloat16).float())
+
+
 @pytest.mark.parametrize(("with_lens", "with_autocast"), [(False, True), (True, False)])
 def test_experts_on_rows_are_the_experts(with_lens: bool, with_autocast: bool) -> None:
     torch.manual_seed(2)
