@@ -62,6 +62,18 @@ def ends_of_experts(rows: RaggedRows) -> Tensor | None:
     return rows.begins[rows.num_seqs :: rows.num_seqs].contiguous()
 
 
+def with_dense_rows(rows: Tensor) -> Tensor:
+    """Bring rows into a form that kernels read.
+
+    They take any distance between rows, but none between columns.
+
+    :param rows: *Shape:* ``(C,M)``.
+
+    :returns: The same, copied if columns are apart.
+    """
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def ragged_rows(seq_lens: Sequence[Sequence[int]], device: torch.device) -> RaggedRows:
     """Lay out segments of given lengths.
 

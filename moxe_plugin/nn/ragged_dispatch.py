@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.ragged import RaggedRows
+from moxe_plugin.nn.ragged import RaggedRows, with_dense_rows
 
 if TYPE_CHECKING:
     from moxe_plugin.nn.triton.row_plan import PlacedRows
@@ -151,7 +151,9 @@ class _SendTokens(Function):
     def backward(ctx: Any, _: None, *grad_banks: Tensor) -> tuple[Tensor | None, ...]:
         from moxe_plugin.nn.triton.row_dispatch import sum_choices
 
-        grad = sum_choices(_dense(grad_banks), None, ctx.row_of_choice, ctx.dtype)
+        grad = sum_choices(
+            [with_dense_rows(x) for x in grad_banks], None, ctx.row_of_choice, ctx.dtype
+        )
 
         return grad, None, None, None
 
@@ -168,7 +170,7 @@ class _CombineRows(Function):
     ) -> Tensor:
         from moxe_plugin.nn.triton.row_dispatch import sum_choices
 
-        banks = _dense(banks)
+        banks = tuple(with_dense_rows(x) for x in banks)
         ctx.save_for_backward(weights, *banks)
         ctx.row_of_choice, ctx.num_rows = plan.row_of_choice, plan.num_rows
 
@@ -181,15 +183,9 @@ class _CombineRows(Function):
         from moxe_plugin.nn.triton.row_dispatch import sum_choices_backward
 
         weights, *banks = ctx.saved_tensors
-        (grad_output,) = _dense([grad_output])
 
         grad_rows, grad_weights = sum_choices_backward(
-            grad_output, banks, weights, ctx.row_of_choice
+            with_dense_rows(grad_output), banks, weights, ctx.row_of_choice
         )
 
         return grad_weights, None, None, *grad_rows.split(ctx.num_rows)
-
-
-def _dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    # Kernels take any distance between rows, but none between columns.
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)

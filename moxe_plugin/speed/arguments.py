@@ -155,18 +155,20 @@ def add_numbers(
         )
 
 
-def add_output_options(parser: ArgumentParser, name: str | None = None) -> None:
+def add_output_options(
+    parser: ArgumentParser, name: str = "after machine and type"
+) -> None:
     """Add ``--name`` and ``--out``, which tell where records go.
 
     :param parser: Gets them.
-    :param name: The default name; ``None`` if it depends on what is measured.
+    :param name: The default name; in words, with spaces, if it depends on what is
+        measured: the option is ``None`` then.
     """
     parser.add_argument(
         "--name",
         metavar="NAME",
-        default=name,
-        help="name of the files without suffix "
-        f"(default: {name or 'after machine and type'})",
+        default=None if " " in name else name,
+        help=f"name of the files without suffix (default: {name})",
     )
     parser.add_argument(
         "--out",

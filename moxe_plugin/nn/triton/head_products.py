@@ -101,8 +101,8 @@ def gate_weight_grads(
     :param grad_gates: Contiguous. *Shape:* ``(2,C,H*2*D)``.
     :param like: A weight. *Shape:* ``(E,H,D,4,D)``.
     :param rows: Where rows stand.
-    :param sums: Gets the gradients of the recurrent weight and of ``gate_proj``, in the
-        type of ``like``. *Shape:* ``(E,H,D,4,D)`` each.
+    :param sums: Gets the gradients of the recurrent weight and of ``gate_proj``.
+        *Shape:* ``(E,H,D,4,D)`` each.
 
     :raises ValueError: As for :func:`gate_products`.
     """

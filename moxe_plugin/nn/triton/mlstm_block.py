@@ -164,7 +164,7 @@ class _MLSTMBlockRows(Function):
 
         grad_down = expert_outer_products(gated, grad, rows.counts, ends)
         grad_gated = expert_products(grad, w.down_proj.mT, rows.counts, ends)
-        # Not rounded where parameters are float32, as under autocast
+        # Not rounded where the first parameter, and so all, are float32: under autocast
         sums = PartialSums(rows, ctx.params[0][0])
         grads = gated_norm_backward(
             grad_gated,

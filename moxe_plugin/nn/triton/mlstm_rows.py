@@ -28,7 +28,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.mlstm_cell import MAX_EXPONENT, NORMALIZER_EPS
-from moxe_plugin.nn.ragged import RaggedRows
+from moxe_plugin.nn.ragged import RaggedRows, with_dense_rows
 from moxe_plugin.nn.triton.mlstm_rows_backward import (
     mlstm_rows_key_value_grad_kernel,
     mlstm_rows_query_grad_kernel,
@@ -244,7 +244,7 @@ class _MLSTMRows(Function):
         rows: RaggedRows,
         num_heads: int,
     ) -> Tensor:
-        q, k, v, gates = (_with_dense_rows(x) for x in (q, k, v, gates))
+        q, k, v, gates = (with_dense_rows(x) for x in (q, k, v, gates))
         h, small = mlstm_rows_forward(q, k, v, gates, rows, num_heads)
 
         ctx.save_for_backward(q, k, v, gates, h, small)
@@ -261,14 +261,10 @@ class _MLSTMRows(Function):
         grad = torch.empty(num_rows, 3 * width, dtype=q.dtype, device=q.device)
         grads = grad.split(width, dim=1)
         grad_gates = mlstm_rows_backward(
-            *(q, k, v, gates, h, small, _with_dense_rows(grad_h), *grads, ctx.rows)
+            *(q, k, v, gates, h, small, with_dense_rows(grad_h), *grads, ctx.rows)
         )
 
         return *grads, grad_gates, None, None
-
-
-def _with_dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _options(

@@ -23,6 +23,9 @@ from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.sizes import ceil_div
 
+MAX_PARTS: Final = 4
+"""How many kernels may leave sums to one :class:`PartialSums`."""
+
 _NARROW = 64, 32
 """Slots and columns that a program adds up at a time, of a few sums."""
 
@@ -30,18 +33,14 @@ _WIDE = 16, 256
 """The same of many sums."""
 
 _MANY = 2048
-"""From how many on they are."""
-
-
-MAX_PARTS: Final = 4
-"""How many kernels may leave sums to one :class:`PartialSums`."""
+"""From how many columns on the sums of a kernel are added up in wide tiles."""
 
 
 class PartialSums:
     """Sums that several kernels leave, added up by one launch.
 
     :param rows: The rows.
-    :param dtype: The type of the gradients; ``None`` for that of the parameters.
+    :param dtype: The type of all gradients; ``None`` for that of the first parameter.
     """
 
     def __init__(self, rows: RaggedRows, dtype: torch.dtype | None = None) -> None:
@@ -56,7 +55,7 @@ class PartialSums:
 
         :param rows_per_block: How many rows a program of it reads, R.
         :param params: What it sums up the gradients of: an expert's sums stand side by
-            side in this order. All of one type. *Shape:* ``([E,]…)`` each.
+            side in this order. *Shape:* ``([E,]…)`` each.
 
         :returns: Uninitialised float32; ``width`` is the number of sums of an expert.
             *Shape:* ``(slots,width)``.
@@ -194,6 +193,7 @@ def _add_up_kernel(  # type: ignore[no-untyped-def]  # as above
         if (tile >= 0) & (tl.program_id(0) < ENDS[part]):
             rows = tl.arange(0, BLOCK_ROWS[part])
             cols = tile * BLOCK_COLS[part] + tl.arange(0, BLOCK_COLS[part])
+            # As `tl.zeros` of a shape that two tuples have, which Triton refuses
             total = (rows[:, None] + cols[None, :]) * 0.0
             if end > begin:
                 slot = begin // ROWS_PER_BLOCK[part] + expert

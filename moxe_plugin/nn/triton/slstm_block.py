@@ -160,7 +160,7 @@ class _SLSTMBlockRows(Function):
         grad_ffn_normed = expert_products(
             grad_projected, w.ffn_up_proj.mT, rows.counts, ends
         )
-        # Not rounded where parameters are float32, as under autocast
+        # Not rounded where the first parameter, and so all, are float32: under autocast
         sums = PartialSums(rows, ctx.params[0][0])
         grads = norm_pair_backward(
             *(grad_out, grad_ffn_normed, outputs, w.out_norm, mixed, w.ffn_norm),

@@ -217,9 +217,10 @@ def scan_backward(
 
 
 def _choose_block(rows: RaggedRows, num_heads: int) -> int:
-    # The fewer segments a program has, the faster it is through a step. Triton gives
-    # the tensor cores no fewer than 16 columns, which 4 segments are twice, or backward
-    # four times; all programs run at once, one on a multiprocessor.
+    # The fewer segments a program has, the faster it is through a step; but all
+    # programs should run at once, one on a multiprocessor. Triton gives the tensor
+    # cores no fewer than 16 columns: 4 segments four times, or backward two halves
+    # twice.
     num_blocks = ceil_div(rows.num_seqs, 4)
     num_programs = num_blocks * num_heads * rows.num_experts
     all_run = num_programs <= count_multiprocessors(rows.begins.device)

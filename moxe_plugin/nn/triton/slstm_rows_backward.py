@@ -168,7 +168,7 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
     t = tl.max(lens) - 1
     while t >= 0:
         valid = (t < lens)[None, :]
-        has_old = ((t > 0) & (t - 1 < lens))[None, :]
+        has_old = ((t > 0) & (t < lens))[None, :]
         was_valid = (t + 1 < lens)[None, :]
         place = (((first + t) * H + head) * D)[None, :]
         at = place + bodies[:, None]
@@ -176,7 +176,7 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
         grads = _stack(d_i, d_f, d_z, d_o, P, BLOCK_N, element)
         if Q > 0:
             valid_tail = (t < lens_tail)[None, :]
-            has_old_tail = ((t > 0) & (t - 1 < lens_tail))[None, :]
+            has_old_tail = ((t > 0) & (t < lens_tail))[None, :]
             was_valid_tail = (t + 1 < lens_tail)[None, :]
             place_tail = (((first_tail + t) * H + head) * D)[None, :]
             at_tail = place_tail + tails[:, None]

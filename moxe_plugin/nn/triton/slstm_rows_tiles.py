@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def columns(x, y, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, element: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     """Let the columns of two tiles take turns: two of (SIZE,N) -> (SIZE,N*2).
 

@@ -8,7 +8,7 @@ from torch import bfloat16, float32
 from moxe_plugin.nn.triton.block_params import stack_params, unstack_grads
 
 
-def test_parameters_are_converted_together() -> None:
+def test_parameters_are_converted_together(device: torch.device) -> None:
     torch.manual_seed(1)
     # The second is of the type already, the third no multiple of 16 bytes.
     params = [
@@ -18,6 +18,7 @@ def test_parameters_are_converted_together() -> None:
         torch.randn(40, 8).t(),
         torch.randn(2, 12),
     ]
+    params = [x.to(device) for x in params]
 
     stacked = stack_params(params, bfloat16, [3])
 

@@ -69,6 +69,7 @@ def test_a_second_launch_does_not_ask_triton(kernel: Kernel) -> None:
         pytest.param(torch.zeros(32), 32, 64, id="divisible"),
         pytest.param(torch.zeros(32), 1, 64, id="one"),
         pytest.param(torch.zeros(32), 2**31 + 1, 64, id="long"),
+        pytest.param(torch.zeros(32), -(2**31) - 1, 64, id="long-negative"),
         pytest.param(torch.zeros(32), 17, 32, id="constant"),
     ],
 )
@@ -77,11 +78,28 @@ def test_other_arguments_are_compiled_for(
 ) -> None:
     launcher = Launcher(kernel)
 
+    # The second time it is remembered with its numbers.
+    launcher[(1,)](torch.zeros(32), 17, 1e-5, BLOCK=64)
     launcher[(1,)](torch.zeros(32), 17, 1e-5, BLOCK=64)
     launcher[(1,)](x, size, 1e-5, BLOCK=block)
 
     assert len(kernel.compiled) == 2
-    assert not kernel.relaunched
+    assert len(kernel.relaunched) == 1
+
+
+def test_another_device_is_compiled_for(kernel: Kernel) -> None:
+    class ElsewhereTensor(torch.Tensor):
+        def get_device(self) -> int:
+            return 1
+
+    launcher, x = Launcher(kernel), torch.zeros(32)
+
+    for _ in range(2):
+        launcher[(1,)](x, 17, 1e-5, BLOCK=64)
+        launcher[(1,)](x.as_subclass(ElsewhereTensor), 17, 1e-5, BLOCK=64)
+
+    assert len(kernel.compiled) == 2
+    assert len(kernel.relaunched) == 2
 
 
 def test_other_numbers_of_the_same_kind_are_not_compiled_for(kernel: Kernel) -> None:

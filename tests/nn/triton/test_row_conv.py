@@ -19,8 +19,10 @@ from moxe_plugin.nn.triton.row_conv import (
 )
 
 K = 4
-# Blocks have 32 rows forward, 64 backward, and 128 columns.
+# Blocks have 32 rows forward and 128 backward, and 128 columns, backward 64 of rows of
+# less than 1,024.
 LENS = [
+    pytest.param([[5, 40], [90, 1]], 1030, id="wide"),
     pytest.param([[67, 1, 2]], 130, id="no-bank"),
     pytest.param([[3, 0, 60], [0, 0, 0], [1, 5, 2], [1, 0, 71]], 6, id="bank"),
     pytest.param([[0, 0], [64, 0], [0, 0], [0, 64], [0, 0]], 4, id="ends-at-blocks"),
