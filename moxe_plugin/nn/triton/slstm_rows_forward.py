@@ -50,6 +50,34 @@ def _load_inputs(base, plane, D: tl.constexpr, valid, INTERPRETED: tl.constexpr)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
+def _store_step(  # type: ignore[no-untyped-def]  # as above
+    at,
+    stride,
+    y,
+    c,
+    w,
+    not_f,
+    z,
+    o,
+    outputs,
+    before,
+    gates,
+    cs,
+    valid,
+    is_next,
+    SAVES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    store_here(outputs + at, y, valid, INTERPRETED)
+    if SAVES:
+        # What the next step is multiplied with
+        store_here(before + at + stride, y, is_next, INTERPRETED)
+        store_here(cs + at, c, valid, INTERPRETED)
+        # Into a tensor (C,H,D,4)
+        store_four_here(gates + 4 * at, w, not_f, z, o, valid, INTERPRETED)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # as above
 def _once(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     # Of columns that are there twice, (SIZE,N*2) -> (SIZE,N)
     x = first_copy(x, SIZE, BLOCK_N)
@@ -211,13 +239,11 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
                 *(c_tail, log_n_tail),
             )
             y_tail = o * c_tail
-            store_here(outputs + at_tail, y_tail, valid_tail, INTERPRETED)
-            if SAVES:
-                store_here(before + at_tail + H * D, y_tail, is_next_tail, INTERPRETED)
-                store_here(cs + at_tail, c_tail, valid_tail, INTERPRETED)
-                store_four_here(
-                    gates + 4 * at_tail, w, not_f, z, o, valid_tail, INTERPRETED
-                )
+            _store_step(
+                *(at_tail, H * D, y_tail, c_tail, w, not_f, z, o),
+                *(outputs, before, gates, cs, valid_tail, is_next_tail),
+                *(SAVES, INTERPRETED),
+            )
 
         x = _once(x, 4 * P, BLOCK_N) + biases
         i, f, z, o = _split_gates(x, P, BLOCK_N)
@@ -225,9 +251,8 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
             *(i + in_i, f + in_f, z + in_z, o + in_o, c, log_n)
         )
         y = o * c
-        store_here(outputs + at_body, y, valid, INTERPRETED)
-        if SAVES:
-            store_here(before + at_body + H * D, y, is_next, INTERPRETED)
-            store_here(cs + at_body, c, valid, INTERPRETED)
-            store_four_here(gates + 4 * at_body, w, not_f, z, o, valid, INTERPRETED)
+        _store_step(
+            *(at_body, H * D, y, c, w, not_f, z, o, outputs, before, gates, cs),
+            *(valid, is_next, SAVES, INTERPRETED),
+        )
         t += 1

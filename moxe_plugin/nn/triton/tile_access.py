@@ -19,29 +19,23 @@ def load_here(pointers, mask, INTERPRETED: tl.constexpr):  # type: ignore[no-unt
     The compiler may move the load: nothing may write there while the kernel runs.
     """
     element: tl.constexpr = pointers.dtype.element_ty
+    IS_HALF: tl.constexpr = element.primitive_bitwidth == 16
     if INTERPRETED:
         x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    elif element.primitive_bitwidth == 16:
+    else:
         bits = tl.inline_asm_elementwise(
-            "{ .reg .pred %p; setp.ne.b32 %p, $2, 0; mov.b32 $0, 0;"
-            " @%p ld.global.u16 $0, [$1]; }",
+            "{ .reg .pred %p; setp.ne.b32 %p, $2, 0; mov.b32 $0, 0; @%p ld.global."
+            + ("u16" if IS_HALF else "b32")
+            + " $0, [$1]; }",
             "=r,l,r",
             [pointers.to(tl.int64), mask.to(tl.int32)],
             dtype=tl.int32,
             is_pure=True,
             pack=1,
         )
-        x = bits.to(tl.int16).to(element, bitcast=True).to(tl.float32)
-    else:
-        x = tl.inline_asm_elementwise(
-            "{ .reg .pred %p; setp.ne.b32 %p, $2, 0; mov.b32 $0, 0;"
-            " @%p ld.global.b32 $0, [$1]; }",
-            "=f,l,r",
-            [pointers.to(tl.int64), mask.to(tl.int32)],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
+        if IS_HALF:
+            bits = bits.to(tl.int16)
+        x = bits.to(element, bitcast=True).to(tl.float32)
     return x
 
 
@@ -49,28 +43,21 @@ def load_here(pointers, mask, INTERPRETED: tl.constexpr):  # type: ignore[no-unt
 def store_here(pointers, x, mask, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     """Store float32 as elements of 2 or 4 bytes where ``mask`` holds."""
     element: tl.constexpr = pointers.dtype.element_ty
+    IS_HALF: tl.constexpr = element.primitive_bitwidth == 16
+    x = x.to(element)
     if INTERPRETED:
-        tl.store(pointers, x.to(element), mask=mask)
-    elif element.primitive_bitwidth == 16:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred %p; setp.ne.b32 %p, $3, 0;"
-            " @%p st.global.b16 [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,r,r",
-            [
-                pointers.to(tl.int64),
-                x.to(element).to(tl.int16, bitcast=True).to(tl.int32),
-                mask.to(tl.int32),
-            ],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        tl.store(pointers, x, mask=mask)
     else:
+        if IS_HALF:
+            bits = x.to(tl.int16, bitcast=True).to(tl.int32)
+        else:
+            bits = x.to(tl.int32, bitcast=True)
         tl.inline_asm_elementwise(
-            "{ .reg .pred %p; setp.ne.b32 %p, $3, 0;"
-            " @%p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,f,r",
-            [pointers.to(tl.int64), x, mask.to(tl.int32)],
+            "{ .reg .pred %p; setp.ne.b32 %p, $3, 0; @%p st.global."
+            + ("b16" if IS_HALF else "b32")
+            + " [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r",
+            [pointers.to(tl.int64), bits, mask.to(tl.int32)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
