@@ -156,19 +156,22 @@ def add_numbers(
 
 
 def add_output_options(
-    parser: ArgumentParser, name: str = "after machine and type"
+    parser: ArgumentParser,
+    name: str | None = None,
+    *,
+    described: str = "after machine and type",
 ) -> None:
     """Add ``--name`` and ``--out``, which tell where records go.
 
     :param parser: Gets them.
-    :param name: The default name; in words, with spaces, if it depends on what is
-        measured: the option is ``None`` then.
+    :param name: The default name; ``None`` if it depends on what is measured.
+    :param described: What the help says of such a name.
     """
     parser.add_argument(
         "--name",
         metavar="NAME",
-        default=None if " " in name else name,
-        help=f"name of the files without suffix (default: {name})",
+        default=name,
+        help=f"name of the files without suffix (default: {name or described})",
     )
     parser.add_argument(
         "--out",

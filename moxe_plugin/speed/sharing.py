@@ -183,7 +183,7 @@ def _create_parser() -> ArgumentParser:
         help="leave out questions with a longer answer",
     )
     add("--limit", metavar="N", type=int, help="the first N of each file only")
-    add_output_options(parser, "after family and machine")
+    add_output_options(parser, described="after family and machine")
 
     return parser
 
