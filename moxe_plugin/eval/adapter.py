@@ -23,6 +23,7 @@ from moxe_plugin.eval.scoring import (
 )
 from moxe_plugin.eval.text_codec import TextCodec
 from moxe_plugin.eval.windows import check_length, cut_windows
+from moxe_plugin.models.captured_steps import capture_steps
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -87,6 +88,7 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
             max_batch_size=max_batch_size,
         )
         self._model = loaded.model.eval()
+        self._generating_model = capture_steps(self._model)
         is_on_cpu = next(loaded.model.parameters()).device.type == "cpu"
         self._scoring_batching = replace(
             self._batching, max_tokens=MAX_TOKENS_ON_CPU if is_on_cpu else MAX_TOKENS
@@ -284,7 +286,7 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
                 progress.update(1)
 
             generate_in_batches(
-                self._model,
+                self._generating_model,
                 prompts,
                 self._codec,
                 batching=self._batching,

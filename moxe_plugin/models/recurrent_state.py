@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar, final
 
 from fairseq2.nn import IncrementalState, IncrementalStateBag
@@ -36,14 +36,19 @@ class RecurrentState(IncrementalState):
         self.block_states = tuple(block_states)
         self.experts_state = experts_state
 
-    def select(self, rows: Tensor) -> RecurrentState:
-        """Copy the states of some sequences of the batch.
+    def map(self, function: Callable[[Tensor, int], Tensor]) -> RecurrentState:
+        """Make a state of other tensors.
 
-        :param rows: Which sequences; one may occur several times. *Shape:* ``(N)``.
+        :param function: Makes a tensor of one of this state's, given also which of its
+            dimensions is the batch.
 
-        :returns: The copy, with a batch of ``N`` sequences.
+        :returns: The state.
         """
-        block_states = [_select(state, 0, rows) for state in self.block_states]
+
+        def map_block(state: BlockStateT, batch_dim: int) -> BlockStateT:
+            return type(state)(*(function(t, batch_dim) for t in state))
+
+        block_states = [map_block(state, 0) for state in self.block_states]
 
         if self.experts_state is None:
             return RecurrentState(block_states)
@@ -51,11 +56,29 @@ class RecurrentState(IncrementalState):
         mlstm, slstm = self.experts_state
 
         experts_state = ExpertsState(
-            None if mlstm is None else _select(mlstm, 1, rows),
-            None if slstm is None else _select(slstm, 1, rows),
+            None if mlstm is None else map_block(mlstm, 1),
+            None if slstm is None else map_block(slstm, 1),
         )
 
         return RecurrentState(block_states, experts_state)
+
+    def select(self, rows: Tensor) -> RecurrentState:
+        """Copy the states of some sequences of the batch.
+
+        :param rows: Which sequences; one may occur several times. *Shape:* ``(N)``.
+
+        :returns: The copy, with a batch of ``N`` sequences.
+        """
+        return self.map(lambda t, batch_dim: t.index_select(batch_dim, rows))
+
+    def tensors(self) -> list[Tensor]:
+        """List the tensors, always in the same order.
+
+        :returns: The tensors.
+        """
+        states = [*self.block_states, *(self.experts_state or ())]
+
+        return [t for state in states for t in (state or ())]
 
     @override
     def reorder(self, new_order: Tensor) -> None:
@@ -66,23 +89,12 @@ class RecurrentState(IncrementalState):
 
     @override
     def size_bytes(self) -> int:
-        return sum(tensor.nbytes for state in self._states() for tensor in state)
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     @override
     def capacity_bytes(self) -> int:
         # A recurrent state never grows.
         return self.size_bytes()
-
-    def _states(self) -> Iterator[BlockState]:
-        yield from self.block_states
-
-        for state in self.experts_state or ():
-            if state is not None:
-                yield state
-
-
-def _select(state: BlockStateT, batch_dim: int, rows: Tensor) -> BlockStateT:
-    return type(state)(*(t.index_select(batch_dim, rows) for t in state))
 
 
 def fork_states(

@@ -2,10 +2,10 @@
 
 ``torch`` is the reference and runs everywhere. ``native`` is C++ for CPUs, which is
 compiled when it is first needed. ``triton`` is kernels for GPUs, in float32 or less.
-``auto`` takes ``native`` for tensors on a CPU if a C++ compiler is there, ``triton``
-for those on a GPU of NVIDIA's with the shared memory of an H100 if Triton is there,
-else ``torch``; on a CPU it logs once which of the two, and why. All compute the same
-function.
+``auto`` takes ``native`` for plain tensors on a CPU if a C++ compiler is there,
+``triton`` for those on a GPU of NVIDIA's with the shared memory of an H100 if Triton is
+there, else ``torch``; on a CPU it logs once which of the two, and why. All compute the
+same function.
 
 The blocks' causal convolution runs in C++ where :func:`convolves_natively` says so.
 """
@@ -49,9 +49,9 @@ def resolve_backend(
     :returns: The implementation.
 
     :raises ValueError: ``backend`` is unknown, or ``native`` for a tensor that is not
-        on a CPU, or ``triton`` for one that is on no GPU (unless Triton interprets its
-        kernels, as the environment variable ``TRITON_INTERPRET`` asks for: for tests)
-        or is float64.
+        on a CPU or has no memory (DTensor, FakeTensor …), or ``triton`` for one that is
+        on no GPU (unless Triton interprets its kernels, as the environment variable
+        ``TRITON_INTERPRET`` asks for: for tests) or is float64.
     :raises NativeLibraryError: ``backend`` is ``native``, and cannot be compiled.
     :raises TritonMissingError: ``backend`` is ``triton``, which is not installed.
     """
@@ -59,7 +59,7 @@ def resolve_backend(
 
     if backend == "auto":
         if seqs.device.type == "cpu":
-            return _choose_for_cpu()
+            return _choose_for_cpu() if is_readable(seqs) else "torch"
 
         # The meta device computes nothing.
         if runs_triton(seqs) and _has_shared_memory(seqs.device):
@@ -79,6 +79,12 @@ def resolve_backend(
         raise ValueError(
             "`backend` must be 'auto' or 'torch' for tensors that are not on a CPU, "
             f"but is 'native' with a tensor on '{seqs.device}'."
+        )
+
+    if not is_readable(seqs):
+        raise ValueError(
+            "`backend` must be 'auto' or 'torch' for tensors that C++ cannot read, but "
+            f"is 'native' with a {type(seqs).__name__}."
         )
 
     if reason := why_not_loaded("slstm_scan"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import linear, pad, sigmoid, softmax
 from torch.nn.init import zeros_
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import override
 
 from moxe_plugin.nn.backend import ScanBackend, resolve_backend
@@ -105,7 +107,12 @@ class DifficultyRouter(Router):
         logits, score = scores.split([self.num_experts, 1], dim=-1)
         difficulty = sigmoid(score)
 
-        signs = _difficulty_signs(
+        # What fake tensors leave behind would be of no use to others.
+        make_signs: Callable[..., Tensor] = _difficulty_signs
+        if is_in_torch_dispatch_mode():
+            make_signs = _difficulty_signs.__wrapped__
+
+        signs = make_signs(
             self.num_mlstm_experts,
             self.num_experts,
             self.difficulty_bias_scale,

@@ -19,6 +19,7 @@ from torch.distributed._functional_collectives import (
     all_to_all_single_autograd,
 )
 from torch.nn import Module
+from typing_extensions import override
 
 from moxe_plugin.nn.dispatch import combine, dispatch, plan_dispatch
 from moxe_plugin.nn.expert_layouts import Layout
@@ -65,6 +66,11 @@ class ExpertParallelExperts(SparseExperts):
         self.group = group
 
         self._lay_out = self._lay_out_remotely
+
+    @property
+    @override
+    def steps_on_device(self) -> bool:
+        return False
 
     def _is_step(self, seqs: Tensor, seq_lens: Tensor | None) -> bool:  # noqa: ARG002  # as the base class has it
         # A process that got no token must take part all the same.

@@ -68,7 +68,7 @@ def step_bank(
     tokens: Tensor,
     expert_weights: Tensor,
     state: Any,
-) -> tuple[Tensor, Any]:
+) -> Tensor:
     """Apply some experts of a bank to one token of each sequence: MoxE eq. (9).
 
     :param bank: The bank; its parameters lead with its number of experts E.
@@ -76,17 +76,15 @@ def step_bank(
     :param choices: The experts, by their number in the bank, and their tokens.
     :param tokens: *Shape:* ``(N,M)``.
     :param expert_weights: The weights of the experts. *Shape:* ``(N,K)``.
-    :param state: The state of the bank's experts, which stays as it is; ``None`` for
-        experts without memory. *Shape:* ``(E,N,…)`` each.
+    :param state: The state of the bank's experts, which becomes that after the token;
+        ``None`` for experts without memory. *Shape:* ``(E,N,…)`` each.
 
     :returns: The weighted sums over the experts, 0 for tokens that chose none, in the
-        precision of ``expert_weights`` at least, *Shape:* ``(N,M)``, and the state
-        after the token.
+        precision of ``expert_weights`` at least. *Shape:* ``(N,M)``.
     """
     sums = torch.zeros_like(
         tokens, dtype=torch.promote_types(tokens.dtype, expert_weights.dtype)
     )
-    next_state = None if state is None else type(state)(*(x.clone() for x in state))
 
     for expert, (rows, places) in choices.items():
         row_ids, place_ids = torch.tensor([rows, places], device=tokens.device)
@@ -104,8 +102,8 @@ def step_bank(
         weights = expert_weights[row_ids, place_ids].unsqueeze(-1)
         sums[row_ids] += output.flatten(0, 2) * weights
 
-        if after is not None and next_state is not None:
-            for whole, part in zip(next_state, after, strict=True):
+        if state is not None:
+            for whole, part in zip(state, after, strict=True):
                 whole[expert, row_ids] = part[0].to(whole.dtype)
 
-    return sums, next_state
+    return sums

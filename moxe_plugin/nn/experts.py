@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -12,12 +12,13 @@ from torch.func import functional_call
 from torch.nn import Module
 from typing_extensions import override
 
+from moxe_plugin.nn.expert_device_steps import step_bank_on_device
 from moxe_plugin.nn.expert_layouts import (
     LAYOUTS,
     ExpertStateKind,
     make_token_mask,
 )
-from moxe_plugin.nn.expert_steps import Choices, sort_choices, step_bank
+from moxe_plugin.nn.expert_steps import sort_choices, step_bank
 from moxe_plugin.nn.ragged_dispatch import combine_rows, send_tokens
 from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.rows import find_rows, pack, unpack
@@ -25,6 +26,16 @@ from moxe_plugin.nn.rows import find_rows, pack, unpack
 if TYPE_CHECKING:
     from moxe_plugin.nn.mlstm_recurrence import MLSTMState
     from moxe_plugin.nn.slstm import SLSTMState
+
+
+_BankStep: TypeAlias = Callable[[str, int, int, Any], Tensor]
+"""Applies a bank: its name, the number of its first expert, how many there are, and the
+state, which it advances."""
+
+ExpertSteps: TypeAlias = Literal["auto", "host", "device"]
+"""Who looks which experts the tokens of a step chose: the ``host``, which then computes
+these only, or the ``device``, which the host needs not wait for; ``auto`` is ``host``
+for tensors on a CPU. Both compute the same."""
 
 
 class ExpertsState(NamedTuple):
@@ -60,9 +71,10 @@ class SparseExperts(Module):
         :class:`~moxe_plugin.nn.layers.GatedFeedForward`. They have no state; with
         ``expert_state="token"`` their batch has the least padding.
     :param expert_state: What an expert sees.
+    :param steps: How one token of each sequence, without gradients, is computed.
 
     :raises ValueError: The banks do not have ``num_experts`` experts in all, or ``ffn``
-        is not alone, or ``expert_state`` is unknown.
+        is not alone, or ``expert_state`` or ``steps`` is unknown.
     """
 
     def __init__(
@@ -73,6 +85,7 @@ class SparseExperts(Module):
         slstm: Module | None = None,
         ffn: Module | None = None,
         expert_state: ExpertStateKind = "subsequence",
+        steps: ExpertSteps = "auto",
     ) -> None:
         super().__init__()
 
@@ -105,6 +118,14 @@ class SparseExperts(Module):
                 f"'{expert_state}' instead."
             )
 
+        if steps not in get_args(ExpertSteps):
+            raise ValueError(
+                f"`steps` must be one of {', '.join(get_args(ExpertSteps))}, but is "
+                f"'{steps}' instead."
+            )
+
+        self.steps = steps
+
         self._expert_state = expert_state
         self._lay_out = LAYOUTS[expert_state]
 
@@ -117,6 +138,7 @@ class SparseExperts(Module):
         state: ExpertsState | None = None,
         *,
         return_state: bool = True,
+        reuse_state: bool = False,
     ) -> tuple[Tensor, ExpertsState | None]:
         """Apply the experts.
 
@@ -126,16 +148,22 @@ class SparseExperts(Module):
             ``None``. Padding goes to no expert. *Shape:* ``(N)``.
         :param state: The state after the previous chunk of the same sequences.
         :param return_state: Whether to return a state.
+        :param reuse_state: Whether the tensors of ``state`` may become those of the
+            state that is returned, which spares copies of all experts' memories.
 
         :returns: The sums, exactly 0 at padding, *Shape:* ``(N,S,M)``, and the state
             after the last token; ``None`` with ``expert_state="token"``, or if it is
             not wanted.
         """
         if self._is_step(seqs, seq_lens):
-            choices = sort_choices(routing.expert_indices)
+            step = self._plan_step(seqs, routing)
 
-            if len(choices) < self.num_experts:
-                return self._step(seqs, routing, choices, state, return_state)
+            if step is not None:
+                keeps_state = return_state and self._expert_state == "subsequence"
+                if keeps_state:
+                    state = self._prepare_state(seqs, state, reuse=reuse_state)
+
+                return self._step(seqs, step, state if keeps_state else None)
 
         if state is None and not return_state and self._trains_on_rows(seqs):
             return self._apply_to_rows(seqs, routing, seq_lens), None
@@ -168,6 +196,11 @@ class SparseExperts(Module):
         summed = layout.sum_outputs(outputs).view(seqs.shape).to(seqs.dtype)
 
         return summed, ExpertsState(**states) if keeps_state else None
+
+    @property
+    def steps_on_device(self) -> bool:
+        """Whether a step on a GPU asks nothing of it, as a CUDA graph wants it."""
+        return self._expert_state != "dense" and self.steps != "host"
 
     def _is_step(self, seqs: Tensor, seq_lens: Tensor | None) -> bool:
         # In training every parameter must get a gradient, also an idle expert's.
@@ -209,45 +242,78 @@ class SparseExperts(Module):
     def _bank(self, name: str) -> Any:
         return self.get_submodule(name)
 
-    def _step(
-        self,
-        seqs: Tensor,
-        routing: Routing,
-        choices: Mapping[int, Choices],
-        state: ExpertsState | None,
-        return_state: bool,
-    ) -> tuple[Tensor, ExpertsState | None]:
-        keeps_state = return_state and self._expert_state == "subsequence"
+    def _plan_step(self, seqs: Tensor, routing: Routing) -> _BankStep | None:
+        tokens, weights = seqs.squeeze(1), routing.expert_weights
 
-        states: dict[str, Any] = {"mlstm": None, "slstm": None}
+        if self.steps == "device" or (self.steps == "auto" and not seqs.is_cpu):
+
+            def step_on_device(name: str, begin: int, size: int, state: Any) -> Tensor:
+                del size
+                bank = self._bank(name)
+                apply = partial(_call_bank, bank, name, state is not None)
+
+                return step_bank_on_device(
+                    *(bank, apply, routing.expert_indices - begin),
+                    *(tokens, weights, state),
+                )
+
+            return step_on_device
+
+        choices = sort_choices(routing.expert_indices)
+
+        if len(choices) == self.num_experts:
+            return None
+
+        def step(name: str, begin: int, size: int, state: Any) -> Tensor:
+            bank = self._bank(name)
+            apply = partial(_call_bank, bank, name, state is not None)
+            own = {e - begin: c for e, c in choices.items() if 0 <= e - begin < size}
+
+            return step_bank(bank, apply, own, tokens, weights, state)
+
+        return step
+
+    def _prepare_state(
+        self, seqs: Tensor, state: ExpertsState | None, *, reuse: bool
+    ) -> ExpertsState:
+        def prepare(name: str) -> Any:
+            bank_state = None if state is None else getattr(state, name)
+
+            if bank_state is None:
+                return self._bank(name).initial_state(seqs.size(0), seqs.device)
+
+            return type(bank_state)(
+                *(x if reuse and _is_writable(x) else x.clone() for x in bank_state)
+            )
+
+        return ExpertsState(
+            *(
+                prepare(name) if name in self._bank_names else None
+                for name in ExpertsState._fields
+            )
+        )
+
+    def _step(
+        self, seqs: Tensor, step: _BankStep, state: ExpertsState | None
+    ) -> tuple[Tensor, ExpertsState | None]:
         sums, begin = [], 0
 
         for name, size in zip(self._bank_names, self._bank_sizes, strict=True):
-            bank: Any = self.get_submodule(name)
-
-            bank_state = None if state is None else getattr(state, name, None)
-            if keeps_state and bank_state is None and name != "ffn":
-                bank_state = bank.initial_state(seqs.size(0), seqs.device)
-
-            bank_sums, states[name] = step_bank(
-                bank,
-                partial(_call_bank, bank, name, keeps_state),
-                {e - begin: c for e, c in choices.items() if 0 <= e - begin < size},
-                seqs.squeeze(1),
-                routing.expert_weights,
-                bank_state,
-            )
-
-            sums.append(bank_sums)
+            sums.append(step(name, begin, size, getattr(state, name, None)))
             begin += size
 
         # (N,M) -> (N,1,M)
         summed = torch.stack(sums).sum(dim=0).unsqueeze(1).to(seqs.dtype)
 
-        if not keeps_state:
-            return summed, None
+        return summed, state
 
-        return summed, ExpertsState(states["mlstm"], states["slstm"])
+
+def _is_writable(x: Tensor) -> bool:
+    # Tensors of inference mode cannot be written outside of it, and what autograd has
+    # seen must stay as it was.
+    return not x.requires_grad and (
+        torch.is_inference_mode_enabled() or not x.is_inference()
+    )
 
 
 def _feed_forward(bank: Module, grid: Tensor, grid_lens: Tensor | None) -> Tensor:

@@ -68,6 +68,7 @@ def _measure(args: Namespace, console: Console) -> None:
         tokens=args.tokens,
         swap_linear=args.swap_linear,
         nxai_xlstm=args.nxai_xlstm,
+        capture_steps=args.capture_steps,
     )
 
     # A suite named twice is measured once.
@@ -167,6 +168,11 @@ def _read_measure_options(args: Namespace) -> MeasureOptions:
         check_swap(device, options.precision)
     if args.nxai_xlstm:
         check_nxai(device)
+    if args.capture_steps and device.type != "cuda":
+        raise ValueError(
+            "`capture_steps` needs `device` cuda, which launches graphs, but it is "
+            f"'{device}' instead."
+        )
 
     if args.threads is not None:
         num_cores = len(os.sched_getaffinity(0))

@@ -103,6 +103,12 @@ def create_parser() -> ArgumentParser:
         help="measure training of xLSTM a second time, in NX-AI's package xlstm",
     )
     add(
+        "--capture-steps",
+        action="store_true",
+        help="measure decode of recurrent models a second time, each step launched as "
+        "a whole from a CUDA graph (on cuda only)",
+    )
+    add(
         "--router-skew",
         metavar="STD",
         type=float,

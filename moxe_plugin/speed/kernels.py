@@ -43,9 +43,10 @@ matrices {matmul_gflop_per_s:,.0f} GFLOP/s ({matmul_size:,} rows), copies
 - **mlstm**, **slstm**: what training runs, on ragged rows; **scan**: the sLSTM that
   carries a memory. slstm is in bfloat16 and float16 only.
 - **E x N x S x H x D**: experts, sequences of each, positions, heads, width.
-- **ms**: the median of {repeats} calls from Python, after {warm_up}, each with all that
-  it launches; *train* is forward and backward.
+- **ms**: the median of {repeats} launches from a CUDA graph, after {warm_up}, each of
+  all that a call launches: the GPU's time alone; *train* is forward and backward.
 - **ratio**: the reference's time over the kernel's.
+- **called**: the same of calls from Python, in which the GPU may wait for the host.
 - **of products**, **of copies**: FLOPs and bytes that the kernel must do and move
   (`moxe_plugin.speed.kernel_cases` says which) over its time, as a share of what was
   measured here. The larger one is how near it is to its limit.
@@ -108,12 +109,15 @@ def write_kernels(
         {
             "machine": machine,
             "options": measured,
-            "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
+            "rows": [
+                asdict(row) | {"ratio": row.ratio, "call_ratio": row.call_ratio}
+                for row in rows
+            ],
         },
     )
 
     table = pd.DataFrame([_format_cells(row) for row in rows]).to_markdown(
-        index=False, disable_numparse=True, colalign=["left"] * 3 + ["right"] * 7
+        index=False, disable_numparse=True, colalign=["left"] * 3 + ["right"] * 9
     )
     write_text(
         out / f"{name}.md",
@@ -198,9 +202,9 @@ def _find_gpu() -> tuple[torch.device, str]:
 def _format_cells(row: KernelRow) -> dict[str, str]:
     case = row.case
     shape = (case.num_experts, case.num_rows, case.length, case.num_heads, case.dim)
-    milliseconds, reference = (
+    milliseconds, reference, called = (
         f"{statistics.median(x) * 1e3:.4g}"
-        for x in (row.seconds, row.reference_seconds)
+        for x in (row.seconds, row.reference_seconds, row.call_seconds)
     )
 
     return {
@@ -210,6 +214,8 @@ def _format_cells(row: KernelRow) -> dict[str, str]:
         "ms": milliseconds,
         "torch, ms": reference,
         "ratio": f"{row.ratio:.2f}",
+        "called, ms": called,
+        "called, ratio": f"{row.call_ratio:.2f}",
         "GB/s": f"{row.gbytes / statistics.median(row.seconds):,.0f}",
         "of copies": f"{row.copy_fraction:.0%}",
         "of products": f"{row.matmul_fraction:.0%}",

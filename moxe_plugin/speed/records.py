@@ -14,8 +14,8 @@ from moxe_plugin.report.files import write_json
 class SpeedRow:
     """A measured case; what is ``None`` could not be measured, or does not apply.
 
-    The fields up to ``optimizer``, ``linear`` and ``implementation`` are those of
-    :class:`~moxe_plugin.speed.suites.SpeedCase`.
+    The fields up to ``optimizer``, ``linear``, ``captured`` and ``implementation`` are
+    those of :class:`~moxe_plugin.speed.suites.SpeedCase`.
     """
 
     suite: str
@@ -46,6 +46,8 @@ class SpeedRow:
     """Whether training kept the inputs of layers only."""
 
     linear: str = "own"
+
+    captured: bool = False
 
     implementation: str = "own"
 

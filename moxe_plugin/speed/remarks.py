@@ -73,6 +73,9 @@ def list_changes(row: SpeedRow) -> dict[str, object]:
     if row.linear != "own":
         changes["linear"] = row.linear
 
+    if row.captured:
+        changes["captured"] = row.captured
+
     if row.implementation != "own":
         changes["implementation"] = row.implementation
 

@@ -49,6 +49,10 @@ class SpeedCase:
     """Whose products linear layers use: the system's ``own``, or ours, ``swapped`` in;
     see :func:`~moxe_plugin.speed.swapping.swapped_linear`."""
 
+    captured: bool = False
+    """Whether a token of ``decode`` is launched as a whole, from a CUDA graph; see
+    :mod:`moxe_plugin.models.captured_steps`."""
+
     implementation: Literal["own", "nxai"] = "own"
     """Whose code it is: this package's, or for xLSTM that of NX-AI's package; see
     :mod:`moxe_plugin.speed.nxai`."""
@@ -78,6 +82,9 @@ class SuiteOptions:
 
     nxai_xlstm: bool = False
     """Whether a training step of xLSTM is measured again in NX-AI's package."""
+
+    capture_steps: bool = False
+    """Whether ``decode`` of recurrent models is measured again from a CUDA graph."""
 
 
 _TABLE_1: Final = (MOXE_FAMILY, XLSTM_FAMILY, GEMMA2_FAMILY, QWEN_MOE_FAMILY)
@@ -118,6 +125,8 @@ def list_cases(suite: str, options: SuiteOptions) -> list[SpeedCase]:
         cases = _add_swapped(cases)
     if options.nxai_xlstm:
         cases = _add_nxai(cases)
+    if options.capture_steps:
+        cases = _add_captured(cases)
 
     return list(cases)
 
@@ -136,6 +145,15 @@ def _add_nxai(cases: Iterator[SpeedCase]) -> Iterator[SpeedCase]:
 
         if (case.family, case.phase, case.optimizer) == (XLSTM_FAMILY, "train", False):
             yield replace(case, implementation="nxai")
+
+
+def _add_captured(cases: Iterator[SpeedCase]) -> Iterator[SpeedCase]:
+    for case in cases:
+        if case.phase == "decode" and case.family not in _TRANSFORMERS:
+            # The first case is what others are compared with: the faster one.
+            yield replace(case, captured=True)
+
+        yield case
 
 
 def _archs(family: str, size: str) -> list[str]:

@@ -61,7 +61,9 @@ Parameters and tokens are random. Therefore routers spread tokens almost evenly 
 their experts, unless `router_skew` stands beside the system: the standard deviation of
 a fixed offset of each expert's logit. With `linear=swapped`, linear layers of a system
 of transformers multiply by our products in place of torch's; its attention does not.
-`implementation=nxai` is the model of NX-AI's package `xlstm`, of the same sizes."""
+`implementation=nxai` is the model of NX-AI's package `xlstm`, of the same sizes. With
+`captured=True` each token is launched as a whole, from a CUDA graph, as in `lm_eval`
+and `lm chat`; otherwise Python launches one kernel after the other."""
 
 
 def write_speed_table(

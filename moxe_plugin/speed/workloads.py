@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
+from moxe_plugin.models.captured_steps import CapturedStepsLM
+from moxe_plugin.models.clm import AuxLossCausalLM
 from moxe_plugin.speed.suites import SpeedCase
 from moxe_plugin.train.config import TrainConfig
 
@@ -81,8 +83,21 @@ def prepare_workload(
     if case.phase == "train":
         return _prepare_training(model, ids, autocast, optimizer=case.optimizer)
 
-    model.eval()
+    if case.captured:
+        assert isinstance(model, AuxLossCausalLM)
+        model = CapturedStepsLM(model)
 
+    return _prepare_reading(model.eval(), ids, case, autocast, decode_tokens, chunk_len)
+
+
+def _prepare_reading(
+    model: nn.Module,
+    ids: Tensor,
+    case: SpeedCase,
+    autocast: Callable[[], AbstractContextManager[object]],
+    decode_tokens: int,
+    chunk_len: int,
+) -> Workload:
     def read(state_bag: IncrementalStateBag, begin: int, end: int) -> None:
         seqs = ids[:, begin:end]
 

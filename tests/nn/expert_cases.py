@@ -10,7 +10,7 @@ from torch import Tensor, float64, tensor
 from torch.nn import Module
 
 from moxe_plugin.nn.expert_layouts import ExpertStateKind
-from moxe_plugin.nn.experts import ExpertsState, SparseExperts
+from moxe_plugin.nn.experts import ExpertsState, ExpertSteps, SparseExperts
 from moxe_plugin.nn.layers import GatedFeedForward
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.routing import Routing
@@ -57,7 +57,10 @@ def create_bank(kind: str, num_experts: int | None) -> Module:
 
 
 def make_experts(
-    expert_state: ExpertStateKind, split: Split, device: torch.device
+    expert_state: ExpertStateKind,
+    split: Split,
+    device: torch.device,
+    steps: ExpertSteps = "auto",
 ) -> SparseExperts:
     banks = {
         kind: create_bank(kind, size)
@@ -65,7 +68,7 @@ def make_experts(
         if size
     }
 
-    experts = SparseExperts(sum(split), **banks, expert_state=expert_state)
+    experts = SparseExperts(sum(split), **banks, expert_state=expert_state, steps=steps)
     experts.to(device, float64)
 
     with torch.no_grad():
@@ -138,10 +141,14 @@ def make_case(
 
 
 def apply(
-    experts: SparseExperts, case: Case, state: ExpertsState | None = None
+    experts: SparseExperts,
+    case: Case,
+    state: ExpertsState | None = None,
+    *,
+    reuse_state: bool = False,
 ) -> tuple[Tensor, ExpertsState | None]:
     output: tuple[Tensor, ExpertsState | None] = experts(
-        case.seqs, case.routing, case.seq_lens, state
+        case.seqs, case.routing, case.seq_lens, state, reuse_state=reuse_state
     )
 
     return output

@@ -9,6 +9,7 @@ from typing import cast
 import pytest
 import torch
 from torch import Tensor, float32, float64
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from moxe_plugin.nn import backend as backend_module
@@ -121,6 +122,16 @@ def test_native_scan_is_finite_at_extreme_gates(gate: float) -> None:
 def test_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match=r"`backend` must be one of auto, .* 'cuda'"):
         resolve_backend("cuda", torch.zeros(1))  # type: ignore[arg-type]
+
+
+def test_native_is_for_tensors_that_cpp_can_read() -> None:
+    with FakeTensorMode():
+        fake = torch.zeros(1)
+
+    assert resolve_backend("auto", fake) == "torch"
+
+    with pytest.raises(ValueError, match="'native' with a FakeTensor"):
+        resolve_backend("native", fake)
 
 
 def test_native_backend_refuses_other_devices() -> None:

@@ -226,6 +226,7 @@ def test_what_keeps_memory_from_being_kept_is_told(
         ("--name a/b", "`name` must be the name of a file, but is 'a/b'"),
         ("--suite length --tokens 100", "`tokens` must be a multiple of every"),
         ("--router-skew -1", "`router_skew` must be finite and greater than"),
+        ("--capture-steps", "`capture_steps` needs `device` cuda"),
         ("--swap-linear --dtype bfloat16", "`swap_linear` needs `device` cpu and"),
         ("--warm-up -1", "`warm_up` must be greater than or equal to 0"),
     ],

@@ -148,6 +148,7 @@ def test_kernels_and_references_compute_the_same(
     # A rounding to bfloat16 is 2**-9 = 0.002, and the interpreter's is 0.004.
     assert 0.0 <= row.error < (1e-4 if dtype == "float32" else 0.02)
     assert len(row.seconds) == len(row.reference_seconds) == 2
+    assert len(row.call_seconds) == len(row.reference_call_seconds) == 2
     median, size = sum(row.seconds) / 2, 4 if dtype == "float32" else 2
     assert row.matmul_fraction == pytest.approx(case.count_gflop() / median / 100.0)
     assert row.copy_fraction == pytest.approx(case.count_gbytes(size) / median / 10.0)
@@ -169,6 +170,8 @@ def test_record_and_page_say_what_was_measured(tmp_path: Path) -> None:
         case=make_case("mlstm", "forward"),
         seconds=[0.002, 0.002],
         reference_seconds=[0.011, 0.009],
+        call_seconds=[0.004, 0.006],
+        reference_call_seconds=[0.01, 0.01],
         error=1e-3,
         gflop=0.05,
         gbytes=0.003,
@@ -186,14 +189,15 @@ def test_record_and_page_say_what_was_measured(tmp_path: Path) -> None:
 
     record = read_json(tmp_path / "new" / "name.json")
     assert record["rows"][0]["ratio"] == pytest.approx(5.0)
+    assert record["rows"][0]["call_ratio"] == pytest.approx(2.0)
     assert record["rows"][0]["case"]["kernel"] == "mlstm"
     assert record["options"]["copy_gb_per_s"] == 10.0
 
     page = (tmp_path / "new" / "name.md").read_text(encoding="utf-8")
-    cells = [x.strip() for x in page.split("| mlstm of tiny")[1].split("|")[1:10]]
+    cells = [x.strip() for x in page.split("| mlstm of tiny")[1].split("|")[1:12]]
     assert cells == [
-        *("forward", "2 x 3 x 5 x 2 x 16", "2", "10", "5.00", "2", "15%", "25%"),
-        "1.0e-03",
+        *("forward", "2 x 3 x 5 x 2 x 16", "2", "10", "5.00", "5", "2.00"),
+        *("2", "15%", "25%", "1.0e-03"),
     ]
 
 

@@ -54,6 +54,19 @@ def test_systems_of_transformers_are_measured_again_with_our_products() -> None:
     assert len(cases) == 12
 
 
+def test_decode_of_recurrent_models_is_measured_again_from_a_graph() -> None:
+    cases = list_cases("decode", SuiteOptions(length=[256], capture_steps=True))
+    plain = [case for case in cases if not case.captured]
+
+    assert plain == list_cases("decode", SuiteOptions(length=[256]))
+    assert [(c.family, c.captured) for c in cases] == [
+        *(("moxe", True), ("moxe", False), ("gemma2", False)),
+    ]
+
+    others = SuiteOptions(capture_steps=True)
+    assert not any(case.captured for case in list_cases("prefill", others))
+
+
 @pytest.mark.parametrize(("tokens", "expected"), [(None, 8192), (16_384, 16_384)])
 def test_steps_of_every_length_have_the_same_number_of_tokens(
     tokens: int | None, expected: int

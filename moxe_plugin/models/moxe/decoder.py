@@ -88,6 +88,8 @@ class MoxEDecoderLayer(Module):
             seq_lens,
             None if state is None else state.experts_state,
             return_state=keeps_state,
+            # The bag forgets it.
+            reuse_state=True,
         )
 
         if keeps_state and state_bag is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moxe_plugin.data.turns import TurnEncoder
+from moxe_plugin.models.captured_steps import capture_steps
 from moxe_plugin.models.clm import AuxLossCausalLM
 from moxe_plugin.train.generate.text_stream import TextStream
 
@@ -31,7 +32,7 @@ class CarriedModel(CausalLM):
     :param model: The model, in evaluation mode.
     """
 
-    def __init__(self, model: AuxLossCausalLM) -> None:
+    def __init__(self, model: CausalLM) -> None:
         # A conversation itself minds the length of its context.
         super().__init__(max_seq_len=sys.maxsize)
 
@@ -148,7 +149,7 @@ class Conversation:
         context_len: int | None,
         on_forget: Callable[[], None],
     ) -> None:
-        self._carried = CarriedModel(model.eval())
+        self._carried = CarriedModel(capture_steps(model.eval()))
         self._device = next(model.parameters()).device
         self._decode = tokenizer.create_decoder(skip_special_tokens=True)
         self._eos_idx = tokenizer.vocab_info.eos_idx
