@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -18,19 +19,16 @@ from moxe_plugin.nn.expert_layouts import (
     ExpertStateKind,
     make_token_mask,
 )
-from moxe_plugin.nn.expert_steps import sort_choices, step_bank
+from moxe_plugin.nn.expert_steps import Choices, sort_choices, step_bank
 from moxe_plugin.nn.ragged_dispatch import combine_rows, send_tokens
 from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.rows import find_rows, pack, unpack
+from moxe_plugin.nn.states import take_state
 
 if TYPE_CHECKING:
     from moxe_plugin.nn.mlstm_recurrence import MLSTMState
     from moxe_plugin.nn.slstm import SLSTMState
 
-
-_BankStep: TypeAlias = Callable[[str, int, int, Any], Tensor]
-"""Applies a bank: its name, the number of its first expert, how many there are, and the
-state, which it advances."""
 
 ExpertSteps: TypeAlias = Literal["auto", "host", "device"]
 """Who looks which experts the tokens of a step chose: the ``host``, which then computes
@@ -159,11 +157,11 @@ class SparseExperts(Module):
             step = self._plan_step(seqs, routing)
 
             if step is not None:
-                keeps_state = return_state and self._expert_state == "subsequence"
-                if keeps_state:
-                    state = self._prepare_state(seqs, state, reuse=reuse_state)
+                step_state = None
+                if return_state and self._expert_state == "subsequence":
+                    step_state = self._prepare_state(seqs, state, reuse=reuse_state)
 
-                return self._step(seqs, step, state if keeps_state else None)
+                return step(step_state), step_state
 
         if state is None and not return_state and self._trains_on_rows(seqs):
             return self._apply_to_rows(seqs, routing, seq_lens), None
@@ -242,36 +240,87 @@ class SparseExperts(Module):
     def _bank(self, name: str) -> Any:
         return self.get_submodule(name)
 
-    def _plan_step(self, seqs: Tensor, routing: Routing) -> _BankStep | None:
-        tokens, weights = seqs.squeeze(1), routing.expert_weights
-
+    def _plan_step(
+        self, seqs: Tensor, routing: Routing
+    ) -> Callable[[ExpertsState | None], Tensor] | None:
         if self.steps == "device" or (self.steps == "auto" and not seqs.is_cpu):
+            if self._steps_units(seqs):
+                return partial(self._step_units, seqs, routing)
 
-            def step_on_device(name: str, begin: int, size: int, state: Any) -> Tensor:
-                del size
-                bank = self._bank(name)
-                apply = partial(_call_bank, bank, name, state is not None)
-
-                return step_bank_on_device(
-                    *(bank, apply, routing.expert_indices - begin),
-                    *(tokens, weights, state),
-                )
-
-            return step_on_device
+            return partial(self._step_banks, seqs, routing, None)
 
         choices = sort_choices(routing.expert_indices)
 
+        # All experts at once are faster then.
         if len(choices) == self.num_experts:
             return None
 
-        def step(name: str, begin: int, size: int, state: Any) -> Tensor:
-            bank = self._bank(name)
-            apply = partial(_call_bank, bank, name, state is not None)
-            own = {e - begin: c for e, c in choices.items() if 0 <= e - begin < size}
+        return partial(self._step_banks, seqs, routing, choices)
 
-            return step_bank(bank, apply, own, tokens, weights, state)
+    def _step_banks(
+        self,
+        seqs: Tensor,
+        routing: Routing,
+        choices: Mapping[int, Choices] | None,
+        state: ExpertsState | None,
+    ) -> Tensor:
+        tokens, weights = seqs.squeeze(1), routing.expert_weights
+        sums = []
 
-        return step
+        for name, begin, size in self._list_banks():
+            bank, bank_state = self._bank(name), getattr(state, name, None)
+            apply = partial(_call_bank, bank, name, bank_state is not None)
+
+            if choices is None:
+                own = routing.expert_indices - begin
+                sums.append(
+                    step_bank_on_device(bank, apply, own, tokens, weights, bank_state)
+                )
+            else:
+                chosen = {
+                    e - begin: c for e, c in choices.items() if 0 <= e - begin < size
+                }
+                sums.append(step_bank(bank, apply, chosen, tokens, weights, bank_state))
+
+        # (N,M) -> (N,1,M)
+        return torch.stack(sums).sum(dim=0).unsqueeze(1).to(seqs.dtype)
+
+    def _steps_units(self, seqs: Tensor) -> bool:
+        return (
+            self._expert_state == "subsequence"
+            and "ffn" not in self._bank_names
+            and all(self._bank(name).steps_units(seqs) for name in self._bank_names)
+        )
+
+    def _step_units(
+        self, seqs: Tensor, routing: Routing, state: ExpertsState | None
+    ) -> Tensor:
+        # Imports Triton, which not every machine has.
+        from moxe_plugin.nn.triton.block_steps import StepUnits, sum_experts
+
+        if state is None:
+            state = self._prepare_state(seqs, None, reuse=True)
+
+        # (N,1,M) -> (N,M), and (N,K) -> (U)
+        tokens, experts = seqs.squeeze(1).contiguous(), routing.expert_indices.flatten()
+        outputs = tokens.new_empty(experts.size(0), tokens.size(1), dtype=torch.float32)
+
+        for name, begin, size in self._list_banks():
+            units = StepUnits(
+                tokens, experts, begin, size, experts.size(0) // tokens.size(0)
+            )
+            self._bank(name).step_units(units, getattr(state, name), outputs)
+
+        summed = torch.empty_like(tokens)
+        sum_experts(outputs, routing.expert_weights, experts, self.num_experts, summed)
+
+        return summed.unsqueeze(1)
+
+    def _list_banks(self) -> Iterator[tuple[str, int, int]]:
+        # The name, the number of the first expert, how many there are
+        begins = accumulate(self._bank_sizes, initial=0)
+
+        return zip(self._bank_names, begins, self._bank_sizes, strict=False)
 
     def _prepare_state(
         self, seqs: Tensor, state: ExpertsState | None, *, reuse: bool
@@ -282,9 +331,7 @@ class SparseExperts(Module):
             if bank_state is None:
                 return self._bank(name).initial_state(seqs.size(0), seqs.device)
 
-            return type(bank_state)(
-                *(x if reuse and _is_writable(x) else x.clone() for x in bank_state)
-            )
+            return take_state(bank_state, reuse=reuse)
 
         return ExpertsState(
             *(
@@ -292,28 +339,6 @@ class SparseExperts(Module):
                 for name in ExpertsState._fields
             )
         )
-
-    def _step(
-        self, seqs: Tensor, step: _BankStep, state: ExpertsState | None
-    ) -> tuple[Tensor, ExpertsState | None]:
-        sums, begin = [], 0
-
-        for name, size in zip(self._bank_names, self._bank_sizes, strict=True):
-            sums.append(step(name, begin, size, getattr(state, name, None)))
-            begin += size
-
-        # (N,M) -> (N,1,M)
-        summed = torch.stack(sums).sum(dim=0).unsqueeze(1).to(seqs.dtype)
-
-        return summed, state
-
-
-def _is_writable(x: Tensor) -> bool:
-    # Tensors of inference mode cannot be written outside of it, and what autograd has
-    # seen must stay as it was.
-    return not x.requires_grad and (
-        torch.is_inference_mode_enabled() or not x.is_inference()
-    )
 
 
 def _feed_forward(bank: Module, grid: Tensor, grid_lens: Tensor | None) -> Tensor:

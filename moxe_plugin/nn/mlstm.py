@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Module, init
+from torch.nn import init
+from typing_extensions import override
 
-from moxe_plugin.nn.backend import ScanBackend, product_dtype, trains_on_rows
+from moxe_plugin.nn.backend import (
+    ScanBackend,
+    product_dtype,
+    trains_on_rows,
+)
 from moxe_plugin.nn.layers import (
     NORM_EPS,
     CausalConv,
@@ -33,9 +39,14 @@ from moxe_plugin.nn.stacked import (
     project,
     project_head_wise,
 )
+from moxe_plugin.nn.stepping_block import SteppingBlock
+
+if TYPE_CHECKING:
+    from moxe_plugin.nn.triton.block_steps import StepUnits
+    from moxe_plugin.nn.triton.mlstm_block import MLSTMWeights
 
 
-class MLSTMBlock(Module):
+class MLSTMBlock(SteppingBlock[MLSTMState]):
     """Pre-norm, up-projection, mLSTM cell beside a gate, down-projection, residual.
 
     ::
@@ -140,16 +151,10 @@ class MLSTMBlock(Module):
         init.ones_(self.skip)
         init.normal_(self.down_proj, std=down_init_std(self.model_dim, self.num_blocks))
 
+    @override
     def initial_state(
         self, batch_size: int, device: torch.device | None = None
     ) -> MLSTMState:
-        """Create the state before the first position.
-
-        :param batch_size: The number of rows N.
-        :param device: Where the state lives; the block's device by default.
-
-        :returns: An empty memory.
-        """
         weight = self.up_proj
         rows = (*weight.shape[:-2], batch_size)
         heads = (*rows, self.num_heads)
@@ -174,6 +179,7 @@ class MLSTMBlock(Module):
         state: MLSTMState | None = None,
         *,
         return_state: bool = True,
+        reuse_state: bool = False,
     ) -> tuple[Tensor, MLSTMState | None]:
         """Apply the block to sequences.
 
@@ -182,11 +188,16 @@ class MLSTMBlock(Module):
             Outputs at padding are finite and meaningless. *Shape:* ``([E,]N)``.
         :param state: The state before the first position; ``None`` if empty.
         :param return_state: Whether to return a state.
+        :param reuse_state: Whether the tensors of ``state`` may become those of the
+            state that is returned.
 
         :returns: The outputs, as ``seqs``, and the state after each row's last valid
             position (``state`` itself for a row of length 0), or ``None``.
         """
         keeps_state = state is not None or return_state
+
+        if self._is_step(seqs, seq_lens) and keeps_state:
+            return self._step(seqs, state, reuse=reuse_state)
 
         if self.num_experts is None and not keeps_state and self.trains_on_rows(seqs):
             flat = self.apply_to_rows(
@@ -252,18 +263,32 @@ class MLSTMBlock(Module):
         :returns: The outputs, as ``flat``.
         """
         # Imports Triton, which not every machine has.
-        from moxe_plugin.nn.triton.mlstm_block import MLSTMWeights, mlstm_block_rows
+        from moxe_plugin.nn.triton.mlstm_block import mlstm_block_rows
 
-        weights = MLSTMWeights(
+        weights = self._triton_weights()
+
+        return mlstm_block_rows(
+            *(flat, weights, rows, self.num_heads, NORM_EPS, product_dtype(flat))
+        )
+
+    @override
+    def step_units(self, units: StepUnits, state: MLSTMState, out: Tensor) -> None:
+        # Imports Triton, which not every machine has.
+        from moxe_plugin.nn.triton.block_steps import step_mlstm_block
+
+        weights = self._triton_weights()
+
+        step_mlstm_block(units, weights, state, out, self.num_heads, NORM_EPS)
+
+    def _triton_weights(self) -> MLSTMWeights:
+        from moxe_plugin.nn.triton.mlstm_block import MLSTMWeights
+
+        return MLSTMWeights(
             *(self.norm.weight, self.up_proj, self.conv.weight, self.conv.bias),
             *(self.q_proj, self.k_proj, self.v_proj),
             *(self.input_gate_weight, self.forget_gate_weight),
             *(self.input_gate_bias, self.forget_gate_bias),
             *(self.out_norm.weight, self.skip, self.down_proj),
-        )
-
-        return mlstm_block_rows(
-            *(flat, weights, rows, self.num_heads, NORM_EPS, product_dtype(flat))
         )
 
     def _apply_to_rows(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Module, init
+from torch.nn import init
+from typing_extensions import override
 
 from moxe_plugin.nn.backend import (
     ScanBackend,
@@ -32,6 +33,11 @@ from moxe_plugin.nn.rows import find_rows, last_rows, pack, unpack
 from moxe_plugin.nn.slstm_cell import SLSTMMemory
 from moxe_plugin.nn.slstm_recurrence import GateRows, SLSTMCell
 from moxe_plugin.nn.stacked import equal_counts, expert_parameter
+from moxe_plugin.nn.stepping_block import SteppingBlock
+
+if TYPE_CHECKING:
+    from moxe_plugin.nn.triton.block_steps import StepUnits
+    from moxe_plugin.nn.triton.slstm_block import SLSTMWeights
 
 
 class SLSTMState(NamedTuple):
@@ -50,7 +56,7 @@ class SLSTMState(NamedTuple):
     """See :class:`SLSTMMemory`. *Shape:* ``([E,]N,H,D)``."""
 
 
-class SLSTMBlock(Module):
+class SLSTMBlock(SteppingBlock[SLSTMState]):
     """Pre-norm, sLSTM cell, residual; pre-norm, gated feed-forward, residual.
 
     ::
@@ -144,16 +150,10 @@ class SLSTMBlock(Module):
         with torch.no_grad():
             self.gate_bias[..., 1, :] = 5 - 12 * channel ** (0.3 + 1.3 * depth)
 
+    @override
     def initial_state(
         self, batch_size: int, device: torch.device | None = None
     ) -> SLSTMState:
-        """Create the state before the first position.
-
-        :param batch_size: The number of rows N.
-        :param device: Where the state lives; the block's device by default.
-
-        :returns: An empty memory.
-        """
         weight = self.gate_proj
         rows = (*weight.shape[:-4], batch_size)
         heads = (*rows, self.num_heads, self.head_dim)
@@ -177,6 +177,7 @@ class SLSTMBlock(Module):
         state: SLSTMState | None = None,
         *,
         return_state: bool = True,
+        reuse_state: bool = False,
     ) -> tuple[Tensor, SLSTMState | None]:
         """Apply the block to sequences.
 
@@ -185,11 +186,16 @@ class SLSTMBlock(Module):
             Outputs at padding are finite and meaningless. *Shape:* ``([E,]N)``.
         :param state: The state before the first position; ``None`` if empty.
         :param return_state: Whether to return a state.
+        :param reuse_state: Whether the tensors of ``state`` may become those of the
+            state that is returned.
 
         :returns: The outputs, as ``seqs``, and the state after each row's last valid
             position (``state`` itself for a row of length 0), or ``None``.
         """
         keeps_state = state is not None or return_state
+
+        if self._is_step(seqs, seq_lens) and keeps_state:
+            return self._step(seqs, state, reuse=reuse_state)
 
         if self.num_experts is None and not keeps_state and self.trains_on_rows(seqs):
             flat = self.apply_to_rows(
@@ -262,16 +268,30 @@ class SLSTMBlock(Module):
         :returns: The outputs, as ``flat``.
         """
         # Imports Triton, which not every machine has.
-        from moxe_plugin.nn.triton.slstm_block import SLSTMWeights, slstm_block_rows
+        from moxe_plugin.nn.triton.slstm_block import slstm_block_rows
 
-        weights = SLSTMWeights(
+        weights = self._triton_weights()
+
+        return slstm_block_rows(flat, weights, rows, NORM_EPS, product_dtype(flat))
+
+    @override
+    def step_units(self, units: StepUnits, state: SLSTMState, out: Tensor) -> None:
+        # Imports Triton, which not every machine has.
+        from moxe_plugin.nn.triton.block_steps import step_slstm_block
+
+        weights = self._triton_weights()
+
+        step_slstm_block(units, weights, state, out, NORM_EPS)
+
+    def _triton_weights(self) -> SLSTMWeights:
+        from moxe_plugin.nn.triton.slstm_block import SLSTMWeights
+
+        return SLSTMWeights(
             *(self.norm.weight, self.conv.weight, self.conv.bias),
             *(self.gate_proj, self.recurrent_weight, self.gate_bias),
             *(self.out_norm.weight, self.ffn_norm.weight),
             *(self.ffn.up_proj, self.ffn.down_proj),
         )
-
-        return slstm_block_rows(flat, weights, rows, NORM_EPS, product_dtype(flat))
 
     def _feed_forward(
         self, seqs: Tensor, hidden: Tensor, counts: Sequence[int] | None

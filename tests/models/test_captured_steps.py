@@ -6,7 +6,7 @@ On a CPU, a step that is computed anew in the same tensors stands for a CUDA gra
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -99,15 +99,30 @@ class Text:
 
 
 @both
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("mode", "backend"),
+    [
+        (torch.no_grad, "auto"),
+        (torch.inference_mode, "auto"),
+        (torch.inference_mode, "triton"),
+    ],
+)
 def test_steps_are_those_of_the_model(
-    family: str, mode: Any, device: torch.device
+    family: str, mode: Any, backend: str, device: torch.device
 ) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+
     model, captured, captures = create(family, device)
     text = Text(model, 3)
 
     with mode():
         text.read(captured, 5)
+
+        for module in model.modules():
+            if hasattr(module, "backend"):
+                cast("Any", module).backend = backend
+
         state_bytes = count_state_bytes(model, text.state_bag)
 
         for _ in range(6):

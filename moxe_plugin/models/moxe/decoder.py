@@ -74,6 +74,8 @@ class MoxEDecoderLayer(Module):
                 seq_lens,
                 None if state is None else state.block_states[idx],
                 return_state=keeps_state,
+                # The bag forgets it.
+                reuse_state=True,
             )
             block_states.append(block_state)
 
@@ -88,7 +90,6 @@ class MoxEDecoderLayer(Module):
             seq_lens,
             None if state is None else state.experts_state,
             return_state=keeps_state,
-            # The bag forgets it.
             reuse_state=True,
         )
 

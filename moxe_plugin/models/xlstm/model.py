@@ -53,7 +53,11 @@ class XLSTMDecoderLayer(Module):
         state = state_bag.maybe_get_state(self, RecurrentState)
 
         seqs, block_state = self.block(
-            seqs, seq_lens, None if state is None else state.block_states[0]
+            seqs,
+            seq_lens,
+            None if state is None else state.block_states[0],
+            # The bag forgets it.
+            reuse_state=True,
         )
 
         state_bag.set_state(self, RecurrentState([block_state]))
