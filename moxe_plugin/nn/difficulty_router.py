@@ -14,7 +14,7 @@ from torch.nn.init import zeros_
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import override
 
-from moxe_plugin.nn.backend import ScanBackend, resolve_backend
+from moxe_plugin.nn.backend import MAX_STEP_SEQS, ScanBackend, resolve_backend
 from moxe_plugin.nn.modulation import Modulation, standard_modulation
 from moxe_plugin.nn.routing import Router, Routing, lecun_normal_
 
@@ -94,14 +94,8 @@ class DifficultyRouter(Router):
 
     @override
     def _route(self, hidden: Tensor) -> Routing:
-        # (T,M) -> (T,E+1): one product reads the hidden states once.
-        weight = torch.cat([self.weight, self.difficulty_weight.unsqueeze(0)])
-        if self.bias is None:
-            bias = pad(self.difficulty_bias, (self.num_experts, 0))
-        else:
-            bias = torch.cat([self.bias, self.difficulty_bias])
-        scores = linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
-        if self._has_kernel(scores):
+        scores = self._score_all(hidden)
+        if self._has_kernel(hidden):
             return self._route_in_kernel(scores)
 
         logits, score = scores.split([self.num_experts, 1], dim=-1)
@@ -134,9 +128,32 @@ class DifficultyRouter(Router):
             *self.selection(probs),
         )
 
-    def _has_kernel(self, scores: Tensor) -> bool:
+    def _score_all(self, hidden: Tensor) -> Tensor:
+        if (
+            hidden.size(0) <= MAX_STEP_SEQS
+            and not torch.is_grad_enabled()
+            and self._has_kernel(hidden)
+        ):
+            # Imports Triton, which not every machine has.
+            from moxe_plugin.nn.triton.router_scores import score_tokens
+
+            return score_tokens(
+                *(hidden.contiguous(), self.weight, self.bias),
+                *(self.difficulty_weight, self.difficulty_bias),
+            )
+
+        # (T,M) -> (T,E+1): one product reads the hidden states once.
+        weight = torch.cat([self.weight, self.difficulty_weight.unsqueeze(0)])
+        if self.bias is None:
+            bias = pad(self.difficulty_bias, (self.num_experts, 0))
+        else:
+            bias = torch.cat([self.bias, self.difficulty_bias])
+
+        return linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
+
+    def _has_kernel(self, hidden: Tensor) -> bool:
         return (
-            resolve_backend(self.backend, scores) == "triton"
+            resolve_backend(self.backend, hidden) == "triton"
             and self.modulation is standard_modulation
             and self.selection.fixed_top_k is not None
         )

@@ -296,7 +296,8 @@ class SparseExperts(Module):
         self, seqs: Tensor, routing: Routing, state: ExpertsState | None
     ) -> Tensor:
         # Imports Triton, which not every machine has.
-        from moxe_plugin.nn.triton.block_steps import StepUnits, sum_experts
+        from moxe_plugin.nn.triton.block_steps import sum_experts
+        from moxe_plugin.nn.triton.step_units import StepUnits
 
         if state is None:
             state = self._prepare_state(seqs, None, reuse=True)

@@ -42,8 +42,8 @@ from moxe_plugin.nn.stacked import (
 from moxe_plugin.nn.stepping_block import SteppingBlock
 
 if TYPE_CHECKING:
-    from moxe_plugin.nn.triton.block_steps import StepUnits
     from moxe_plugin.nn.triton.mlstm_block import MLSTMWeights
+    from moxe_plugin.nn.triton.step_units import StepUnits
 
 
 class MLSTMBlock(SteppingBlock[MLSTMState]):

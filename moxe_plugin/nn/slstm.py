@@ -36,8 +36,8 @@ from moxe_plugin.nn.stacked import equal_counts, expert_parameter
 from moxe_plugin.nn.stepping_block import SteppingBlock
 
 if TYPE_CHECKING:
-    from moxe_plugin.nn.triton.block_steps import StepUnits
     from moxe_plugin.nn.triton.slstm_block import SLSTMWeights
+    from moxe_plugin.nn.triton.step_units import StepUnits
 
 
 class SLSTMState(NamedTuple):

@@ -14,7 +14,7 @@ from moxe_plugin.nn.states import take_state
 
 if TYPE_CHECKING:
     from moxe_plugin.nn.layers import CausalConv
-    from moxe_plugin.nn.triton.block_steps import StepUnits
+    from moxe_plugin.nn.triton.step_units import StepUnits
 
 StateT = TypeVar("StateT", bound="tuple[Any, ...]")
 
@@ -65,7 +65,7 @@ class SteppingBlock(Module, ABC, Generic[StateT]):
         self, seqs: Tensor, state: StateT | None, *, reuse: bool
     ) -> tuple[Tensor, StateT]:
         # Imports Triton, which not every machine has.
-        from moxe_plugin.nn.triton.block_steps import StepUnits
+        from moxe_plugin.nn.triton.step_units import StepUnits
 
         if state is None:
             state = self.initial_state(seqs.size(0), seqs.device)

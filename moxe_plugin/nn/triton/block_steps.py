@@ -11,9 +11,8 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Final
 
-import torch
 from torch import Tensor
 
 from moxe_plugin.nn.mlstm_cell import MAX_EXPONENT, NORMALIZER_EPS
@@ -35,55 +34,25 @@ from moxe_plugin.nn.triton.step_products import (
     residual_product_kernel,
     weighted_sum_kernel,
 )
+from moxe_plugin.nn.triton.step_units import StepUnits
 
 _BLOCK_IN: Final = 128
 """The inputs of a tile of a weight."""
 
-_WIDE: Final = 1024
-"""From so many outputs on, programs have twice as many each."""
+_BLOCK_OUT: Final = 16
+"""The outputs that a program has."""
 
 _BLOCK_MEMORY: Final = 64
 """The rows, and columns, of a tile of a matrix memory."""
 
-_BLOCK_HEAD: Final = 32
-"""The outputs of a head of the sLSTM that a program computes."""
+_BLOCK_HEAD_IN: Final = 32
+"""The inputs of a tile of the weights of a head of the sLSTM."""
 
+_BLOCK_HEAD_OUT: Final = 32
+"""The outputs of a head of the sLSTM that a program has."""
 
-class StepUnits(NamedTuple):
-    """Tokens and who reads them. A unit is a token and one expert, or the block.
-
-    U is N times K, the experts of a token; unit ``n*K+k`` is the k-th of token n.
-    """
-
-    tokens: Tensor
-    """Contiguous. *Shape:* ``(N,M)``."""
-
-    experts: Tensor | None = None
-    """The expert of each unit, int64; -1 for none. ``None`` of a block that stands
-    alone. *Shape:* ``(U)``."""
-
-    first: int = 0
-    """The number of the bank's first expert."""
-
-    num_experts: int = 1
-    """How many experts the bank has; units of others are left alone."""
-
-    per_token: int = 1
-    """The experts K of a token."""
-
-    @property
-    def num_units(self) -> int:
-        """The number of units U."""
-        return self.tokens.size(0) * self.per_token
-
-    def empty(self, width: int) -> Tensor:
-        """Create a tensor for intermediate results.
-
-        :param width: The number of channels.
-
-        :returns: Uninitialised, float32. *Shape:* ``(U,width)``.
-        """
-        return self.tokens.new_empty(self.num_units, width, dtype=torch.float32)
+_PRODUCT_WARPS: Final = 4
+"""The warps of a program that multiplies."""
 
 
 def step_mlstm_block(
@@ -114,14 +83,15 @@ def step_mlstm_block(
     num_blocks, head_dim = inner_dim // block, inner_dim // num_heads
 
     inner = units.empty(2 * inner_dim)
-    launch, numbers, options = _plan(units)
-    norm_product_kernel[num_units, ceil_div(2 * inner_dim, _block_out(2 * inner_dim))](
+    launch, numbers, options = units.plan_launch()
+    norm_product_kernel[num_units, ceil_div(2 * inner_dim, _BLOCK_OUT)](
         *(units.tokens, weights.norm, weights.up_proj, launch, inner, *numbers, eps),
         M=width,
         O=2 * inner_dim,
         POW_M=power_of_two(width),
         BLOCK_M=_block_in(width),
-        BLOCK_O=_block_out(2 * inner_dim),
+        BLOCK_O=_BLOCK_OUT,
+        num_warps=_PRODUCT_WARPS,
         **options,
     )
 
@@ -197,20 +167,20 @@ def step_slstm_block(
     hidden_dim = weights.ffn_down_proj.size(-2)
 
     new_y = units.empty(width)
-    launch, numbers, options = _plan(units)
+    launch, numbers, options = units.plan_launch()
     sizes = {
         "H": num_heads,
         "D": head_dim,
         "TAPS": weights.conv_weight.size(-2),
     }
-    block = min(_BLOCK_HEAD, power_of_two(head_dim))
+    block = min(_BLOCK_HEAD_OUT, power_of_two(head_dim))
     slstm_step_cell_kernel[num_units, num_heads, ceil_div(head_dim, block)](
         *(units.tokens, weights.norm, window, weights.conv_weight, weights.conv_bias),
         *(weights.gate_proj, weights.recurrent_weight, weights.gate_bias),
         *(c, log_n, y, launch, new_y, *numbers, num_tokens, eps),
         **sizes,
         POW_M=power_of_two(width),
-        BLOCK_D=block,
+        BLOCK_D=min(_BLOCK_HEAD_IN, power_of_two(head_dim)),
         BLOCK_O=block,
         **options,
     )
@@ -226,12 +196,13 @@ def step_slstm_block(
     )
 
     hidden = units.empty(hidden_dim)
-    gated_product_kernel[num_units, ceil_div(hidden_dim, _block_out(hidden_dim))](
+    gated_product_kernel[num_units, ceil_div(hidden_dim, _BLOCK_OUT)](
         *(normed, weights.ffn_up_proj, launch, hidden, *numbers),
         M=width,
         F=hidden_dim,
         BLOCK_M=_block_in(width),
-        BLOCK_O=_block_out(hidden_dim),
+        BLOCK_O=_BLOCK_OUT,
+        num_warps=_PRODUCT_WARPS,
         **options,
     )
 
@@ -273,14 +244,6 @@ def _check_state(state: tuple[Tensor, ...]) -> None:
         )
 
 
-def _plan(units: StepUnits) -> tuple[Tensor, tuple[int, int, int], dict[str, Any]]:
-    # Without experts any pointer does: nothing is read.
-    experts = units.tokens if units.experts is None else units.experts
-    numbers = units.first, units.num_experts, units.per_token
-
-    return experts, numbers, {"HAS_EXPERTS": units.experts is not None}
-
-
 def _multiply_down(
     units: StepUnits,
     x: Tensor,
@@ -289,22 +252,19 @@ def _multiply_down(
     units_per_residual: int,
     out: Tensor,
 ) -> None:
-    experts, numbers, options = _plan(units)
+    experts, numbers, options = units.plan_launch()
     inner_dim, width = weight.shape[-2:]
 
-    residual_product_kernel[units.num_units, ceil_div(width, _block_out(width))](
+    residual_product_kernel[units.num_units, ceil_div(width, _BLOCK_OUT)](
         *(x, weight, residual, experts, out, *numbers, units_per_residual),
         I=inner_dim,
         O=width,
         BLOCK_I=_block_in(inner_dim),
-        BLOCK_O=_block_out(width),
+        BLOCK_O=_BLOCK_OUT,
+        num_warps=_PRODUCT_WARPS,
         **options,
     )
 
 
 def _block_in(width: int) -> int:
     return min(_BLOCK_IN, power_of_two(width))
-
-
-def _block_out(width: int) -> int:
-    return 32 if width >= _WIDE else 16

@@ -63,9 +63,19 @@ class Tiling(NamedTuple):
 HALF_TILINGS = {
     "forward": Tiling(64, 32, 64, 4, 2),
     "query_grad": Tiling(64, 32, 64, 4, 2),
-    "key_value_grad": Tiling(64, 64, 64, 4, 1),
+    "key_value_grad": Tiling(32, 64, 64, 4, 2),
 }
 """For bfloat16 and float16."""
+
+SHORT_HALF_TILINGS = HALF_TILINGS | {
+    "forward": Tiling(64, 64, 64, 4, 1),
+    "query_grad": Tiling(64, 64, 64, 4, 1),
+}
+"""The same for segments of up to ``SHORT_LEN``, with few blocks of keys to a query: one
+larger block is faster than two of which the second is asked for during the first."""
+
+SHORT_LEN = 128
+"""The longest segments that take ``SHORT_HALF_TILINGS``."""
 
 FLOAT_TILINGS = {
     "forward": Tiling(32, 32, 32, 8, 1),
@@ -153,7 +163,7 @@ def mlstm_rows_forward(
     )
 
     head_dim = width // num_heads
-    block, options = _options("forward", q.dtype, head_dim)
+    block, options = _options("forward", q.dtype, head_dim, rows)
     num_blocks = ceil_div(rows.max_len, block)
     mlstm_rows_forward_kernel[(num_segments * num_blocks, num_heads)](
         *(q, k, v, rows.begins, small, h),
@@ -205,7 +215,7 @@ def mlstm_rows_backward(
     head_dim = q.size(1) // num_heads
     num_segments = rows.begins.size(0) - 1
 
-    block, options = _options("query_grad", q.dtype, head_dim)
+    block, options = _options("query_grad", q.dtype, head_dim, rows)
     num_blocks = ceil_div(rows.max_len, block)
     mlstm_rows_query_grad_kernel[(num_segments * num_blocks, num_heads)](
         *(k, v, rows.begins, small, h, grad_h, grad_q, grad_small),
@@ -215,7 +225,7 @@ def mlstm_rows_backward(
         **options,
     )
 
-    block, options = _options("key_value_grad", q.dtype, head_dim)
+    block, options = _options("key_value_grad", q.dtype, head_dim, rows)
     num_blocks = ceil_div(rows.max_len, block)
     mlstm_rows_key_value_grad_kernel[(num_segments * num_blocks * 2, num_heads)](
         *(q, k, v, rows.begins, small, grad_h, grad_k, grad_v, grad_small),
@@ -268,18 +278,20 @@ class _MLSTMRows(Function):
 
 
 def _options(
-    kernel: str, dtype: torch.dtype, head_dim: int
+    kernel: str, dtype: torch.dtype, head_dim: int, rows: RaggedRows
 ) -> tuple[int, dict[str, Any]]:
     """Return the number of a program's own positions, and a launch's options."""
-    return _cached_options(kernel, dtype, head_dim, find_precision(dtype))
+    is_short = rows.max_len <= SHORT_LEN
+
+    return _cached_options(kernel, dtype, head_dim, is_short, find_precision(dtype))
 
 
 @lru_cache(maxsize=64)
 def _cached_options(
-    kernel: str, dtype: torch.dtype, head_dim: int, precision: str
+    kernel: str, dtype: torch.dtype, head_dim: int, is_short: bool, precision: str
 ) -> tuple[int, dict[str, Any]]:
     if dtype != torch.float32:
-        tiling = HALF_TILINGS[kernel]
+        tiling = (SHORT_HALF_TILINGS if is_short else HALF_TILINGS)[kernel]
     else:
         tiling = (FLOAT_TILINGS if precision == "ieee" else TF32_TILINGS)[kernel]
     num_warps = 8 if head_dim > _WIDE_HEAD_DIM else tiling.num_warps

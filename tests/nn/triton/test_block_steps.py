@@ -18,7 +18,8 @@ from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.slstm import SLSTMBlock
 from moxe_plugin.nn.states import take_state
-from moxe_plugin.nn.triton.block_steps import StepUnits, sum_experts
+from moxe_plugin.nn.triton.block_steps import sum_experts
+from moxe_plugin.nn.triton.step_units import StepUnits
 
 Kind = Literal["mlstm", "slstm"]
 

@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 
 def launch_kernels() -> None:
     """Launch them at the sizes of Table 1."""
-    from moxe_plugin.nn.triton.block_steps import StepUnits, sum_experts
+    from moxe_plugin.nn.triton.block_steps import sum_experts
+    from moxe_plugin.nn.triton.step_units import StepUnits
 
     tokens = torch.zeros(2, 640, dtype=torch.bfloat16)
     experts = torch.tensor([0, 5, 3, 7])

@@ -14,6 +14,33 @@ from moxe_plugin.nn.selection import TopKSelection
 pytest.importorskip("triton")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_tokens_of_a_step_have_the_scores_of_any(
+    has_bias: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    router = DifficultyRouter(
+        200,
+        TopKSelection(9, 2),
+        num_mlstm_experts=5,
+        difficulty_bias_scale=0.7,
+        bias=has_bias,
+        backend="triton",
+    ).to(device, dtype)
+    with torch.no_grad():
+        for param in router.parameters():
+            param.normal_()
+    hidden = torch.randn(3, 200, device=device).to(dtype)
+
+    expected: Routing = router(hidden)
+    with torch.no_grad():
+        actual: Routing = router(hidden)
+
+    for x, y in zip(actual, expected, strict=True):
+        assert x is not None
+        assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
 def route_both(
     num_experts: int, top_k: int, num_mlstm: int, scores: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
