@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import override
 
-from moxe_plugin.nn.experts import ExpertsState
+from moxe_plugin.nn.expert_states import ExpertsState
 from moxe_plugin.nn.mlstm_recurrence import MLSTMState
-from moxe_plugin.nn.slstm import SLSTMState
+from moxe_plugin.nn.slstm_parameters import SLSTMState
 
 BlockState: TypeAlias = MLSTMState | SLSTMState
 

@@ -183,35 +183,6 @@ def trains_on_rows(backend: ScanBackend, seqs: Tensor) -> bool:
     )
 
 
-MAX_STEP_SEQS: Final = 64
-"""The most sequences of which :func:`steps_in_triton`: its kernels read weights anew
-for each, so that products of matrices should be faster for more (not measured)."""
-
-
-def steps_in_triton(backend: ScanBackend, seqs: Tensor) -> bool:
-    """Tell whether one token of each sequence may run through a block's Triton kernels.
-
-    It may without gradients, with ``triton`` (and ``auto``, where that takes it), for
-    up to ``MAX_STEP_SEQS`` sequences.
-
-    :param backend: The choice.
-    :param seqs: What a block reads. *Shape:* ``(N,S,M)``.
-
-    :returns: Whether it may.
-
-    :raises ValueError: As :func:`resolve_backend`.
-    :raises TritonMissingError: As :func:`resolve_backend`.
-    """
-    return (
-        seqs.size(-2) == 1
-        and seqs.size(0) <= MAX_STEP_SEQS
-        and not torch.is_grad_enabled()
-        and type(seqs) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and resolve_backend(backend, seqs) == "triton"
-    )
-
-
 def product_dtype(seqs: Tensor) -> torch.dtype:
     """Tell in which type a block's products are.
 

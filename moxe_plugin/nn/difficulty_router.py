@@ -14,9 +14,10 @@ from torch.nn.init import zeros_
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import override
 
-from moxe_plugin.nn.backend import MAX_STEP_SEQS, ScanBackend, resolve_backend
+from moxe_plugin.nn.backend import ScanBackend, resolve_backend
 from moxe_plugin.nn.modulation import Modulation, standard_modulation
 from moxe_plugin.nn.routing import Router, Routing, lecun_normal_
+from moxe_plugin.nn.stepping_block import MAX_STEP_SEQS
 
 if TYPE_CHECKING:
     from moxe_plugin.nn.selection import ExpertSelection

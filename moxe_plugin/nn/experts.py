@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import Module
 from typing_extensions import override
 
-from moxe_plugin.nn.expert_device_steps import step_bank_on_device
 from moxe_plugin.nn.expert_layouts import (
     LAYOUTS,
     ExpertStateKind,
     make_token_mask,
 )
-from moxe_plugin.nn.expert_steps import Choices, sort_choices, step_bank
+from moxe_plugin.nn.expert_states import Bank, ExpertsState, prepare_state
+from moxe_plugin.nn.expert_stepping import can_step_units, step_banks, step_units
+from moxe_plugin.nn.expert_steps import sort_choices
 from moxe_plugin.nn.ragged_dispatch import combine_rows, send_tokens
 from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.rows import find_rows, pack, unpack
-from moxe_plugin.nn.states import take_state
-
-if TYPE_CHECKING:
-    from moxe_plugin.nn.mlstm_recurrence import MLSTMState
-    from moxe_plugin.nn.slstm import SLSTMState
-
 
 ExpertSteps: TypeAlias = Literal["auto", "host", "device"]
 """Who looks which experts the tokens of a step chose: the ``host``, which then computes
 these only, or the ``device``, which the host needs not wait for; ``auto`` is ``host``
 for tensors on a CPU. Both compute the same."""
-
-
-class ExpertsState(NamedTuple):
-    """The recurrent states of a layer's experts; tensors lead with ``(E,N)``."""
-
-    mlstm: MLSTMState | None
-    """The state of the mLSTM experts, if there are any."""
-
-    slstm: SLSTMState | None
-    """The state of the sLSTM experts, if there are any."""
 
 
 class SparseExperts(Module):
@@ -154,14 +136,13 @@ class SparseExperts(Module):
             not wanted.
         """
         if self._is_step(seqs, seq_lens):
-            step = self._plan_step(seqs, routing)
-
-            if step is not None:
-                step_state = None
-                if return_state and self._expert_state == "subsequence":
-                    step_state = self._prepare_state(seqs, state, reuse=reuse_state)
-
-                return step(step_state), step_state
+            result = self._step(
+                *(seqs, routing, state),
+                return_state=return_state,
+                reuse_state=reuse_state,
+            )
+            if result is not None:
+                return result
 
         if state is None and not return_state and self._trains_on_rows(seqs):
             return self._apply_to_rows(seqs, routing, seq_lens), None
@@ -240,106 +221,50 @@ class SparseExperts(Module):
     def _bank(self, name: str) -> Any:
         return self.get_submodule(name)
 
-    def _plan_step(
-        self, seqs: Tensor, routing: Routing
-    ) -> Callable[[ExpertsState | None], Tensor] | None:
-        if self.steps == "device" or (self.steps == "auto" and not seqs.is_cpu):
-            if self._steps_units(seqs):
-                return partial(self._step_units, seqs, routing)
+    def _list_banks(self) -> list[Bank]:
+        begins = accumulate(self._bank_sizes, initial=0)
 
-            return partial(self._step_banks, seqs, routing, None)
+        return [
+            Bank(name, self.get_submodule(name), begin, size)
+            for name, begin, size in zip(
+                self._bank_names, begins, self._bank_sizes, strict=False
+            )
+        ]
 
-        choices = sort_choices(routing.expert_indices)
-
-        # All experts at once are faster then.
-        if len(choices) == self.num_experts:
-            return None
-
-        return partial(self._step_banks, seqs, routing, choices)
-
-    def _step_banks(
+    def _step(
         self,
         seqs: Tensor,
         routing: Routing,
-        choices: Mapping[int, Choices] | None,
         state: ExpertsState | None,
-    ) -> Tensor:
-        tokens, weights = seqs.squeeze(1), routing.expert_weights
-        sums = []
+        *,
+        return_state: bool,
+        reuse_state: bool,
+    ) -> tuple[Tensor, ExpertsState | None] | None:
+        banks, choices = self._list_banks(), None
+        has_memory = self._expert_state == "subsequence"
+        on_device = self.steps == "device" or (self.steps == "auto" and not seqs.is_cpu)
 
-        for name, begin, size in self._list_banks():
-            bank, bank_state = self._bank(name), getattr(state, name, None)
-            apply = partial(_call_bank, bank, name, bank_state is not None)
+        if not on_device:
+            choices = sort_choices(routing.expert_indices)
 
-            if choices is None:
-                own = routing.expert_indices - begin
-                sums.append(
-                    step_bank_on_device(bank, apply, own, tokens, weights, bank_state)
-                )
-            else:
-                chosen = {
-                    e - begin: c for e, c in choices.items() if 0 <= e - begin < size
-                }
-                sums.append(step_bank(bank, apply, chosen, tokens, weights, bank_state))
+            # All experts at once are faster then.
+            if len(choices) == self.num_experts:
+                return None
 
-        # (N,M) -> (N,1,M)
-        return torch.stack(sums).sum(dim=0).unsqueeze(1).to(seqs.dtype)
+        keeps_state = return_state and has_memory
+        in_units = on_device and has_memory and can_step_units(banks, seqs)
 
-    def _steps_units(self, seqs: Tensor) -> bool:
-        return (
-            self._expert_state == "subsequence"
-            and "ffn" not in self._bank_names
-            and all(self._bank(name).steps_units(seqs) for name in self._bank_names)
-        )
+        if keeps_state or in_units:
+            state = prepare_state(banks, seqs, state, reuse=reuse_state)
+        else:
+            state = None
 
-    def _step_units(
-        self, seqs: Tensor, routing: Routing, state: ExpertsState | None
-    ) -> Tensor:
-        # Imports Triton, which not every machine has.
-        from moxe_plugin.nn.triton.block_steps import sum_experts
-        from moxe_plugin.nn.triton.step_units import StepUnits
+        if in_units and state is not None:
+            summed = step_units(banks, seqs, routing, state)
+        else:
+            summed = step_banks(banks, seqs, routing, choices, state)
 
-        if state is None:
-            state = self._prepare_state(seqs, None, reuse=True)
-
-        # (N,1,M) -> (N,M), and (N,K) -> (U)
-        tokens, experts = seqs.squeeze(1).contiguous(), routing.expert_indices.flatten()
-        outputs = tokens.new_empty(experts.size(0), tokens.size(1), dtype=torch.float32)
-
-        for name, begin, size in self._list_banks():
-            units = StepUnits(
-                tokens, experts, begin, size, experts.size(0) // tokens.size(0)
-            )
-            self._bank(name).step_units(units, getattr(state, name), outputs)
-
-        summed = torch.empty_like(tokens)
-        sum_experts(outputs, routing.expert_weights, experts, self.num_experts, summed)
-
-        return summed.unsqueeze(1)
-
-    def _list_banks(self) -> Iterator[tuple[str, int, int]]:
-        # The name, the number of the first expert, how many there are
-        begins = accumulate(self._bank_sizes, initial=0)
-
-        return zip(self._bank_names, begins, self._bank_sizes, strict=False)
-
-    def _prepare_state(
-        self, seqs: Tensor, state: ExpertsState | None, *, reuse: bool
-    ) -> ExpertsState:
-        def prepare(name: str) -> Any:
-            bank_state = None if state is None else getattr(state, name)
-
-            if bank_state is None:
-                return self._bank(name).initial_state(seqs.size(0), seqs.device)
-
-            return take_state(bank_state, reuse=reuse)
-
-        return ExpertsState(
-            *(
-                prepare(name) if name in self._bank_names else None
-                for name in ExpertsState._fields
-            )
-        )
+        return summed, state if keeps_state else None
 
 
 def _feed_forward(bank: Module, grid: Tensor, grid_lens: Tensor | None) -> Tensor:
@@ -351,23 +276,3 @@ def _feed_forward(bank: Module, grid: Tensor, grid_lens: Tensor | None) -> Tenso
     rows = find_rows(grid_lens, grid.size(2))
 
     return unpack(bank(pack(grid, rows), rows.counts), rows)
-
-
-def _call_bank(
-    bank: Module,
-    name: str,
-    return_state: bool,
-    seqs: Tensor,
-    state: Any,
-    params: Mapping[str, Tensor],
-) -> tuple[Tensor, Any]:
-    if name == "ffn":
-        return functional_call(bank, dict(params), (seqs,)), None
-
-    options = {"return_state": return_state}
-
-    output: tuple[Tensor, Any] = functional_call(
-        bank, dict(params), (seqs, None, state), options
-    )
-
-    return output

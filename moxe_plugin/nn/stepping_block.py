@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
-from moxe_plugin.nn.backend import ScanBackend, steps_in_triton
+from moxe_plugin.nn.backend import ScanBackend, resolve_backend
 from moxe_plugin.nn.states import take_state
 
 if TYPE_CHECKING:
     from moxe_plugin.nn.layers import CausalConv
     from moxe_plugin.nn.triton.step_units import StepUnits
 
+
 StateT = TypeVar("StateT", bound="tuple[Any, ...]")
+
+MAX_STEP_SEQS: Final = 64
+"""The most sequences of which :func:`steps_in_triton`: its kernels read weights anew
+for each, so that products of matrices should be faster for more (not measured)."""
+
+
+def steps_in_triton(backend: ScanBackend, seqs: Tensor) -> bool:
+    """Tell whether one token of each sequence may run through a block's Triton kernels.
+
+    It may without gradients, with ``triton`` (and ``auto``, where that takes it), for
+    up to ``MAX_STEP_SEQS`` sequences.
+
+    :param backend: The choice.
+    :param seqs: What a block reads. *Shape:* ``(N,S,M)``.
+
+    :returns: Whether it may.
+
+    :raises ValueError: As :func:`~moxe_plugin.nn.backend.resolve_backend`.
+    :raises TritonMissingError: As there.
+    """
+    return (
+        seqs.size(-2) == 1
+        and seqs.size(0) <= MAX_STEP_SEQS
+        and not torch.is_grad_enabled()
+        and type(seqs) in (Tensor, Parameter)
+        and not torch.compiler.is_compiling()
+        and resolve_backend(backend, seqs) == "triton"
+    )
 
 
 class SteppingBlock(Module, ABC, Generic[StateT]):
@@ -53,7 +82,7 @@ class SteppingBlock(Module, ABC, Generic[StateT]):
         :param seqs: What the block, or what gives it units, reads. *Shape:*
             ``(N,S,M)``.
 
-        :returns: See :func:`~moxe_plugin.nn.backend.steps_in_triton`.
+        :returns: See :func:`steps_in_triton`.
         """
         return self.conv.kernel_size > 1 and steps_in_triton(self.backend, seqs)
 

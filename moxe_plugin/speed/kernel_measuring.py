@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moxe_plugin.models.captured_steps import capture_cuda_graph
+from moxe_plugin.models.captured_step import capture_cuda_graph
 from moxe_plugin.speed.clock import time_repeats
 from moxe_plugin.speed.kernel_calls import prepare_kernel_calls
 from moxe_plugin.speed.kernel_cases import KernelCase

@@ -14,11 +14,8 @@ from fairseq2.nn import BatchLayout, IncrementalStateBag
 from torch import Tensor, tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from moxe_plugin.models.captured_steps import (
-    CapturedStepsLM,
-    capture_cuda_graph,
-    capture_steps,
-)
+from moxe_plugin.models.captured_step import capture_cuda_graph
+from moxe_plugin.models.captured_steps import CapturedStepsLM, capture_steps
 from moxe_plugin.models.clm import AuxLossCausalLM
 from moxe_plugin.models.recurrent_state import count_state_bytes, fork_states
 from moxe_plugin.nn.experts import SparseExperts

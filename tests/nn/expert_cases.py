@@ -10,7 +10,8 @@ from torch import Tensor, float64, tensor
 from torch.nn import Module
 
 from moxe_plugin.nn.expert_layouts import ExpertStateKind
-from moxe_plugin.nn.experts import ExpertsState, ExpertSteps, SparseExperts
+from moxe_plugin.nn.expert_states import ExpertsState
+from moxe_plugin.nn.experts import ExpertSteps, SparseExperts
 from moxe_plugin.nn.layers import GatedFeedForward
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.routing import Routing

@@ -20,7 +20,8 @@ from moxe_plugin.nn.native.library import (
     load_library,
     why_not_loaded,
 )
-from moxe_plugin.nn.slstm import SLSTMBlock, SLSTMState
+from moxe_plugin.nn.slstm import SLSTMBlock
+from moxe_plugin.nn.slstm_parameters import SLSTMState
 
 needs_compiler = pytest.mark.skipif(
     why_not_loaded("slstm_scan") is not None,

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.mlstm_recurrence import MLSTMState
 from moxe_plugin.nn.padding import valid_positions
-from moxe_plugin.nn.slstm import SLSTMBlock, SLSTMState
+from moxe_plugin.nn.slstm import SLSTMBlock
+from moxe_plugin.nn.slstm_parameters import SLSTMState
 
 E, N, S, M = 3, 4, 11, 16
 

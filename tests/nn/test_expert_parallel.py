@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, float64
 
 from moxe_plugin.nn.expert_parallel import ExpertParallelExperts
-from moxe_plugin.nn.experts import ExpertsState, SparseExperts
+from moxe_plugin.nn.expert_states import ExpertsState
+from moxe_plugin.nn.experts import SparseExperts
 from tests.nn.expert_cases import (
     MODEL_DIM,
     Case,

@@ -18,7 +18,8 @@ from typing_extensions import override
 
 from moxe_plugin.nn import expert_device_steps
 from moxe_plugin.nn.expert_layouts import ExpertStateKind
-from moxe_plugin.nn.experts import ExpertsState, ExpertSteps, SparseExperts
+from moxe_plugin.nn.expert_states import ExpertsState
+from moxe_plugin.nn.experts import ExpertSteps, SparseExperts
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from tests.nn.expert_cases import (
     LENS,

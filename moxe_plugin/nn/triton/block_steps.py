@@ -36,16 +36,16 @@ from moxe_plugin.nn.triton.step_products import (
 )
 from moxe_plugin.nn.triton.step_units import StepUnits
 
-_BLOCK_IN: Final = 128
+_BLOCK_IN: Final = 512
 """The inputs of a tile of a weight."""
 
 _BLOCK_OUT: Final = 16
 """The outputs that a program has."""
 
-_BLOCK_MEMORY: Final = 64
+_BLOCK_MEMORY: Final = 128
 """The rows, and columns, of a tile of a matrix memory."""
 
-_BLOCK_HEAD_IN: Final = 32
+_BLOCK_HEAD_IN: Final = 128
 """The inputs of a tile of the weights of a head of the sLSTM."""
 
 _BLOCK_HEAD_OUT: Final = 32

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 pytest.importorskip("triton")
 
 from moxe_plugin.nn.backend import ScanBackend
-from moxe_plugin.nn.experts import ExpertsState, SparseExperts
+from moxe_plugin.nn.expert_states import ExpertsState
+from moxe_plugin.nn.experts import SparseExperts
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.slstm import SLSTMBlock

@@ -12,8 +12,9 @@ from moxe_plugin.nn.backend import (
     TritonMissingError,
     resolve_backend,
 )
-from moxe_plugin.nn.slstm import SLSTMBlock, SLSTMState
+from moxe_plugin.nn.slstm import SLSTMBlock
 from moxe_plugin.nn.slstm_cell import SLSTMScanInputs
+from moxe_plugin.nn.slstm_parameters import SLSTMState
 
 pytest.importorskip("triton")
 
