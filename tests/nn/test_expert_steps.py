@@ -140,6 +140,8 @@ def test_a_step_writes_into_a_state_that_it_may_reuse(
 
     with torch.no_grad():
         _, state = apply(experts, make_case(device))
+        # What a step leaves is contiguous.
+        _, state = apply(experts, case, state)
         _, expected = apply(experts, case, state)
         _, actual = apply(experts, case, state, reuse_state=True)
 
@@ -244,7 +246,9 @@ class CountingBank(Module):
 
 def test_a_step_asks_the_chosen_experts_only(device: torch.device) -> None:
     mlstm, slstm = CountingBank(4).to(device), CountingBank(4).to(device)
-    experts = SparseExperts(8, mlstm=mlstm, slstm=slstm, expert_state="token")
+    experts = SparseExperts(
+        8, mlstm=mlstm, slstm=slstm, expert_state="token", steps="host"
+    )
 
     # Experts 1 and 3 are of the first bank, 6 is the third of the second.
     case = Case(
