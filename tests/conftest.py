@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Final
 
 # Libraries read these when they are imported, and child processes inherit them.
@@ -124,6 +126,30 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ["MOXE_CACHE_DIR"] = str(directory)
 
     return directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patch_language_once() -> Iterator[None]:
+    # Triton's interpreter puts its functions in place of the language's at each call of
+    # a function within a kernel, to no effect but the first time. That is a quarter of
+    # the time in which it runs kernels.
+    if "TRITON_INTERPRET" not in os.environ or find_spec("triton") is None:
+        yield
+        return
+
+    from triton.runtime import interpreter
+
+    original, known = interpreter._patch_lang, set()
+
+    def patch_lang(fn: FunctionType) -> None:
+        names = id(fn.__globals__)
+        if names not in known:
+            known.add(names)
+            original(fn)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
+        yield
 
 
 @pytest.fixture(scope="session")
