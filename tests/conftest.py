@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final
 
 # Libraries read these when they are imported, and child processes inherit them.
 _ENVIRONMENT: Final = {
@@ -160,6 +162,37 @@ def _patch_language_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _parse_once() -> Iterator[None]:
+    # For each run fairseq2 parses its configuration two dozen times, and all its asset
+    # cards: half of what a run of few steps takes.
+    if "fairseq2.utils.yaml" not in sys.modules:
+        yield
+        return
+
+    from fairseq2.utils.yaml import RuamelYamlLoader
+
+    original = RuamelYamlLoader.load
+    known: dict[str, list[object]] = {}
+
+    def load(self: RuamelYamlLoader, input_: Path | IO[str]) -> list[object]:
+        if not isinstance(input_, Path):
+            return original(self, input_)
+
+        with self._file_system.open_text(input_) as file:
+            text = file.read()
+
+            if text not in known:
+                file.seek(0)
+                known[text] = original(self, file)
+
+        return deepcopy(known[text])
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(RuamelYamlLoader, "load", load)
         yield
 
 

@@ -2,41 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
-from typing import IO
 
 import pytest
-from fairseq2.utils.yaml import RuamelYamlLoader
 
 from tests.train.tiny_data import TinyData, make_tiny_data, pretrain
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _parse_once() -> Iterator[None]:
-    # For each run fairseq2 parses its configuration two dozen times, and all its asset
-    # cards: half of what a run of few steps takes.
-    original = RuamelYamlLoader.load
-    known: dict[str, list[object]] = {}
-
-    def load(self: RuamelYamlLoader, input_: Path | IO[str]) -> list[object]:
-        if not isinstance(input_, Path):
-            return original(self, input_)
-
-        with self._file_system.open_text(input_) as file:
-            text = file.read()
-
-            if text not in known:
-                file.seek(0)
-                known[text] = original(self, file)
-
-        return deepcopy(known[text])
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(RuamelYamlLoader, "load", load)
-
-        yield
 
 
 @pytest.fixture(scope="session")
