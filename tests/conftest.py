@@ -30,12 +30,15 @@ os.environ.update(_ENVIRONMENT)
 _LONGEST: Final = (
     "docs/test_commands.py",
     "train/test_random_kills.py",
-    "docs/test_commands_on_a_run.py",
     "train/test_training_options.py",
-    "train/test_distributed.py",
-    "bench/test_killing.py",
     "bench/test_smoke_suite.py",
-    "speed/test_command.py",
+    "docs/test_commands_on_a_run.py",
+    "train/test_distributed.py",
+    "train/test_presets.py",
+    "nn/triton/test_block_rows.py",
+    "wrong_inputs/test_commands.py",
+    "hf/test_export.py",
+    "bench/test_killing.py",
 )
 """The files that take longest, longest first. One that begins last keeps a process busy
 while the others have nothing left to do."""
