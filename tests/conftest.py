@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
+from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from types import FunctionType
+from typing import IO, TYPE_CHECKING, Final
 
 # Libraries read these when they are imported, and child processes inherit them.
 _ENVIRONMENT: Final = {
@@ -25,12 +30,15 @@ os.environ.update(_ENVIRONMENT)
 _LONGEST: Final = (
     "docs/test_commands.py",
     "train/test_random_kills.py",
-    "docs/test_commands_on_a_run.py",
     "train/test_training_options.py",
-    "train/test_distributed.py",
-    "bench/test_killing.py",
     "bench/test_smoke_suite.py",
-    "speed/test_command.py",
+    "docs/test_commands_on_a_run.py",
+    "train/test_distributed.py",
+    "train/test_presets.py",
+    "nn/triton/test_block_rows.py",
+    "wrong_inputs/test_commands.py",
+    "hf/test_export.py",
+    "bench/test_killing.py",
 )
 """The files that take longest, longest first. One that begins last keeps a process busy
 while the others have nothing left to do."""
@@ -98,6 +106,16 @@ def pytest_collection_modifyitems(
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
+def pytest_collection_finish() -> None:
+    """Leave what the test files have imported out of all garbage collections.
+
+    One would take a third of a second, and every training begins with one. Forked
+    processes would copy what it looks at.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Return the device on which a test puts its tensors.
@@ -124,6 +142,61 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ["MOXE_CACHE_DIR"] = str(directory)
 
     return directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patch_language_once() -> Iterator[None]:
+    # Triton's interpreter puts its functions in place of the language's at each call of
+    # a function within a kernel, to no effect but the first time. That is a quarter of
+    # the time in which it runs kernels.
+    if "TRITON_INTERPRET" not in os.environ or find_spec("triton") is None:
+        yield
+        return
+
+    from triton.runtime import interpreter
+
+    original, known = interpreter._patch_lang, set()
+
+    def patch_lang(fn: FunctionType) -> None:
+        names = id(fn.__globals__)
+        if names not in known:
+            known.add(names)
+            original(fn)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_lang)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _parse_once() -> Iterator[None]:
+    # For each run fairseq2 parses its configuration two dozen times, and all its asset
+    # cards: half of what a run of few steps takes.
+    if "fairseq2.utils.yaml" not in sys.modules:
+        yield
+        return
+
+    from fairseq2.utils.yaml import RuamelYamlLoader
+
+    original = RuamelYamlLoader.load
+    known: dict[str, list[object]] = {}
+
+    def load(self: RuamelYamlLoader, input_: Path | IO[str]) -> list[object]:
+        if not isinstance(input_, Path):
+            return original(self, input_)
+
+        with self._file_system.open_text(input_) as file:
+            text = file.read()
+
+            if text not in known:
+                file.seek(0)
+                known[text] = original(self, file)
+
+        return deepcopy(known[text])
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(RuamelYamlLoader, "load", load)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def _small_heap() -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap() -> None:
     # Every measurement collects garbage. What a process of many tests has imported and
-    # made before, seconds at a time, is left out.
+    # made before, seconds at a time, is left out; also later, as what has been imported
+    # stays.
     gc.freeze()
-
-    yield
-
-    gc.unfreeze()

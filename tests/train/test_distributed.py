@@ -30,12 +30,12 @@ NUM_ACCUMULATE: Final = 3
 OVERRIDES: Final[Mapping[str, object]] = {
     "dataset.batch_size": 2,
     "trainer.grad_accumulation.num_batches": NUM_ACCUMULATE,
-    "regime.num_steps": 20,
-    "regime.validate_every_n_steps": 10,
-    "regime.checkpoint_every_n_steps": 10,
+    "regime.num_steps": 12,
+    "regime.validate_every_n_steps": 6,
+    "regime.checkpoint_every_n_steps": 6,
     "regime.keep_last_n_checkpoints": 2,
 }
-"""An epoch ends within step 13, whose last batch is missing."""
+"""An epoch ends within step 9, whose last batch is missing."""
 
 LAUNCH_METRICS: Final = ("Time", "Second", "Batch Size", "per Batch", "Gradient Norm")
 """Parts of the names of metrics that tell of time, or of batches per process."""
@@ -170,7 +170,7 @@ def run(
 
 
 def test_two_processes_have_the_losses_of_one(run: Run, single_dir: Path) -> None:
-    for category, steps in {"train": list(range(1, 21)), "valid": [10, 20]}.items():
+    for category, steps in {"train": list(range(1, 13)), "valid": [6, 12]}.items():
         expected, actual = (
             read_metrics(d, category) for d in (single_dir, run.output_dir)
         )
@@ -197,14 +197,14 @@ def test_continued_run_is_bitwise_the_same(
     run: Run, tiny_data: TinyData, tmp_path: Path
 ) -> None:
     shutil.copytree(run.output_dir, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "checkpoints" / "step_20")
+    shutil.rmtree(tmp_path / "checkpoints" / "step_12")
 
     run_processes(2, _pretrain_rank, tiny_data, tmp_path, run.overrides)
 
     metrics = [_select(m, ("Time", "Second")) for m in read_metrics(tmp_path, "train")]
 
-    assert len(metrics) == 30
-    assert metrics[20:] == metrics[10:20]
+    assert len(metrics) == 18
+    assert metrics[12:] == metrics[6:12]
 
 
 def _refuse(data: TinyData, output_dir: Path, overrides: Mapping[str, object]) -> str:
@@ -218,13 +218,13 @@ def test_fewer_processes_continue_or_are_refused(
     run: Run, tiny_data: TinyData, tmp_path: Path
 ) -> None:
     shutil.copytree(run.output_dir, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "checkpoints" / "step_20")
+    shutil.rmtree(tmp_path / "checkpoints" / "step_12")
 
     if "fsdp" in run.overrides.values():
         message = _refuse(tiny_data, tmp_path, run.overrides)
 
         assert (
-            f"The checkpoint '{tmp_path}/checkpoints/step_10' is of 2 processes and 2 "
+            f"The checkpoint '{tmp_path}/checkpoints/step_6' is of 2 processes and 2 "
             "shards of the model, but this run has 1 process and 1 shard of the model."
         ) in message
         assert "by `torchrun --nproc-per-node 2` with the same" in message
@@ -235,8 +235,8 @@ def test_fewer_processes_continue_or_are_refused(
 
     metrics = read_metrics(tmp_path, "train")
 
-    assert [m["Step"] for m in metrics[20:]] == list(range(11, 21))
-    assert metrics[-1]["NLL Loss"] < metrics[9]["NLL Loss"]
+    assert [m["Step"] for m in metrics[12:]] == list(range(7, 13))
+    assert metrics[-1]["NLL Loss"] < metrics[5]["NLL Loss"]
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -274,7 +274,7 @@ def test_message_tells_how_to_go_on_with_the_parameters(
 
     (first, _), before = (read_metrics(d, "train") for d in (tmp_path, run.output_dir))
 
-    assert first["NLL Loss"] < before[9]["NLL Loss"]
+    assert first["NLL Loss"] < before[5]["NLL Loss"]
 
 
 def test_checkpoint_of_two_processes_loads_as_a_model(

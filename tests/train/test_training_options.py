@@ -11,13 +11,23 @@ import pytest
 from tests.processes import run_processes
 from tests.train.tiny_data import TinyData, pretrain, read_metrics
 
-NUM_STEPS: Final = 3
+NUM_STEPS: Final = 2
 
 BASE: Final[Mapping[str, object]] = {
     "dataset.valid_split": None,
     "lr_scheduler.config.num_warmup_steps": 0,
     "regime.num_steps": NUM_STEPS,
     "regime.checkpoint_every_n_steps": None,
+}
+
+MODELS: Final[Mapping[str, Mapping[str, object]]] = {
+    # To compile a second layer, whose experts have other numbers of tokens, takes most
+    # of a minute. That of xLSTM takes no time.
+    "moxe": {
+        "model.family": "moxe",
+        "model.config_overrides": {"pad_idx": 1, "num_layers": 1},
+    },
+    "xlstm": {"model.family": "xlstm"},
 }
 
 CHECKPOINTED: Final[Mapping[str, object]] = {
@@ -38,7 +48,7 @@ DDP: Final[Mapping[str, object]] = {"trainer.data_parallelism": "ddp"}
 FSDP: Final[Mapping[str, object]] = {"trainer.data_parallelism": "fsdp"}
 
 
-@pytest.fixture(scope="module", params=["moxe", "xlstm"])
+@pytest.fixture(scope="module", params=list(MODELS))
 def family(request: pytest.FixtureRequest) -> str:
     """Name a family.
 
@@ -66,7 +76,7 @@ def plain_loss(
     """
     output_dir = tmp_path_factory.mktemp("plain")
 
-    pretrain(tiny_data, output_dir, {**BASE, "model.family": family})
+    pretrain(tiny_data, output_dir, {**BASE, **MODELS[family]})
 
     return _read(output_dir, "NLL Loss")
 
@@ -87,7 +97,7 @@ def test_losses_do_not_depend_on_how_layers_run(
     tmp_path: Path,
     options: Mapping[str, object],
 ) -> None:
-    pretrain(tiny_data, tmp_path, {**BASE, "model.family": family, **options})
+    pretrain(tiny_data, tmp_path, {**BASE, **MODELS[family], **options})
 
     # The gradients of a step are in the losses of the next.
     assert _read(tmp_path, "NLL Loss") == pytest.approx(plain_loss, rel=1e-6)
@@ -101,7 +111,7 @@ def test_mixed_precision_has_nearly_the_losses_of_float32(
     tmp_path: Path,
     options: Mapping[str, object],
 ) -> None:
-    pretrain(tiny_data, tmp_path, {**BASE, "model.family": family, **options})
+    pretrain(tiny_data, tmp_path, {**BASE, **MODELS[family], **options})
 
     losses = _read(tmp_path, "NLL Loss")
 
@@ -127,7 +137,7 @@ def test_two_processes_have_the_losses_of_one_with_options(
     options: Mapping[str, object],
     rel: float,
 ) -> None:
-    overrides = {**BASE, "model.family": family, "dataset.batch_size": 2, **options}
+    overrides = {**BASE, **MODELS[family], "dataset.batch_size": 2, **options}
 
     if family == "moxe":
         overrides["balance_over"] = "global"

@@ -20,7 +20,18 @@ from moxe_plugin.nn.slstm import SLSTMBlock
 
 pytest.importorskip("triton")
 
+from moxe_plugin.nn.triton import block_products, head_products  # needs Triton
+
+pytestmark = pytest.mark.usefixtures("wide_sums")
+
 MODEL_DIM = 32
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The interpreter goes through a run to its end, however few rows there are.
+    monkeypatch.setattr(block_products, "_RUN", 128)
+    monkeypatch.setattr(head_products, "_RUN", 64)
 
 
 def make_block(kind: str, num_experts: int | None = None) -> MLSTMBlock | SLSTMBlock:

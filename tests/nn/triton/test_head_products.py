@@ -18,6 +18,8 @@ from moxe_plugin.nn.triton.head_products import (
 )
 from moxe_plugin.nn.triton.partials import PartialSums
 
+pytestmark = pytest.mark.usefixtures("wide_sums")
+
 NUM_HEADS = 2
 LAYOUTS = [
     pytest.param([[40, 0, 1], [0] * 3, [1, 5, 0], [64, 0, 20]], id="idle"),

@@ -12,22 +12,31 @@ from torch.testing import assert_close
 pytest.importorskip("triton")
 
 from moxe_plugin.nn.ragged import RaggedRows, ragged_rows
+from moxe_plugin.nn.triton import row_conv
 from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.row_conv import (
     causal_conv_silu_backward,
     causal_conv_silu_forward,
 )
 
+pytestmark = pytest.mark.usefixtures("wide_sums")
+
 K = 4
 # Blocks have 32 rows forward and 128 backward, and 128 columns, backward 64 of rows of
-# less than 1,024.
+# less than 140.
 LENS = [
-    pytest.param([[5, 40], [90, 1]], 1030, id="wide"),
+    pytest.param([[5, 40], [90, 1]], 140, id="wide"),
     pytest.param([[67, 1, 2]], 130, id="no-bank"),
     pytest.param([[3, 0, 60], [0, 0, 0], [1, 5, 2], [1, 0, 71]], 6, id="bank"),
     pytest.param([[0, 0], [64, 0], [0, 0], [0, 64], [0, 0]], 4, id="ends-at-blocks"),
     pytest.param([[0, 0], [0, 0]], 5, id="no-row"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def wide_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not 1,024, which take the interpreter long
+    monkeypatch.setattr(row_conv, "_WIDE", 140)
 
 
 def make_inputs(

@@ -19,6 +19,8 @@ from moxe_plugin.nn.triton.row_gated_norm import (  # needs Triton
     gated_norm_forward,
 )
 
+pytestmark = pytest.mark.usefixtures("wide_sums")
+
 EPS = 1e-5
 
 # As in `test_row_norm`

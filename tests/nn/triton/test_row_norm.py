@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.row_norm import norm_backward, norm_forward
 
+pytestmark = pytest.mark.usefixtures("wide_sums")
+
 EPS = 1e-5
 
 # An expert boundary within a block of 32 rows, experts without a row, one with none of

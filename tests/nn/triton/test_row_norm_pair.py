@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 from moxe_plugin.nn.triton.partials import PartialSums
 from moxe_plugin.nn.triton.row_norm_pair import norm_pair_backward, norm_pair_forward
 
+pytestmark = pytest.mark.usefixtures("wide_sums")
+
 EPS = 1e-5
 
 # As in `test_row_norm`
