@@ -113,9 +113,9 @@ def check_backend(backend: str) -> None:
 def convolves_natively(backend: ScanBackend, *tensors: Tensor) -> bool:
     """Tell whether the causal convolution of some tensors runs in C++.
 
-    It does with ``auto`` and ``native``, for plain tensors on a CPU that are all
-    float32 or all float64, neither compiled nor under autocast. ``auto`` also needs a
-    C++ compiler. Everything else is torch's.
+    It does with ``auto`` and ``native``, for plain tensors on a CPU that are all of one
+    type (16 bits are computed in 32), neither compiled nor under autocast. ``auto``
+    also needs a C++ compiler. Everything else is torch's.
 
     :param backend: The choice.
     :param tensors: What the convolution reads.
@@ -131,7 +131,6 @@ def convolves_natively(backend: ScanBackend, *tensors: Tensor) -> bool:
 
     if (
         backend not in ("auto", "native")
-        or dtype not in (torch.float32, torch.float64)
         or any(x.dtype != dtype or not is_readable(x) for x in tensors)
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()

@@ -15,6 +15,7 @@ from moxe_plugin.nn.grouped import spread
 from moxe_plugin.nn.native.causal_conv import causal_conv
 from moxe_plugin.nn.native.library import is_readable, why_not_loaded
 from moxe_plugin.nn.native.scale_norm import scale_norm
+from moxe_plugin.nn.padding import widen
 from moxe_plugin.nn.rows import Rows, shift_rows
 from moxe_plugin.nn.stacked import equal_counts, expert_parameter, per_channel, project
 
@@ -63,9 +64,11 @@ class ScaleNorm(Module):
             if counts is None:
                 counts = equal_counts(flat, weight)
 
-            return scale_norm(flat, weight, counts, self.num_heads, NORM_EPS).view(
-                seqs.shape
+            normed = scale_norm(
+                widen(flat), widen(weight), counts, self.num_heads, NORM_EPS
             )
+
+            return normed.to(seqs.dtype).view(seqs.shape)
 
         head_dim = seqs.size(-1) // self.num_heads
         heads = torch.unflatten(seqs, -1, (self.num_heads, head_dim))
@@ -77,7 +80,6 @@ class ScaleNorm(Module):
         return (
             all(is_readable(x) for x in (seqs, self.weight))
             and seqs.dtype == self.weight.dtype
-            and seqs.dtype in (torch.float32, torch.float64)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
             and why_not_loaded("scale_norm") is None
@@ -209,8 +211,11 @@ class CausalConv(Module):
         # A single convolution is that of one expert: ([E,]K,M) -> (E,K,M)
         weight = self.weight.view(-1, *self.weight.shape[-2:])
         bias = self.bias.view(-1, self.bias.size(-1))
+        windows = None if windows is None else widen(windows)
 
-        return causal_conv(flat, windows, weight, bias, seq_lens)
+        return causal_conv(
+            widen(flat), windows, widen(weight), widen(bias), seq_lens
+        ).to(flat.dtype)
 
     def _convolve(self, inputs: Tensor) -> Tensor:
         seq_len = inputs.size(-2) - (self.kernel_size - 1)

@@ -25,6 +25,7 @@ from moxe_plugin.nn.native.mlstm_parallel import (
     NormalizerLimits,
     mlstm_parallel_rows,
 )
+from moxe_plugin.nn.padding import widen
 from moxe_plugin.nn.products import runs_native
 from moxe_plugin.nn.rows import Rows
 
@@ -219,12 +220,14 @@ class MLSTMRecurrence(NamedTuple):
         return (
             self.backend in ("auto", "native")
             and max_len > 0
-            and runs_native(*inputs)
+            and runs_native(*(widen(x[:0]) for x in inputs))
             and why_not_loaded(self._native_form(inputs, max_len)) is None
         )
 
     def _run_native(self, inputs: MLSTMCellInputs, seqs: Sequences) -> Tensor:
-        q, k, v = (torch.unflatten(x, -1, (self.num_heads, -1)) for x in inputs[:3])
+        q, k, v = (
+            torch.unflatten(widen(x), -1, (self.num_heads, -1)) for x in inputs[:3]
+        )
         limits = NormalizerLimits(MAX_EXPONENT, NORMALIZER_EPS)
 
         if self._native_form(inputs, max(seqs.lens)) == "mlstm_parallel":
@@ -234,7 +237,7 @@ class MLSTMRecurrence(NamedTuple):
                 *(q, k, v, inputs.gates, seqs, limits), _NATIVE_CHUNK_SIZE
             )
 
-        return hidden.flatten(-2)
+        return hidden.flatten(-2).to(inputs.q.dtype)
 
     def _native_form(
         self, inputs: MLSTMCellInputs, max_len: int

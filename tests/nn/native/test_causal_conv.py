@@ -168,11 +168,12 @@ def test_only_plain_tensors_of_one_precision_are_convolved_in_cpp(
 
     assert convolves_natively("auto", x, torch.nn.Parameter(x))
     assert convolves_natively("native", x.double())
+    assert convolves_natively("auto", x.bfloat16())
 
     assert not convolves_natively("torch", x)
     assert not convolves_natively("triton", x)
-    assert not convolves_natively("auto", x.bfloat16())
     assert not convolves_natively("auto", x, x.double())
+    assert not convolves_natively("auto", x, x.bfloat16())
     assert not convolves_natively("auto", x.to("meta"))
     with FakeTensorMode():
         assert not convolves_natively("auto", torch.zeros(1))

@@ -1,0 +1,73 @@
+"""Tests of blocks whose parameters are bfloat16, on a CPU."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, bfloat16, float64
+
+from moxe_plugin.nn.backend import ScanBackend
+from moxe_plugin.nn.mlstm import MLSTMBlock
+from moxe_plugin.nn.native.library import why_not_loaded
+from moxe_plugin.nn.slstm import SLSTMBlock
+
+needs_compiler = pytest.mark.skipif(
+    why_not_loaded("slstm_scan") is not None,
+    reason=f"no C++ here: {why_not_loaded('slstm_scan')}",
+)
+
+LENS = torch.tensor([[9, 0, 4], [3, 9, 7]])
+
+
+def differentiate(
+    block: MLSTMBlock | SLSTMBlock, backend: ScanBackend, dtype: torch.dtype
+) -> list[Tensor]:
+    """Return a block's outputs and all gradients, of the same numbers each time."""
+    block = deepcopy(block).to(dtype)
+    block.backend = backend
+
+    generator = torch.Generator().manual_seed(2)
+    seqs, direction = (
+        torch.randn(2, 3, 9, block.model_dim, generator=generator).bfloat16().to(dtype)
+        for _ in range(2)
+    )
+    seqs.requires_grad_()
+
+    valid = (torch.arange(9) < LENS.unsqueeze(-1)).unsqueeze(-1)
+    output = block(seqs, LENS, return_state=False)[0] * valid
+
+    return [
+        output,
+        *torch.autograd.grad((output * direction).sum(), [seqs, *block.parameters()]),
+    ]
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["mlstm", "slstm"])
+def test_cpp_rounds_no_more_than_torch(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The mLSTM's cell takes C++ where products do.
+    monkeypatch.setattr("moxe_plugin.nn.products.why_torch", lambda: None)
+    block: MLSTMBlock | SLSTMBlock
+    if kind == "mlstm":
+        block = MLSTMBlock(64, num_heads=2, num_experts=2)
+    else:
+        block = SLSTMBlock(64, num_heads=2, num_experts=2)
+    with torch.no_grad():
+        for param in block.parameters():
+            param.add_(torch.randn_like(param), alpha=0.1)
+            param.copy_(param.bfloat16())
+
+    exact = differentiate(block, "torch", float64)
+    in_torch = differentiate(block, "torch", bfloat16)
+    in_cpp = differentiate(block, "native", bfloat16)
+
+    names = ["output", "seqs", *(name for name, _ in block.named_parameters())]
+    for name, x, y, z in zip(names, in_cpp, in_torch, exact, strict=True):
+        assert x.dtype == bfloat16, name
+
+        error, error_in_torch = ((w.double() - z).norm() / z.norm() for w in (x, y))
+        assert error <= max(0.02, 1.2 * error_in_torch.item()), name
