@@ -24,6 +24,8 @@ from moxe_plugin.models.captured_step import (
 )
 from moxe_plugin.models.clm import AuxLossCausalLM
 from moxe_plugin.models.recurrent_state import RecurrentState
+from moxe_plugin.models.step_memory import StepMemory
+from moxe_plugin.nn.backend import MAX_STEP_SEQS
 from moxe_plugin.nn.experts import SparseExperts
 
 
@@ -38,7 +40,7 @@ def capture_steps(model: CausalLM) -> CausalLM:
     if not isinstance(model, AuxLossCausalLM) or not model.has_recurrent_state:
         return model
 
-    if any(not p.is_cuda or type(p) is not Parameter for p in model.parameters()):
+    if not all(_is_plain(p) for p in model.parameters()):
         return model
 
     experts = [m for m in model.modules() if isinstance(m, SparseExperts)]
@@ -48,18 +50,24 @@ def capture_steps(model: CausalLM) -> CausalLM:
     return CapturedStepsLM(model)
 
 
+def _is_plain(parameter: Parameter) -> bool:
+    return parameter.is_cuda and type(parameter) is Parameter
+
+
 @final
 class CapturedStepsLM(CausalLM):
     """A recurrent model, the steps of whose generations are captured once.
 
-    A call with one token of each sequence, a state bag that has states, in evaluation
-    mode and without gradients is a step; any other call is the model's own. A step is
-    captured for a number of sequences that is a power of two, at the first one with
-    more than half as many; each of these numbers has states of its own in memory.
+    A call with one token of each of up to ``MAX_STEP_SEQS`` sequences, a state bag that
+    has states, in evaluation mode and without gradients is a step; any other call is
+    the model's own. A step is captured for a number of sequences that is a power of
+    two, at the first one with more than half as many; all share the memory of their
+    states. What the model's modules, or their fields, become later does not count; but
+    parameters that move are noticed.
 
-    The tensors in the bag of the last step are those that the graph computes in. What
-    others change there is respected, and they may be kept, copied or reordered; only
-    those who keep the *tensors* find them changed by the next step.
+    The states in the bag of the last step are in that memory. They may be replaced,
+    copied or reordered by others, and are copied out before another bag's get there;
+    but who keeps their *tensors* finds them changed by the next step.
 
     :param model: The model; its ``has_recurrent_state`` is true.
     :param capture: Captures a step.
@@ -72,6 +80,7 @@ class CapturedStepsLM(CausalLM):
 
         self.model = model
         self._capture = capture
+        self._memory: StepMemory | None = None
         self._steps: dict[object, CapturedStep] = {}
         self._addresses: list[int] = []
         self._stateful: list[Module] = []
@@ -112,6 +121,7 @@ class CapturedStepsLM(CausalLM):
         return (
             seqs.ndim == 2
             and seqs.size(1) == 1
+            and 0 < seqs.size(0) <= MAX_STEP_SEQS
             and not (seqs_layout.packed or seqs_layout.padded)
             and not self.model.training
             and not torch.is_grad_enabled()
@@ -131,17 +141,27 @@ class CapturedStepsLM(CausalLM):
         )
 
     def _step(self, seqs: Tensor, state_bag: IncrementalStateBag) -> Tensor:
+        capacity = 1 << (seqs.size(0) - 1).bit_length()
+        device = seqs.device
+
         # Parameters that moved would not be those in the graphs.
         addresses = [p.data_ptr() for p in self.model.parameters()]
-        if addresses != self._addresses:
-            self._steps, self._addresses = {}, addresses
 
-        capacity = 1 << (seqs.size(0) - 1).bit_length()
-        key = capacity, autocast_dtype(seqs.device.type)
+        if (
+            self._memory is None
+            or addresses != self._addresses
+            or not self._memory.fits(state_bag, capacity)
+        ):
+            self._steps, self._addresses = {}, addresses
+            self._memory = StepMemory(self._stateful, state_bag, capacity)
+
+        key = capacity, autocast_dtype(device.type)
 
         step = self._steps.get(key)
         if step is None:
-            step = CapturedStep(self.model, state_bag, self._stateful, capacity, seqs)
+            # What another bag has there would not outlive it.
+            self._memory.release()
+            step = CapturedStep(self.model, self._memory, capacity, device)
             step.capture(self._capture)
             self._steps[key] = step
 

@@ -157,6 +157,11 @@ MIN_SHARED_MEMORY: Final = 227 * 1024
 blocks are cut for."""
 
 
+MAX_STEP_SEQS: Final = 64
+"""The most sequences whose tokens, one of each, are read by kernels for few tokens:
+they read weights anew for each."""
+
+
 def trains_on_rows(backend: ScanBackend, seqs: Tensor) -> bool:
     """Tell whether whole blocks may run as Triton kernels on ragged rows.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +14,9 @@ from torch.nn.init import zeros_
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import override
 
-from moxe_plugin.nn.backend import ScanBackend, resolve_backend
+from moxe_plugin.nn.backend import MAX_STEP_SEQS, ScanBackend, resolve_backend
 from moxe_plugin.nn.modulation import Modulation, standard_modulation
 from moxe_plugin.nn.routing import Router, Routing, lecun_normal_
-from moxe_plugin.nn.stepping_block import MAX_STEP_SEQS
 
 if TYPE_CHECKING:
     from moxe_plugin.nn.selection import ExpertSelection
@@ -176,7 +175,8 @@ class DifficultyRouter(Router):
         )
 
 
-@lru_cache(maxsize=32)
+# Without a limit: a CUDA graph may read them.
+@cache
 def _difficulty_signs(
     num_mlstm_experts: int,
     num_experts: int,

@@ -50,6 +50,11 @@ def step_bank_on_device(
     :returns: The weighted sums over the experts, 0 for tokens that chose none, in the
         precision of ``expert_weights`` at least. *Shape:* ``(N,M)``.
     """
+    if tokens.size(0) == 0:
+        return torch.zeros_like(
+            tokens, dtype=torch.promote_types(tokens.dtype, expert_weights.dtype)
+        )
+
     num_experts = next(bank.parameters()).size(0)
 
     # (N,K) -> (N,E); experts elsewhere are one more at the end.

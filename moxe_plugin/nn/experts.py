@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import override
 
+from moxe_plugin.nn.backend import MAX_STEP_SEQS
 from moxe_plugin.nn.expert_layouts import (
     LAYOUTS,
     ExpertStateKind,
@@ -24,8 +25,8 @@ from moxe_plugin.nn.rows import find_rows, pack, unpack
 
 ExpertSteps: TypeAlias = Literal["auto", "host", "device"]
 """Who looks which experts the tokens of a step chose: the ``host``, which then computes
-these only, or the ``device``, which the host needs not wait for; ``auto`` is ``host``
-for tensors on a CPU. Both compute the same."""
+these only, or the ``device``, which the host needs not wait for; ``auto`` is ``device``
+on accelerators, for up to ``MAX_STEP_SEQS`` sequences. Both compute the same."""
 
 
 class SparseExperts(Module):
@@ -242,7 +243,9 @@ class SparseExperts(Module):
     ) -> tuple[Tensor, ExpertsState | None] | None:
         banks, choices = self._list_banks(), None
         has_memory = self._expert_state == "subsequence"
-        on_device = self.steps == "device" or (self.steps == "auto" and not seqs.is_cpu)
+        on_device = self.steps == "device" or (
+            self.steps == "auto" and not seqs.is_cpu and seqs.size(0) <= MAX_STEP_SEQS
+        )
 
         if not on_device:
             choices = sort_choices(routing.expert_indices)
@@ -254,10 +257,10 @@ class SparseExperts(Module):
         keeps_state = return_state and has_memory
         in_units = on_device and has_memory and can_step_units(banks, seqs)
 
-        if keeps_state or in_units:
-            state = prepare_state(banks, seqs, state, reuse=reuse_state)
-        else:
+        if not has_memory:
             state = None
+        elif keeps_state or in_units or state is not None:
+            state = prepare_state(banks, seqs, state, reuse=reuse_state)
 
         if in_units and state is not None:
             summed = step_units(banks, seqs, routing, state)

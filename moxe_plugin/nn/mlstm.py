@@ -58,7 +58,9 @@ class MLSTMBlock(MLSTMParameters):
         keeps_state = state is not None or return_state
 
         if self._is_step(seqs, seq_lens) and keeps_state:
-            return self._step(seqs, state, reuse=reuse_state)
+            return self._step(
+                seqs, state, reuse=reuse_state, returns_state=return_state
+            )
 
         if self.num_experts is None and not keeps_state and self.trains_on_rows(seqs):
             flat = self.apply_to_rows(

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from moxe_plugin.nn.backend import ScanBackend, resolve_backend
-from moxe_plugin.nn.states import take_state
+from moxe_plugin.nn.backend import (
+    MAX_STEP_SEQS,
+    ScanBackend,
+    resolve_backend,
+    runs_triton,
+)
+from moxe_plugin.nn.states import StateT, take_state
 
 if TYPE_CHECKING:
     from moxe_plugin.nn.layers import CausalConv
     from moxe_plugin.nn.triton.step_units import StepUnits
 
 
-StateT = TypeVar("StateT", bound="tuple[Any, ...]")
-
-MAX_STEP_SEQS: Final = 64
-"""The most sequences of which :func:`steps_in_triton`: its kernels read weights anew
-for each, so that products of matrices should be faster for more (not measured)."""
-
-
 def steps_in_triton(backend: ScanBackend, seqs: Tensor) -> bool:
     """Tell whether one token of each sequence may run through a block's Triton kernels.
 
-    It may without gradients, with ``triton`` (and ``auto``, where that takes it), for
-    up to ``MAX_STEP_SEQS`` sequences.
+    It may without gradients for up to ``MAX_STEP_SEQS`` sequences, with ``triton``, and
+    with ``auto`` on any GPU of NVIDIA's: these kernels want little shared memory.
 
     :param backend: The choice.
     :param seqs: What a block reads. *Shape:* ``(N,S,M)``.
@@ -38,14 +36,19 @@ def steps_in_triton(backend: ScanBackend, seqs: Tensor) -> bool:
     :raises ValueError: As :func:`~moxe_plugin.nn.backend.resolve_backend`.
     :raises TritonMissingError: As there.
     """
-    return (
-        seqs.size(-2) == 1
-        and seqs.size(0) <= MAX_STEP_SEQS
-        and not torch.is_grad_enabled()
-        and type(seqs) in (Tensor, Parameter)
-        and not torch.compiler.is_compiling()
-        and resolve_backend(backend, seqs) == "triton"
-    )
+    if (
+        seqs.size(-2) != 1
+        or seqs.size(0) > MAX_STEP_SEQS
+        or torch.is_grad_enabled()
+        or type(seqs) not in (Tensor, Parameter)
+        or torch.compiler.is_compiling()
+    ):
+        return False
+
+    if backend == "auto":
+        return runs_triton(seqs)
+
+    return resolve_backend(backend, seqs) == "triton"
 
 
 class SteppingBlock(Module, ABC, Generic[StateT]):
@@ -91,8 +94,8 @@ class SteppingBlock(Module, ABC, Generic[StateT]):
         return self.num_experts is None and seq_lens is None and self.steps_units(seqs)
 
     def _step(
-        self, seqs: Tensor, state: StateT | None, *, reuse: bool
-    ) -> tuple[Tensor, StateT]:
+        self, seqs: Tensor, state: StateT | None, *, reuse: bool, returns_state: bool
+    ) -> tuple[Tensor, StateT | None]:
         # Imports Triton, which not every machine has.
         from moxe_plugin.nn.triton.step_units import StepUnits
 
@@ -106,4 +109,4 @@ class SteppingBlock(Module, ABC, Generic[StateT]):
         out = torch.empty_like(tokens)
         self.step_units(StepUnits(tokens), state, out)
 
-        return out.view_as(seqs), state
+        return out.view_as(seqs), state if returns_state else None

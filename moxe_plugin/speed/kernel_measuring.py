@@ -112,7 +112,7 @@ def measure_kernel(
         call_times.append(time_repeats(call, options.repeats, device))
 
         # Without CUDA, in tests, calls stand for launches.
-        replay = capture_cuda_graph(call) if device.type == "cuda" else call
+        replay = capture_cuda_graph(call, device) if device.type == "cuda" else call
         time_repeats(replay, options.warm_up, device)
         times.append(time_repeats(replay, options.repeats, device))
         # Two graphs might not fit into memory.

@@ -5,94 +5,28 @@ On a CPU, a step that is computed anew in the same tensors stands for a CUDA gra
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+import gc
+from typing import Any
+from weakref import ref
 
 import pytest
 import torch
 from fairseq2.nn import BatchLayout, IncrementalStateBag
 from torch import Tensor, tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from moxe_plugin.models.captured_step import capture_cuda_graph
-from moxe_plugin.models.captured_steps import CapturedStepsLM, capture_steps
-from moxe_plugin.models.clm import AuxLossCausalLM
-from moxe_plugin.models.recurrent_state import count_state_bytes, fork_states
-from moxe_plugin.nn.experts import SparseExperts
+from moxe_plugin.models.recurrent_state import (
+    RecurrentState,
+    count_state_bytes,
+    fork_states,
+)
+from moxe_plugin.nn.backend import ScanBackend
 from tests.common import assert_close
-from tests.models.families import RECURRENT_FAMILIES, create_model, random_ids
+from tests.models.captured_cases import Text, create, set_backend
+from tests.models.families import RECURRENT_FAMILIES, random_ids
 
 pytestmark = pytest.mark.usefixtures("fairseq2_setup")
 
 both = pytest.mark.parametrize("family", RECURRENT_FAMILIES)
-
-
-class Captures:
-    """Captures steps, and counts."""
-
-    def __init__(self) -> None:
-        self.num_captured = 0
-        self.num_replayed = 0
-
-    def __call__(self, run: Callable[[], None]) -> Callable[[], object]:
-        replay = capture_cuda_graph(run) if torch.cuda.is_available() else run
-        self.num_captured += 1
-
-        def count() -> None:
-            self.num_replayed += 1
-            replay()
-
-        return count
-
-
-def create(
-    family: str, device: torch.device, change: Callable[[Any], None] | None = None
-) -> tuple[AuxLossCausalLM, CapturedStepsLM, Captures]:
-    model = create_model(family, dtype=torch.float32, change=change).eval().to(device)
-
-    # The initial weights tell few tokens apart.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-
-    for module in model.modules():
-        if isinstance(module, SparseExperts):
-            module.steps = "device"
-
-    captures = Captures()
-
-    return model, CapturedStepsLM(model, captures), captures
-
-
-class Text:
-    """Sequences that a model reads bit by bit, and what it says without a state."""
-
-    def __init__(self, model: AuxLossCausalLM, num_seqs: int) -> None:
-        self.seqs = random_ids(num_seqs, 24).to(next(model.parameters()).device)
-        self.position = 0
-        self.state_bag = IncrementalStateBag(100)
-
-        with torch.no_grad():
-            self.expected: Tensor = model(self.seqs, BatchLayout.of(self.seqs))
-
-    def read(self, model: Any, num_tokens: int = 1) -> None:
-        """Have a model read on, and compare."""
-        positions = slice(self.position, self.position + num_tokens)
-        seqs = self.seqs[:, positions]
-
-        logits = model(seqs, BatchLayout.of(seqs), state_bag=self.state_bag)
-
-        assert_close(logits, self.expected[:, positions], rtol=1e-4, atol=1e-4)
-
-        self.state_bag.increment_step_nr(num_tokens)
-        self.position += num_tokens
-
-    def reorder(self, rows: list[int]) -> None:
-        """Keep some of the sequences."""
-        order = tensor(rows, device=self.seqs.device)
-
-        self.seqs, self.expected = self.seqs[order], self.expected[order]
-        self.state_bag.reorder(order)
 
 
 @both
@@ -105,7 +39,7 @@ class Text:
     ],
 )
 def test_steps_are_those_of_the_model(
-    family: str, mode: Any, backend: str, device: torch.device
+    family: str, mode: Any, backend: ScanBackend, device: torch.device
 ) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
@@ -116,9 +50,7 @@ def test_steps_are_those_of_the_model(
     with mode():
         text.read(captured, 5)
 
-        for module in model.modules():
-            if hasattr(module, "backend"):
-                cast("Any", module).backend = backend
+        set_backend(model, backend)
 
         state_bytes = count_state_bytes(model, text.state_bag)
 
@@ -195,12 +127,84 @@ def test_a_text_that_is_given_up_is_forgotten(device: torch.device) -> None:
     model, captured, _ = create("moxe", device)
 
     with torch.inference_mode():
-        for _ in range(3):
+        for _ in range(2):
             text = Text(model, 2)
             text.read(captured, 2)
             text.read(captured)
 
+            given_up = ref(text.state_bag)
             del text
+            gc.collect()
+
+            assert given_up() is None
+
+
+@both
+@pytest.mark.parametrize("num_seqs", [3, 4])
+def test_states_that_others_replaced_count(
+    family: str, num_seqs: int, device: torch.device
+) -> None:
+    model, captured, _ = create(family, device)
+    first, second = Text(model, num_seqs), Text(model, num_seqs)
+
+    with torch.inference_mode():
+        for text in (first, second):
+            text.read(captured, 3)
+
+        first.read(captured)
+        # Some of the states stay in the memory of the steps.
+        first.read(model)
+        second.read(captured)
+        first.read(captured)
+
+        # One state is another object, of the same numbers.
+        module = next(
+            m
+            for m in model.modules()
+            if first.state_bag.maybe_get_state(m, RecurrentState)
+        )
+        state = first.state_bag.maybe_get_state(module, RecurrentState)
+        assert state is not None
+        first.state_bag.set_state(module, state.map(lambda x, _: x.clone()))
+        second.read(captured)
+        first.read(captured)
+        second.read(captured)
+
+
+def test_a_step_does_not_depend_on_the_texts_before(device: torch.device) -> None:
+    # Of one token, the window of a convolution keeps the type that it began with.
+    model, captured, _ = create("xlstm", device, dtype=torch.bfloat16)
+    seqs = random_ids(1, 6).to(device)
+    results = []
+
+    with torch.inference_mode():
+        for runner, begins in ((model, [1]), (captured, [3, 1])):
+            for begin in begins:
+                state_bag = IncrementalStateBag(10)
+                runner(
+                    seqs[:, :begin],
+                    BatchLayout.of(seqs[:, :begin]),
+                    state_bag=state_bag,
+                )
+                step = seqs[:, begin : begin + 1]
+                logits = runner(step, BatchLayout.of(step), state_bag=state_bag)
+
+            results.append(logits)
+
+    assert torch.equal(*results)
+
+
+def test_another_number_of_sequences_is_an_error(device: torch.device) -> None:
+    model, captured, _ = create("moxe", device)
+    text = Text(model, 3)
+    seqs = random_ids(4, 1).to(device)
+
+    with torch.inference_mode():
+        text.read(captured, 2)
+        text.read(captured)
+
+        with pytest.raises(ValueError, match=r"^`seqs` must have as many sequences"):
+            captured(seqs, BatchLayout.of(seqs), state_bag=text.state_bag)
 
 
 @both
@@ -273,34 +277,22 @@ def test_autocast_has_a_graph_of_its_own(device: torch.device) -> None:
     assert (captures.num_captured, captures.num_replayed) == (2, 3)
 
 
-@pytest.mark.parametrize("selection", ["top_k", "dynamic", "global_workspace"])
-@pytest.mark.parametrize(
-    ("experts", "expert_state"),
-    [("xlstm", "subsequence"), ("xlstm", "token"), ("ffn", "token")],
-)
-def test_a_step_asks_nothing_of_the_device(
-    experts: str, expert_state: str, selection: str
+def test_autocast_keeps_no_copies_of_parameters_in_a_graph(
+    device: torch.device,
 ) -> None:
-    def change(config: Any) -> None:
-        config.experts = experts
-        config.expert_state = expert_state
-        config.expert_selection = selection
+    model, captured, _ = create("xlstm", device)
+    text = Text(model, 2)
+    caches = []
 
-    with FakeTensorMode():
-        model, _, _ = create("moxe", torch.device("cpu"), change)
-        seqs = torch.ones(2, 1, dtype=torch.int64)
+    with torch.no_grad():
+        text.read(captured, 2)
 
-        with torch.no_grad():
-            state_bag = IncrementalStateBag(10)
-            for _ in range(2):
-                logits = model(seqs, BatchLayout.of(seqs), state_bag=state_bag)
+        model.register_forward_pre_hook(
+            lambda *_: caches.append(torch.is_autocast_cache_enabled())
+        )
+        step = text.seqs[:, 2:3]
+        with torch.autocast(device.type, torch.bfloat16):
+            captured(step, BatchLayout.of(step), state_bag=text.state_bag)
 
-    assert isinstance(logits, FakeTensor)
-    assert logits.shape[:2] == seqs.shape
-
-
-def test_only_recurrent_models_on_a_gpu_are_captured() -> None:
-    for family in ("moxe", "gemma2"):
-        model = create_model(family)
-
-        assert capture_steps(model) is model
+    assert caches
+    assert not any(caches)

@@ -221,6 +221,40 @@ def test_steps_on_a_device_ask_nothing_of_it(varies: bool) -> None:
     assert output.shape == case.seqs.shape
 
 
+def test_a_state_counts_where_none_is_wanted_after_it(
+    steps: ExpertSteps, device: torch.device
+) -> None:
+    experts = make_experts("subsequence", (2, 3, 0), device, steps)
+    case = make_case(device, seq_len=1)
+
+    with torch.no_grad():
+        _, state = apply(experts, make_case(device))
+        copies = [x.clone() for x in list_tensors(state)]
+
+        expected, _ = apply(experts, case, state)
+        actual, after = experts(
+            case.seqs, case.routing, None, state, return_state=False
+        )
+
+    assert_close(actual, expected)
+    assert after is None
+    for x, copy in zip(list_tensors(state), copies, strict=True):
+        assert torch.equal(x, copy)
+
+
+def test_a_step_of_no_sequence_is_empty(
+    steps: ExpertSteps, device: torch.device
+) -> None:
+    experts = make_experts("subsequence", (2, 3, 0), device, steps)
+    case = make_case(device, seq_len=1).cut(slice(0), slice(None))
+
+    with torch.no_grad():
+        output, state = apply(experts, case)
+
+    assert output.shape == (0, 1, 6)
+    assert all(x.size(1) == 0 for x in list_tensors(state))
+
+
 def test_an_unknown_kind_of_steps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^`steps` must be one of auto, host, device"):
         make_experts("subsequence", (2, 3, 0), torch.device("cpu"), "gpu")  # type: ignore[arg-type]  # the mistake

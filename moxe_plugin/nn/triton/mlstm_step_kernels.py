@@ -193,6 +193,9 @@ def mlstm_step_cell_kernel(  # type: ignore[no-untyped-def]  # as above
         at_c = c + (at * D + d)[:, None] * D + cols[None, :]
         mask = (d < D)[:, None] & (cols < D)[None, :]
         tile = kept * tl.load(at_c, mask=mask, other=0.0) + key[:, None] * v[None, :]
+        if BLOCK_D < 32:
+            # Several threads hold an element of a small tile.
+            tl.debug_barrier()
         tl.store(at_c, tile, mask=mask)
         total += tl.sum(q[:, None] * tile, 0)
 

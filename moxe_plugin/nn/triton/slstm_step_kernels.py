@@ -10,14 +10,12 @@ import triton
 import triton.language as tl
 
 from moxe_plugin.nn.triton.launching import Launcher
-from moxe_plugin.nn.triton.step_products import find_moments, find_unit, silu
-
-
-@triton.jit
-def _sigmoid(x):  # type: ignore[no-untyped-def]  # Triton's arguments have no type
-    # Of the exponents only those that cannot overflow.
-    small = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+from moxe_plugin.nn.triton.step_products import (
+    find_moments,
+    find_unit,
+    sigmoid,
+    silu,
+)
 
 
 @triton.jit
@@ -112,15 +110,15 @@ def slstm_step_cell_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # 
     c_old = tl.load(c + at, mask=is_out, other=0.0)
     log_n_old = tl.load(log_n + at, mask=is_out, other=0.0)
     log_kept = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f))) + log_n_old
-    w = _sigmoid(i - log_kept)
-    c_new = c_old + w * (2.0 * _sigmoid(2.0 * z) - 1.0 - c_old)
+    w = sigmoid(i - log_kept)
+    c_new = c_old + w * (2.0 * sigmoid(2.0 * z) - 1.0 - c_old)
     higher = tl.maximum(log_kept, i)
     log_n_new = higher + tl.log(1.0 + tl.exp(-tl.abs(log_kept - i)))
     # All threads have read the old ones.
     tl.debug_barrier()
     tl.store(c + at, c_new, mask=is_out)
     tl.store(log_n + at, log_n_new, mask=is_out)
-    tl.store(new_y + unit * M + head * D + outs, _sigmoid(o) * c_new, mask=is_out)
+    tl.store(new_y + unit * M + head * D + outs, sigmoid(o) * c_new, mask=is_out)
 
 
 @Launcher

@@ -29,10 +29,16 @@ def find_unit(experts, first, K, HAS_EXPERTS: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
-def silu(x):  # type: ignore[no-untyped-def]  # as above
-    """Compute ``x * sigmoid(x)``; of the exponents only those that cannot overflow."""
+def sigmoid(x):  # type: ignore[no-untyped-def]  # as above
+    """Compute the sigmoid; of the exponents only those that cannot overflow."""
     small = tl.exp(-tl.abs(x))
-    return x * tl.where(x >= 0, 1.0, small) / (1.0 + small)
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def silu(x):  # type: ignore[no-untyped-def]  # as above
+    """Compute ``x * sigmoid(x)``."""
+    return x * sigmoid(x)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above

@@ -12,13 +12,14 @@ from torch.testing import assert_close
 
 pytest.importorskip("triton")
 
-from moxe_plugin.nn.backend import ScanBackend
+from moxe_plugin.nn.backend import MAX_STEP_SEQS, ScanBackend
 from moxe_plugin.nn.expert_states import ExpertsState
 from moxe_plugin.nn.experts import SparseExperts
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.slstm import SLSTMBlock
 from moxe_plugin.nn.states import take_state
+from moxe_plugin.nn.triton import block_steps
 from moxe_plugin.nn.triton.block_steps import sum_experts
 from moxe_plugin.nn.triton.step_units import StepUnits
 
@@ -32,11 +33,10 @@ BACKENDS: list[ScanBackend] = ["torch", "triton"]
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
-# Heads of 48 and 12 channels, which are no power of two, and of 96 and 72, which are
-# more than a tile, as the width is.
+# Heads of 48 and 12 channels, which are no power of two, and of 96 and 72; three heads.
 sizes = pytest.mark.parametrize(
     ("model_dim", "num_heads", "taps"),
-    [(48, 4, 4), (48, 4, 2), (144, 2, 4)],
+    [(48, 4, 4), (48, 3, 2), (144, 2, 4)],
     ids=["narrow", "few_taps", "wide"],
 )
 
@@ -99,11 +99,20 @@ def draw_tokens(block: MLSTMBlock | SLSTMBlock, device: torch.device) -> Tensor:
 @kinds
 @sizes
 def test_a_step_of_a_block_is_that_in_torch(
-    kind: Kind, model_dim: int, num_heads: int, taps: int, device: torch.device
+    kind: Kind,
+    model_dim: int,
+    num_heads: int,
+    taps: int,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     block = make_block(
         kind, device, model_dim=model_dim, num_heads=num_heads, taps=taps
     )
+    # Weights and memories are wider than a tile.
+    monkeypatch.setattr(block_steps, "_BLOCK_IN", 64)
+    monkeypatch.setattr(block_steps, "_BLOCK_MEMORY", 32)
+    monkeypatch.setattr(block_steps, "_BLOCK_HEAD_IN", 32)
     before = read_text(block, device)
     tokens = draw_tokens(block, device)
 
@@ -119,11 +128,36 @@ def test_a_step_of_a_block_is_that_in_torch(
         for x, copy in zip(before, copies, strict=True):
             assert torch.equal(x, copy)
 
+        output, after = block(tokens[:, None], None, before, return_state=False)
+        assert_close(output, actual)
+        assert after is None
+
         _, reused = block(tokens[:, None], None, before, reuse_state=True)
 
         assert_close(reused, state)
         for x, y in zip(reused, before, strict=True):
             assert x is y
+
+
+@kinds
+def test_kernels_are_for_steps_of_few_sequences(
+    kind: Kind, device: torch.device
+) -> None:
+    block = make_block(kind, device)
+    block.backend = "triton"
+    seqs = torch.zeros(MAX_STEP_SEQS, 1, 48, device=device)
+
+    assert not block.steps_units(seqs)
+
+    with torch.no_grad():
+        assert block.steps_units(seqs)
+        assert not block.steps_units(seqs.expand(-1, 2, -1))
+        assert not block.steps_units(torch.zeros(MAX_STEP_SEQS + 1, 1, 48))
+
+        # A convolution of the present alone has no window.
+        block = make_block(kind, device, taps=1)
+        block.backend = "triton"
+        assert not block.steps_units(seqs)
 
 
 @kinds

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 def launch_kernels() -> None:
     """Launch them at the sizes of Table 1."""
     from moxe_plugin.nn.triton.block_steps import sum_experts
+    from moxe_plugin.nn.triton.router_scores import score_tokens
     from moxe_plugin.nn.triton.step_units import StepUnits
 
     tokens = torch.zeros(2, 640, dtype=torch.bfloat16)
@@ -33,12 +34,16 @@ def launch_kernels() -> None:
 
         sum_experts(out, torch.zeros(2, 2), experts, 8, tokens)
 
+    weight = torch.zeros(8, 640, dtype=torch.bfloat16)
+    score_tokens(tokens.float(), weight, None, weight[0], weight[0, :1])
+
 
 def test_kernels_compile_and_see_what_was_written(tmp_path: Path) -> None:
     launches = compile_launches(launch_kernels, tmp_path)
 
-    # Five for the mLSTM, four for the sLSTM, and the sum
-    assert len(launches) == 10
+    # Five for the mLSTM, four for the sLSTM, the sum, and the router's scores
+    assert len(launches) == 11
+    assert not any(x.reads_incoherently for x in launches)
 
     # Barriers that Triton was asked for, where a kernel writes what it has read
     barriers = {x.kernel: x.num_barriers for x in launches}
