@@ -23,6 +23,9 @@ BlockStateT = TypeVar("BlockStateT", bound=BlockState)
 class RecurrentState(IncrementalState):
     """Holds the states of a layer's blocks between steps of a generation.
 
+    A step may write into the tensors that a bag holds; who wants to keep them makes
+    copies, as :meth:`select` and :func:`fork_states` do.
+
     :param block_states: Of blocks that stand alone: the batch is dimension 0.
     :param experts_state: Of stacked experts ``(E,N,…)``: the batch is dimension 1.
         ``None`` if there are no experts, or none with memory.

@@ -44,8 +44,8 @@ class MLSTMParameters(SteppingBlock[MLSTMState]):
     :param num_experts: The number of stacked blocks; ``None`` for a single one.
     :param num_blocks: The number of blocks in the model, for the initial ``W_down``.
     :param backend: ``triton``, and ``auto`` on a GPU, run the whole block in Triton
-        where :meth:`trains_on_rows` says so; ``native`` and ``auto`` use C++ on CPUs;
-        all else is torch's. See :mod:`moxe_plugin.nn.backend`.
+        where ``trains_on_rows`` or :meth:`steps_units` say so; ``native`` and ``auto``
+        use C++ on CPUs; all else is torch's. See :mod:`moxe_plugin.nn.backend`.
 
     :raises ValueError: The inner width is not a multiple of ``num_heads`` or of
         ``qkv_block_size``.

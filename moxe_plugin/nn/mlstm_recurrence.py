@@ -75,7 +75,8 @@ class MLSTMRecurrence(NamedTuple):
 
     backend: ScanBackend
     """What computes it: see :mod:`moxe_plugin.nn.backend`. With ``triton`` it is torch,
-    as with ``torch``: what has a kernel, a whole block in training, does not get here.
+    as with ``torch``: what has kernels, a whole block in training or for one token,
+    does not get here.
     """
 
     def apply(

@@ -61,8 +61,8 @@ class SLSTMParameters(SteppingBlock[SLSTMState]):
     :param num_experts: The number of stacked blocks; ``None`` for a single one.
     :param block_idx: Where the block stands among ``num_blocks``, for the forget bias.
     :param num_blocks: The number of blocks in the model.
-    :param backend: What computes the loop over time and the convolution: see
-        :mod:`moxe_plugin.nn.backend`.
+    :param backend: What computes the loop over time and the convolution, and where
+        :meth:`steps_units` says so the whole block: see :mod:`moxe_plugin.nn.backend`.
 
     :raises ValueError: ``model_dim`` is not a multiple of ``num_heads``.
     """

@@ -109,8 +109,13 @@ def _prepare_reading(
     def prefill() -> IncrementalStateBag:
         state_bag = IncrementalStateBag(ids.size(1) + 1)
 
-        for begin in range(0, case.length, chunk_len):
-            read(state_bag, begin, min(begin + chunk_len, case.length))
+        # What is captured is captured at a step, which no call is to count.
+        end = case.length - 1 if case.captured else case.length
+
+        for begin in range(0, end, chunk_len):
+            read(state_bag, begin, min(begin + chunk_len, end))
+        if end < case.length:
+            read(state_bag, end, case.length)
 
         return state_bag
 

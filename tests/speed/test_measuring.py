@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,13 +13,16 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointWrapper,
 )
 
+from moxe_plugin.models.captured_steps import CapturedStepsLM
 from moxe_plugin.models.flops import forward_flops_per_token
 from moxe_plugin.nn import products
-from moxe_plugin.speed import measuring, memory
+from moxe_plugin.speed import measuring, memory, workloads
+from moxe_plugin.speed.clock import time_repeats
 from moxe_plugin.speed.measuring import describe_machine, measure_case
 from moxe_plugin.speed.options import MeasureOptions
 from moxe_plugin.speed.records import SpeedRow
 from moxe_plugin.speed.suites import Phase, SpeedCase
+from tests.models.captured_cases import Captures
 from tests.models.families import FAMILIES, create_model, get_arch
 
 pytestmark = pytest.mark.usefixtures("fairseq2_setup")
@@ -60,6 +64,32 @@ def test_flops_are_those_of_the_forward_pass(
     assert row.num_parameters == sum(
         p.numel() for p in create_model(family).parameters()
     )
+
+
+@pytest.mark.parametrize("family", ["moxe", "xlstm"])
+def test_steps_are_captured_before_any_call(
+    family: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captures = Captures()
+    monkeypatch.setattr(
+        workloads, "CapturedStepsLM", partial(CapturedStepsLM, capture=captures)
+    )
+    num_captured = []
+
+    def time_and_tell(*args: Any) -> list[float]:
+        num_captured.append(captures.num_captured)
+
+        return time_repeats(*args)
+
+    monkeypatch.setattr(measuring, "time_repeats", time_and_tell)
+
+    row = _measure(_case(family, "decode", captured=True), device, warm_up=0)
+
+    # Of 12 tokens, the one after two chunks and the last, and six of the calls
+    assert (captures.num_captured, captures.num_replayed) == (1, 8)
+    assert set(num_captured) == {1}
+    assert row.captured
+    assert row.state_bytes == _measure(_case(family, "decode"), device).state_bytes
 
 
 def test_rates_follow_from_the_median(device: torch.device) -> None:

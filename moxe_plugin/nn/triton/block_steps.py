@@ -152,8 +152,8 @@ def step_slstm_block(
 
     :param units: The tokens.
     :param weights: The parameters; those of a bank have E first.
-    :param state: As :class:`~moxe_plugin.nn.slstm.SLSTMState`, contiguous; becomes
-        that after the token. *Shape:* ``([E,]N,…)`` each.
+    :param state: As :class:`~moxe_plugin.nn.slstm_parameters.SLSTMState`, contiguous;
+        becomes that after the token. *Shape:* ``([E,]N,…)`` each.
     :param out: Gets the outputs. *Shape:* ``(U,M)``.
     :param eps: What norms add to the variance.
 

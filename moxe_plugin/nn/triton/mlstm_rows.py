@@ -19,8 +19,7 @@ term of da where ``norm`` is 1, and rounding says more about a than it does. Whe
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,64 +37,14 @@ from moxe_plugin.nn.triton.mlstm_rows_gates import (
     mlstm_rows_gate_kernel,
 )
 from moxe_plugin.nn.triton.mlstm_rows_kernels import mlstm_rows_forward_kernel
-from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two
-from moxe_plugin.nn.triton.tile_products import find_precision, is_interpreted
+from moxe_plugin.nn.triton.mlstm_rows_tilings import find_options
+from moxe_plugin.nn.triton.sizes import ceil_div
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Tiling(NamedTuple):
-    """How the work of a kernel is cut."""
-
-    block_t: int
-    """The queries of a block."""
-
-    block_s: int
-    """The keys of a block."""
-
-    block_d: int
-    """The width of a tile; a head has as many as it needs."""
-
-    num_warps: int
-    num_stages: int
-
-
-HALF_TILINGS = {
-    "forward": Tiling(64, 32, 64, 4, 2),
-    "query_grad": Tiling(64, 32, 64, 4, 2),
-    "key_value_grad": Tiling(32, 64, 64, 4, 2),
-}
-"""For bfloat16 and float16."""
-
-SHORT_HALF_TILINGS = HALF_TILINGS | {
-    "forward": Tiling(64, 64, 64, 4, 1),
-    "query_grad": Tiling(64, 64, 64, 4, 1),
-}
-"""The same for segments of up to ``SHORT_LEN``, with few blocks of keys to a query: one
-larger block is faster than two of which the second is asked for during the first."""
-
-SHORT_LEN = 128
-"""The longest segments that take ``SHORT_HALF_TILINGS``."""
-
-FLOAT_TILINGS = {
-    "forward": Tiling(32, 32, 32, 8, 1),
-    "query_grad": Tiling(32, 32, 32, 8, 1),
-    "key_value_grad": Tiling(32, 32, 32, 8, 1),
-}
-"""For float32, whose tiles take twice the space."""
-
-TF32_TILINGS = {
-    "forward": Tiling(32, 32, 64, 4, 1),
-    "query_grad": Tiling(32, 32, 64, 4, 1),
-    "key_value_grad": Tiling(32, 32, 64, 4, 1),
-}
-"""For float32 that tensor cores may round: other tiles would not fit in registers."""
-
 MAX_HEAD_DIM = 512
 """Blocks of wider heads would not fit in shared memory."""
-
-_WIDE_HEAD_DIM = 320
-"""Blocks of wider heads do not fit in the registers of fewer than 8 warps."""
 
 _GATE_BLOCK = 256
 """The positions that a program of the gates has at once."""
@@ -163,7 +112,7 @@ def mlstm_rows_forward(
     )
 
     head_dim = width // num_heads
-    block, options = _options("forward", q.dtype, head_dim, rows)
+    block, options = find_options("forward", q.dtype, head_dim, rows)
     num_blocks = ceil_div(rows.max_len, block)
     mlstm_rows_forward_kernel[(num_segments * num_blocks, num_heads)](
         *(q, k, v, rows.begins, small, h),
@@ -215,7 +164,7 @@ def mlstm_rows_backward(
     head_dim = q.size(1) // num_heads
     num_segments = rows.begins.size(0) - 1
 
-    block, options = _options("query_grad", q.dtype, head_dim, rows)
+    block, options = find_options("query_grad", q.dtype, head_dim, rows)
     num_blocks = ceil_div(rows.max_len, block)
     mlstm_rows_query_grad_kernel[(num_segments * num_blocks, num_heads)](
         *(k, v, rows.begins, small, h, grad_h, grad_q, grad_small),
@@ -225,7 +174,7 @@ def mlstm_rows_backward(
         **options,
     )
 
-    block, options = _options("key_value_grad", q.dtype, head_dim, rows)
+    block, options = find_options("key_value_grad", q.dtype, head_dim, rows)
     num_blocks = ceil_div(rows.max_len, block)
     mlstm_rows_key_value_grad_kernel[(num_segments * num_blocks * 2, num_heads)](
         *(q, k, v, rows.begins, small, grad_h, grad_k, grad_v, grad_small),
@@ -275,35 +224,3 @@ class _MLSTMRows(Function):
         )
 
         return *grads, grad_gates, None, None
-
-
-def _options(
-    kernel: str, dtype: torch.dtype, head_dim: int, rows: RaggedRows
-) -> tuple[int, dict[str, Any]]:
-    """Return the number of a program's own positions, and a launch's options."""
-    is_short = rows.max_len <= SHORT_LEN
-
-    return _cached_options(kernel, dtype, head_dim, is_short, find_precision(dtype))
-
-
-@lru_cache(maxsize=64)
-def _cached_options(
-    kernel: str, dtype: torch.dtype, head_dim: int, is_short: bool, precision: str
-) -> tuple[int, dict[str, Any]]:
-    if dtype != torch.float32:
-        tiling = (SHORT_HALF_TILINGS if is_short else HALF_TILINGS)[kernel]
-    else:
-        tiling = (FLOAT_TILINGS if precision == "ieee" else TF32_TILINGS)[kernel]
-    num_warps = 8 if head_dim > _WIDE_HEAD_DIM else tiling.num_warps
-    own = tiling.block_s if kernel == "key_value_grad" else tiling.block_t
-
-    return own, {
-        "D": head_dim,
-        "BLOCK_T": tiling.block_t,
-        "BLOCK_S": tiling.block_s,
-        "BLOCK_D": min(tiling.block_d, power_of_two(head_dim)),
-        "INTERPRETED": is_interpreted(),
-        "PRECISION": precision,
-        "num_warps": num_warps,
-        "num_stages": tiling.num_stages,
-    }

@@ -62,7 +62,8 @@ def random_inputs(
     [
         pytest.param([[1]], 1, 16, id="one_step"),
         pytest.param([[5, 0, 1], [0, 0, 0], [33, 32, 3]], 2, 48, id="experts"),
-        pytest.param([[70, 129, 64]], 2, 32, id="blocks"),
+        pytest.param([[70, 128, 64]], 2, 32, id="blocks"),
+        pytest.param([[70, 129]], 1, 32, id="blocks_of_long"),
         pytest.param([[0, 20], [9, 0]], 1, 80, id="masked_tile"),
         pytest.param([[300]], 1, 16, id="long"),
     ],
@@ -89,6 +90,17 @@ def test_kernels_are_the_reference_with_all_gradients(
     for x, y in zip(actual, [h, *grads], strict=True):
         atol = tolerance * y.abs().max().item()
         assert_close(x.double(), y.double(), rtol=tolerance, atol=atol)
+
+
+@pytest.mark.parametrize(("length", "block_s"), [(128, 64), (129, 32)])
+def test_short_segments_have_larger_blocks(length: int, block_s: int) -> None:
+    from moxe_plugin.nn.triton.mlstm_rows_tilings import find_options
+
+    rows = ragged_rows([[length, 3]], torch.device("cpu"))
+
+    for kernel in ("forward", "query_grad"):
+        own, options = find_options(kernel, bfloat16, 320, rows)
+        assert (own, options["BLOCK_S"]) == (64, block_s)
 
 
 def test_gradients_are_written_between_others(device: torch.device) -> None:
