@@ -55,11 +55,7 @@ def is_freed_memory_kept() -> bool:
 
     :returns: Whether it does, by whichever allocator and setting.
     """
-    allocator = ctypes.CDLL(None)
-    allocator.malloc.argtypes = [ctypes.c_size_t]
-    allocator.malloc.restype = ctypes.c_void_p
-    allocator.free.argtypes = [ctypes.c_void_p]
-    allocator.free.restype = None
+    allocator = _load_allocator()
 
     num_faults = 0
 
@@ -93,11 +89,63 @@ def _find_obstacle() -> str | None:
     except OSError:
         return "the C library is not glibc"
 
-    # Whichever library the process found first, such as one in `LD_PRELOAD`.
-    if _find_address(ctypes.CDLL(None)) != _find_address(glibc):
+    if not _allocates(glibc):
         return "the process has another allocator than glibc's"
 
     return None
+
+
+class _MallInfo2(ctypes.Structure):
+    """What mallinfo2(3) returns; of all arenas together."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def _allocates(glibc: ctypes.CDLL) -> bool:
+    allocator = _load_allocator()
+
+    if _find_address(allocator) == _find_address(glibc):
+        return True
+
+    # In a program at a fixed address, as Debian's Python is, the address is that of a
+    # jump to whatever is called.
+    try:
+        read_info = glibc.mallinfo2
+    except AttributeError:  # before glibc 2.33
+        return False
+
+    read_info.restype = _MallInfo2
+
+    def count_bytes() -> int:
+        info = read_info()
+
+        return int(info.uordblks + info.hblkhd)
+
+    before = count_bytes()
+    # Nobody touches it: it takes no memory.
+    block = allocator.malloc(_TRIAL_BYTES)
+    num_bytes = count_bytes() - before
+    allocator.free(block)
+
+    # Other threads may allocate meanwhile, but hardly as much.
+    return num_bytes > _TRIAL_BYTES // 2
+
+
+def _load_allocator() -> ctypes.CDLL:
+    # Whichever library the process found first, such as one in `LD_PRELOAD`
+    allocator = ctypes.CDLL(None)
+    allocator.malloc.argtypes = [ctypes.c_size_t]
+    allocator.malloc.restype = ctypes.c_void_p
+    allocator.free.argtypes = [ctypes.c_void_p]
+    allocator.free.restype = None
+
+    return allocator
 
 
 def _find_address(library: ctypes.CDLL) -> int | None:

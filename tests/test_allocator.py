@@ -49,10 +49,49 @@ except MemoryError as ex:
 """
 
 _OTHER_ALLOCATOR: Final = """\
+#include <errno.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/mman.h>
+static char *next, *end;
+void *memalign(size_t alignment, size_t size) {
+    if (!next) {
+        size_t room = (size_t)8 << 30;
+        next = mmap(0, room, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        end = next + room;
+    }
+    if (alignment < 16) alignment = 16;
+    size_t at = ((size_t)next + 16 + alignment - 1) & ~(alignment - 1);
+    if (size > (size_t)end - at) return 0;
+    ((size_t *)at)[-1] = size;
+    next = (char *)at + size;
+    return (void *)at;
+}
+void *malloc(size_t size) { return memalign(16, size); }
+void *aligned_alloc(size_t alignment, size_t size) { return memalign(alignment, size); }
+int posix_memalign(void **out, size_t alignment, size_t size) {
+    return (*out = memalign(alignment, size)) ? 0 : ENOMEM;
+}
+void *calloc(size_t count, size_t size) { return memalign(16, count * size); }
+void *realloc(void *old, size_t size) {
+    void *new = memalign(16, size);
+    if (old && new) {
+        size_t old_size = ((size_t *)old)[-1];
+        memcpy(new, old, old_size < size ? old_size : size);
+    }
+    return new;
+}
+void free(void *block) {}
+"""
+"""Takes from a pool, and keeps all."""
+
+_JUMP: Final = """\
 #include <stddef.h>
 extern void *__libc_malloc(size_t);
 void *malloc(size_t num_bytes) { return __libc_malloc(num_bytes); }
 """
+"""Has glibc allocate, at another address than its own, as Debian's Python does."""
 
 _GLIBC_SETTINGS: Final = (
     *("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"),
@@ -130,15 +169,22 @@ def test_other_settings_of_the_environment_do_not_matter() -> None:
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-def test_another_allocator_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        pytest.param(_OTHER_ALLOCATOR, "another allocator than glibc's", id="other"),
+        pytest.param(_JUMP, "None", id="jump"),
+    ],
+)
+def test_another_allocator_is_told(code: str, expected: str, tmp_path: Path) -> None:
     library = tmp_path / "liballocator.so"
     source = library.with_suffix(".c")
-    source.write_text(_OTHER_ALLOCATOR)
+    source.write_text(code)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
 
-    message = "the process has another allocator than glibc's"
+    first, *_ = _run(_TRY_TWICE, env={"LD_PRELOAD": str(library)})
 
-    assert _run(_TRY_TWICE, env={"LD_PRELOAD": str(library)})[0].endswith(message)
+    assert first.endswith(expected)
 
 
 def test_another_c_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +198,7 @@ def test_another_c_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_refused_parameter_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     class Library:
-        malloc = ctypes.CDLL(None).malloc
+        malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
 
         @staticmethod
         def mallopt(number: int, value: int) -> int:
