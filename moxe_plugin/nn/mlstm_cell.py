@@ -71,7 +71,9 @@ def mlstm_step(
     kept = torch.exp(log_kept - m)
     added = widen(k) * (torch.exp(input_preact - m) / math.sqrt(k.size(-1)))[..., None]
 
-    c = kept[..., None, None] * memory.c + added[..., None] * widen(v)[..., None, :]
+    c = torch.addcmul(
+        kept[..., None, None] * memory.c, added[..., None], widen(v)[..., None, :]
+    )
     n = kept[..., None] * memory.n + added
 
     numerator = (widen(q)[..., None, :] @ c).squeeze(-2)

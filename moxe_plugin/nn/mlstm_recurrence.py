@@ -17,6 +17,7 @@ from moxe_plugin.nn.mlstm_cell import (
     MLSTMMemory,
     best_chunk_size,
     mlstm_chunkwise,
+    mlstm_step,
 )
 from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.library import why_not_loaded
@@ -130,6 +131,20 @@ class MLSTMRecurrence(NamedTuple):
         if self.backend == "triton":
             # A mistake is an error here, too, where there is no kernel.
             resolve_backend(self.backend, q)
+
+        if seq_len == 1 and seq_lens is None and memory is not None:
+            # Fewer operations than whole sequences take, and passes over the memory.
+            out, memory = mlstm_step(
+                q.squeeze(-2),
+                k.squeeze(-2),
+                v.squeeze(-2),
+                input_preact.squeeze(-1),
+                forget_preact.squeeze(-1),
+                memory,
+            )
+
+            # ([E,]N,H,D) -> ([E,]N,1,I)
+            return out.flatten(-2).unsqueeze(-2), memory if return_memory else None
 
         out, memory = mlstm_chunkwise(
             q,
