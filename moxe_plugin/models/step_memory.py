@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 from weakref import ReferenceType, ref
 
@@ -33,28 +33,27 @@ class StepMemory:
     ) -> None:
         self.capacity = capacity
 
-        self._like = {module: state_of(module, state_bag) for module in modules}
-        self._dtypes = self._list_dtypes(state_bag)
+        given = {module: state_of(module, state_bag) for module in modules}
 
         # A generation is likely to be in inference mode, and what is made there could
         # not be written outside of it.
         with torch.inference_mode(mode=False):
             self._flat = {
                 module: state.map(lambda x, dim: x.new_zeros(_count(x, dim, capacity)))
-                for module, state in self._like.items()
+                for module, state in given.items()
             }
+
+        # Of the others, sizes are all that is wanted.
+        self._like = {
+            module: state.map(lambda x, _: x.to("meta"))
+            for module, state in given.items()
+        }
 
         self._storages = {
             x.untyped_storage().data_ptr()
             for state in self._flat.values()
             for x in state.tensors()
         }
-        # Sizes are all that is still wanted of it.
-        self._like = {
-            module: state.map(lambda x, _: x.to("meta"))
-            for module, state in self._like.items()
-        }
-
         self._owner: ReferenceType[IncrementalStateBag] | None = None
         self._handed_out: list[Tensor] = []
 
@@ -66,8 +65,12 @@ class StepMemory:
 
         :returns: Whether there is room, and types are the same.
         """
-        return (
-            num_seqs <= self.capacity and self._list_dtypes(state_bag) == self._dtypes
+        return num_seqs <= self.capacity and all(
+            x.dtype == y.dtype
+            for module, state in self._flat.items()
+            for x, y in zip(
+                state.tensors(), state_of(module, state_bag).tensors(), strict=True
+            )
         )
 
     def view(self, capacity: int) -> StateViews:
@@ -81,12 +84,11 @@ class StepMemory:
         for module, like in self._like.items():
             flat = iter(self._flat[module].tensors())
 
-            def show(x: Tensor, dim: int, flat: object = flat) -> Tensor:
+            def show(x: Tensor, dim: int, flat: Iterator[Tensor] = flat) -> Tensor:
                 shape = list(x.shape)
                 shape[dim] = capacity
-                whole: Tensor = next(flat)  # type: ignore[call-overload]  # an iterator
 
-                return whole[: _count(x, dim, capacity)].view(shape)
+                return next(flat)[: _count(x, dim, capacity)].view(shape)
 
             views[module] = like.map(show)
 
@@ -164,13 +166,6 @@ class StepMemory:
 
     def _is_here(self, x: Tensor) -> bool:
         return x.untyped_storage().data_ptr() in self._storages
-
-    def _list_dtypes(self, state_bag: IncrementalStateBag) -> list[torch.dtype]:
-        return [
-            x.dtype
-            for module in self._like
-            for x in state_of(module, state_bag).tensors()
-        ]
 
 
 def state_of(module: Module, state_bag: IncrementalStateBag) -> RecurrentState:

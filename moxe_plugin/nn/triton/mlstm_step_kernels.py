@@ -10,33 +10,17 @@ import triton
 import triton.language as tl
 
 from moxe_plugin.nn.triton.launching import Launcher
-from moxe_plugin.nn.triton.step_products import find_moments, find_unit, silu
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
-def _project(x, weight, b, B: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    # A vector (B) times a matrix (B,B)
-    tile = tl.load(
-        weight + b[:, None] * B + b[None, :],
-        mask=(b < B)[:, None] & (b < B)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    return tl.sum(x[:, None] * tile, 0)
-
-
-@triton.jit  # type: ignore[untyped-decorator]  # as above
-def _weigh(x, weight, b, h, B: tl.constexpr, H: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    # A vector (B) times a matrix (B,H)
-    tile = tl.load(
-        weight + b[:, None] * H + h[None, :],
-        mask=(b < B)[:, None] & (h < H)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    return tl.sum(x[:, None] * tile, 0)
+from moxe_plugin.nn.triton.step_products import (
+    find_moments,
+    find_unit,
+    log_sigmoid,
+    multiply_tile,
+    silu,
+)
 
 
 @Launcher
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def mlstm_step_inputs_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
     inner,
     window,
@@ -93,9 +77,10 @@ def mlstm_step_inputs_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  
     tl.store(convolved + unit * I + channel, u, mask=is_b)
 
     at_mix = (expert * num_blocks + block) * B * B
-    q = _project(u, q_proj + at_mix, b, B)
-    k = _project(u, k_proj + at_mix, b, B)
-    v = _project(a, v_proj + at_mix, b, B)
+    mask = is_b[:, None] & is_b[None, :]
+    q = multiply_tile(u, q_proj + at_mix, b * B, b, mask)
+    k = multiply_tile(u, k_proj + at_mix, b * B, b, mask)
+    v = multiply_tile(a, v_proj + at_mix, b * B, b, mask)
     at = qkv + unit * 3 * I + channel
     tl.store(at, q, mask=is_b)
     tl.store(at + I, k, mask=is_b)
@@ -103,12 +88,13 @@ def mlstm_step_inputs_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  
 
     h = tl.arange(0, POW_H)
     at_gate = (expert * 3 * I + block * B) * H
-    i = _weigh(q, input_gate + at_gate, b, h, B, H)
-    i += _weigh(k, input_gate + at_gate + I * H, b, h, B, H)
-    i += _weigh(v, input_gate + at_gate + 2 * I * H, b, h, B, H)
-    f = _weigh(q, forget_gate + at_gate, b, h, B, H)
-    f += _weigh(k, forget_gate + at_gate + I * H, b, h, B, H)
-    f += _weigh(v, forget_gate + at_gate + 2 * I * H, b, h, B, H)
+    mask = is_b[:, None] & (h < H)[None, :]
+    i = multiply_tile(q, input_gate + at_gate, b * H, h, mask)
+    i += multiply_tile(k, input_gate + at_gate + I * H, b * H, h, mask)
+    i += multiply_tile(v, input_gate + at_gate + 2 * I * H, b * H, h, mask)
+    f = multiply_tile(q, forget_gate + at_gate, b * H, h, mask)
+    f += multiply_tile(k, forget_gate + at_gate + I * H, b * H, h, mask)
+    f += multiply_tile(v, forget_gate + at_gate + 2 * I * H, b * H, h, mask)
     at = partials + (unit * num_blocks + block) * 2 * H + h
     tl.store(at, i, mask=h < H)
     tl.store(at + H, f, mask=h < H)
@@ -135,8 +121,7 @@ def _find_gates(  # type: ignore[no-untyped-def]  # as above
     f = tl.sum(tl.load(at_partial + H, mask=g < G, other=0.0), 0)
     i += tl.load(input_bias + expert * H + head).to(tl.float32)
     f += tl.load(forget_bias + expert * H + head).to(tl.float32)
-    log_forget = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f)))
-    log_kept = log_forget + tl.load(m + at)
+    log_kept = log_sigmoid(f) + tl.load(m + at)
     peak = tl.maximum(log_kept, i)
     return tl.exp(log_kept - peak), tl.exp(i - peak), peak
 

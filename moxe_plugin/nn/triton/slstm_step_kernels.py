@@ -13,19 +13,15 @@ from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.step_products import (
     find_moments,
     find_unit,
+    log_sigmoid,
+    multiply_tile,
     sigmoid,
     silu,
 )
 
 
-@triton.jit
-def _multiply(x, weight, mask):  # type: ignore[no-untyped-def]  # as above
-    tile = tl.load(weight, mask=mask, other=0.0).to(tl.float32)
-    return tl.sum(x[:, None] * tile, 0)
-
-
 @Launcher
-@triton.jit  # type: ignore[untyped-decorator]  # as above
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def slstm_step_cell_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
     tokens,
     norm,
@@ -94,22 +90,21 @@ def slstm_step_cell_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # 
         u = silu(u)
 
         old = tl.load(y + memory * M + channel, mask=is_d, other=0.0)
-        at = (stack * D + d)[:, None] * (4 * D) + outs[None, :]
+        rows = (stack * D + d) * (4 * D)
         mask = is_d[:, None] & is_out[None, :]
-        i += _multiply(u, gate_proj + at, mask) + _multiply(old, recurrent + at, mask)
-        at += D
-        f += _multiply(u, gate_proj + at, mask) + _multiply(old, recurrent + at, mask)
-        at += D
-        z += _multiply(part, gate_proj + at, mask)
-        z += _multiply(old, recurrent + at, mask)
-        at += D
-        o += _multiply(part, gate_proj + at, mask)
-        o += _multiply(old, recurrent + at, mask)
+        i += multiply_tile(u, gate_proj, rows, outs, mask)
+        i += multiply_tile(old, recurrent, rows, outs, mask)
+        f += multiply_tile(u, gate_proj + D, rows, outs, mask)
+        f += multiply_tile(old, recurrent + D, rows, outs, mask)
+        z += multiply_tile(part, gate_proj + 2 * D, rows, outs, mask)
+        z += multiply_tile(old, recurrent + 2 * D, rows, outs, mask)
+        o += multiply_tile(part, gate_proj + 3 * D, rows, outs, mask)
+        o += multiply_tile(old, recurrent + 3 * D, rows, outs, mask)
 
     at = memory * M + head * D + outs
     c_old = tl.load(c + at, mask=is_out, other=0.0)
     log_n_old = tl.load(log_n + at, mask=is_out, other=0.0)
-    log_kept = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f))) + log_n_old
+    log_kept = log_sigmoid(f) + log_n_old
     w = sigmoid(i - log_kept)
     c_new = c_old + w * (2.0 * sigmoid(2.0 * z) - 1.0 - c_old)
     higher = tl.maximum(log_kept, i)

@@ -41,6 +41,23 @@ def silu(x):  # type: ignore[no-untyped-def]  # as above
     return x * sigmoid(x)
 
 
+@triton.jit
+def log_sigmoid(x):  # type: ignore[no-untyped-def]  # as above
+    """Compute the logarithm of the sigmoid, without its overflow."""
+    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def multiply_tile(x, weight, rows, cols, mask):  # type: ignore[no-untyped-def]  # as above
+    """Multiply a vector with a tile of a weight, ``(A) (A,B) -> (B)``, in float32.
+
+    ``rows`` are where rows begin in the weight, ``cols`` the columns in them.
+    """
+    at = weight + rows[:, None] + cols[None, :]
+    tile = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(x[:, None] * tile, 0)
+
+
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def find_moments(x, valid, SIZE: tl.constexpr, eps):  # type: ignore[no-untyped-def]  # as above
     """Compute the mean of ``SIZE`` values, and one over their standard deviation."""
@@ -85,12 +102,8 @@ def norm_product_kernel(  # type: ignore[no-untyped-def]  # as above
         part = tl.load(x + m, mask=m < M, other=0.0).to(tl.float32)
         # 0 beyond M, as the scale is
         part = (part - mean) * inverse * scale
-        tile = tl.load(
-            weight + (expert * M + m)[:, None] * O + o[None, :],
-            mask=(m < M)[:, None] & (o < O)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        total += tl.sum(part[:, None] * tile, 0)
+        mask = (m < M)[:, None] & (o < O)[None, :]
+        total += multiply_tile(part, weight, (expert * M + m) * O, o, mask)
 
     tl.store(out + unit * O + o, total, mask=o < O)
 
@@ -121,12 +134,10 @@ def gated_product_kernel(  # type: ignore[no-untyped-def]  # as above
     for start in range(0, M, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         part = tl.load(x + unit * M + m, mask=m < M, other=0.0)
-        at = weight + (expert * M + m)[:, None] * (2 * F) + o[None, :]
+        rows = (expert * M + m) * (2 * F)
         mask = (m < M)[:, None] & (o < F)[None, :]
-        tile = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        gate += tl.sum(part[:, None] * tile, 0)
-        tile = tl.load(at + F, mask=mask, other=0.0).to(tl.float32)
-        value += tl.sum(part[:, None] * tile, 0)
+        gate += multiply_tile(part, weight, rows, o, mask)
+        value += multiply_tile(part, weight + F, rows, o, mask)
 
     tl.store(out + unit * F + o, silu(gate) * value, mask=o < F)
 
@@ -159,12 +170,8 @@ def residual_product_kernel(  # type: ignore[no-untyped-def]  # as above
     for start in range(0, I, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
         part = tl.load(x + unit * I + i, mask=i < I, other=0.0)
-        tile = tl.load(
-            weight + (expert * I + i)[:, None] * O + o[None, :],
-            mask=(i < I)[:, None] & (o < O)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        total += tl.sum(part[:, None] * tile, 0)
+        mask = (i < I)[:, None] & (o < O)[None, :]
+        total += multiply_tile(part, weight, (expert * I + i) * O, o, mask)
 
     tl.store(out + unit * O + o, total.to(out.dtype.element_ty), mask=o < O)
 
