@@ -7,6 +7,7 @@ is imported by who runs it only. A program has one segment and head.
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.gate_functions import log_sigmoid
 from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.mlstm_rows_tiles import place
 
@@ -44,10 +45,7 @@ def mlstm_rows_gate_kernel(  # type: ignore[no-untyped-def]  # as above
         input_preact = tl.load(gate, mask=valid, other=float("-inf"))
         forget_preact = tl.load(gate + num_heads, mask=valid, other=0.0)
 
-        log_forget = tl.minimum(forget_preact, 0.0) - tl.log(
-            1.0 + tl.exp(-tl.abs(forget_preact))
-        )
-        log_forget = tl.where(valid, log_forget, 0.0)
+        log_forget = tl.where(valid, log_sigmoid(forget_preact), 0.0)
         log_decay = last_decay + tl.cumsum(log_forget, 0)
         a = input_preact - log_decay
         peak = tl.maximum(tl.associative_scan(a, 0, larger), last_peak)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.gate_functions import log_sigmoid, silu
 from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.step_products import (
     find_moments,
     find_unit,
-    log_sigmoid,
     multiply_tile,
-    silu,
 )
 
 

@@ -28,17 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _log_sigmoid(x):  # type: ignore[no-untyped-def]  # Triton's arguments have no type
-    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def _sigmoid(x):  # type: ignore[no-untyped-def]  # as above
-    # Of the exponents only those that cannot overflow.
-    small = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+from moxe_plugin.nn.triton.gate_functions import log_sigmoid, sigmoid
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
@@ -118,10 +108,10 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # noqa: D103, PLR0915  # se
             r = tl.load(tile + 3 * D, mask=in_tile, other=0.0)
             o = tl.dot(y, r, o, input_precision=PRECISION)
 
-        log_kept = _log_sigmoid(f) + log_n
-        w = _sigmoid(i - log_kept)
-        z = 2.0 * _sigmoid(2.0 * z) - 1.0
-        o = _sigmoid(o)
+        log_kept = log_sigmoid(f) + log_n
+        w = sigmoid(i - log_kept)
+        z = 2.0 * sigmoid(2.0 * z) - 1.0
+        o = sigmoid(o)
         higher = tl.maximum(log_kept, i)
         log_sum = higher + tl.log(1.0 + tl.exp(-tl.abs(log_kept - i)))
         c = tl.where(valid, c + w * (z - c), c)
@@ -137,7 +127,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # noqa: D103, PLR0915  # se
             tl.store(cs + position * D + cols, c, mask=valid)
             at = position * 4 * D + cols
             tl.store(activations + at, w, mask=valid)
-            tl.store(activations + at + D, _sigmoid(-f), mask=valid)
+            tl.store(activations + at + D, sigmoid(-f), mask=valid)
             tl.store(activations + at + 2 * D, z, mask=valid)
             tl.store(activations + at + 3 * D, o, mask=valid)
         # All have written the new y: no load of the next step overtakes a store.

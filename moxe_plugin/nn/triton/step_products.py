@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.gate_functions import silu
 from moxe_plugin.nn.triton.launching import Launcher
 
 
@@ -26,25 +27,6 @@ def find_unit(experts, first, K, HAS_EXPERTS: tl.constexpr):  # type: ignore[no-
     if HAS_EXPERTS:
         expert = tl.load(experts + unit) - first
     return unit, expert, unit // K
-
-
-@triton.jit
-def sigmoid(x):  # type: ignore[no-untyped-def]  # as above
-    """Compute the sigmoid; of the exponents only those that cannot overflow."""
-    small = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
-
-
-@triton.jit
-def silu(x):  # type: ignore[no-untyped-def]  # as above
-    """Compute ``x * sigmoid(x)``."""
-    return x * sigmoid(x)
-
-
-@triton.jit
-def log_sigmoid(x):  # type: ignore[no-untyped-def]  # as above
-    """Compute the logarithm of the sigmoid, without its overflow."""
-    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
 
 
 @triton.jit
