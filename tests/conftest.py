@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from copy import deepcopy
 from importlib.util import find_spec
@@ -45,6 +46,7 @@ while the others have nothing left to do."""
 
 import pytest  # noqa: E402  # after the environment is set
 import torch  # noqa: E402  # after the environment is set
+from tqdm.std import tqdm  # noqa: E402  # after the environment is set
 
 if TYPE_CHECKING:
     from fairseq2.runtime.dependency import DependencyResolver
@@ -82,8 +84,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Let Triton interpret its kernels where tests run on a CPU.
 
+    Also keep progress bars from sharing a lock with forked processes: one that is
+    killed while it draws would hold that of this process for ever.
+
     :param config: The configuration of pytest.
     """
+    tqdm.set_lock(threading.RLock())
+    # Its thread would take the lock at any time, that of a fork among them.
+    tqdm.monitor_interval = 0
+
     if config.getoption("--device").type == "cpu":
         # Triton reads it when it is imported, which no test has done yet.
         os.environ["TRITON_INTERPRET"] = "1"

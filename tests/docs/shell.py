@@ -16,7 +16,7 @@ from typing import Final, final
 from tests.docs.checking import CHECK_ONLY_VARIABLE, CHECKED_FILE_VARIABLE, PROGRAMS
 from tests.docs.pages import ROOT, Block
 
-_TIMEOUT_S: Final = 1200
+_TIMEOUT_S: Final = 600
 
 _CHECKING_PROLOGUE: Final = f"""
 cd() {{ :; }}
