@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lm_eval.api.model import CacheHook, TemplateLM
@@ -11,7 +10,7 @@ from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 from typing_extensions import override
 
-from moxe_plugin.eval.batching import MAX_TOKENS, MAX_TOKENS_ON_CPU, Batching
+from moxe_plugin.eval.batching import make_batchings
 from moxe_plugin.eval.checkpoints import LoadedModel
 from moxe_plugin.eval.generation import GenerationOptions, generate_in_batches
 from moxe_plugin.eval.response_cache import claim_response_cache
@@ -82,16 +81,13 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
         )
 
         self._codec = TextCodec(loaded.tokenizer, prefix_token, add_bos_token)
-        self._batching = Batching(
-            batch_size=batch_size,
-            vocab_size=self._codec.vocab_size,
-            max_batch_size=max_batch_size,
-        )
         self._model = loaded.model.eval()
         self._generating_model = capture_steps(self._model)
-        is_on_cpu = next(loaded.model.parameters()).device.type == "cpu"
-        self._scoring_batching = replace(
-            self._batching, max_tokens=MAX_TOKENS_ON_CPU if is_on_cpu else MAX_TOKENS
+        self._batchings = make_batchings(
+            batch_size,
+            max_batch_size,
+            vocab_size=self._codec.vocab_size,
+            device=next(self._model.parameters()).device,
         )
         self._share_prefixes = resolve_sharing(loaded.model, share_prefixes)
         self._token_counts = TokenCounts(0, 0)
@@ -199,7 +195,7 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
                 # A context of spaces alone has moved to the continuation entirely.
                 [(ctx or [self.prefix_token_id], cont) for _, ctx, cont in requests],
                 max_length=self.max_length,
-                batching=self._scoring_batching,
+                batching=self._batchings.scoring,
                 on_scored=on_scored,
                 share_prefixes=self._share_prefixes,
             )
@@ -289,7 +285,7 @@ class LoadedModelLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no type hi
                 self._generating_model,
                 prompts,
                 self._codec,
-                batching=self._batching,
+                batching=self._batchings.generating,
                 on_generated=on_generated,
             )
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
 
-MAX_TOKENS: Final = 2**14
-MAX_TOKENS_ON_CPU: Final = 2**10
+import torch
+
+_MAX_TOKENS: Final = 2**14
+_MAX_SCORED_TOKENS_ON_CPU: Final = 2**10
 """What a cache holds: a processor scores larger batches at about half the speed."""
 _MAX_LOGITS: Final = 2**28
 """1 GiB in float32."""
 _MAX_STATE_BYTES: Final = 2**30
+_MAX_GENERATING_STATE_BYTES: Final = 2**32
+"""On a GPU, which has no other states than those of one batch meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +23,9 @@ class Batching:
     """Groups sequences of similar length.
 
     ``"auto"`` puts as many sequences into a batch as have, padded, at most
-    ``max_tokens`` and 2**28 logits, and at least one. Nothing is measured: the same
-    sequences give the same batches on every machine with a device of the same kind.
+    ``max_tokens``, 2**28 logits and ``max_state_bytes``, and at least one. Nothing is
+    measured: the same sequences give the same batches on every machine with a device of
+    the same kind.
     """
 
     batch_size: int | str
@@ -33,8 +38,11 @@ class Batching:
     max_batch_size: int | None = None
     """The most sequences that ``"auto"`` may put together."""
 
-    max_tokens: int = MAX_TOKENS
+    max_tokens: int = _MAX_TOKENS
     """The most tokens, with padding, that ``"auto"`` may put together."""
+
+    max_state_bytes: int = _MAX_STATE_BYTES
+    """The most bytes of recurrent states that ``"auto"`` may put together."""
 
     def __post_init__(self) -> None:
         """Check the sizes.
@@ -85,8 +93,50 @@ class Batching:
         size = num_tokens // max(1, length)
 
         if state_bytes > 0:
-            size = min(size, _MAX_STATE_BYTES // state_bytes)
+            size = min(size, self.max_state_bytes // state_bytes)
 
         size = max(1, size)
 
         return size if self.max_batch_size is None else min(size, self.max_batch_size)
+
+
+class Batchings(NamedTuple):
+    """What is computed together for each kind of request."""
+
+    scoring: Batching
+    """For log-likelihoods."""
+
+    generating: Batching
+    """For continuations."""
+
+
+def make_batchings(
+    batch_size: int | str,
+    max_batch_size: int | None,
+    *,
+    vocab_size: int,
+    device: torch.device,
+) -> Batchings:
+    """Set the limits of batches on a device.
+
+    :param batch_size: As in :class:`Batching`.
+    :param max_batch_size: As in :class:`Batching`.
+    :param vocab_size: As in :class:`Batching`.
+    :param device: Where the model is.
+
+    :returns: The batchings.
+
+    :raises ValueError: ``batch_size`` is neither positive nor ``"auto"``.
+    """
+    batching = Batching(
+        batch_size=batch_size, vocab_size=vocab_size, max_batch_size=max_batch_size
+    )
+
+    if device.type == "cpu":
+        return Batchings(
+            replace(batching, max_tokens=_MAX_SCORED_TOKENS_ON_CPU), batching
+        )
+
+    return Batchings(
+        batching, replace(batching, max_state_bytes=_MAX_GENERATING_STATE_BYTES)
+    )

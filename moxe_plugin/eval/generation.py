@@ -14,6 +14,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from torch import Tensor
 
 from moxe_plugin.eval.batching import Batching
+from moxe_plugin.eval.scoring import measure_state_bytes
 from moxe_plugin.eval.text_codec import TextCodec
 
 
@@ -117,10 +118,12 @@ def generate_in_batches(
     for idx, (_, options) in enumerate(prompts):
         groups[options].append(idx)
 
+    state_bytes = measure_state_bytes(model) if prompts else 0
+
     for options, group in groups.items():
         lengths = [len(prompts[i][0]) + options.max_gen_toks for i in group]
 
-        for batch in batching.make_batches(lengths):
+        for batch in batching.make_batches(lengths, state_bytes):
             indices = [group[i] for i in batch]
             generated = generate(
                 model, [prompts[i][0] for i in indices], options, codec

@@ -174,11 +174,7 @@ class _Scorer:
 
     @cached_property
     def _state_bytes(self) -> int:
-        # Of a sequence; the same for all.
-        state_bag = IncrementalStateBag(2)
-        compute_logits(self._model, [[0]], state_bag)
-
-        return count_state_bytes(self._model, state_bag)
+        return measure_state_bytes(self._model)
 
     def score(
         self,
@@ -272,6 +268,19 @@ def compute_logits(
     assert isinstance(logits, Tensor)
 
     return logits
+
+
+def measure_state_bytes(model: CausalLM) -> int:
+    """Tell how large the recurrent state of one sequence is, whatever its length.
+
+    :param model: The model, in evaluation mode.
+
+    :returns: Bytes; 0 for a model without recurrent state.
+    """
+    state_bag = IncrementalStateBag(2)
+    compute_logits(model, [[0]], state_bag)
+
+    return count_state_bytes(model, state_bag)
 
 
 def _score(logits: Tensor, continuation: Sequence[int]) -> Score:

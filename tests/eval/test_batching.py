@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from moxe_plugin.eval.batching import Batching
+import torch
+
+from moxe_plugin.eval.batching import Batching, make_batchings
 
 
 def test_similar_lengths_share_a_batch_the_longest_first() -> None:
@@ -50,3 +52,21 @@ def test_auto_keeps_to_fewer_tokens_where_it_is_told() -> None:
     batching = Batching(batch_size="auto", vocab_size=10, max_tokens=2**11)
 
     assert [len(batch) for batch in batching.make_batches([2**9] * 5)] == [4, 1]
+
+
+def test_a_cpu_scores_fewer_tokens_at_a_time_than_it_generates() -> None:
+    scoring, generating = make_batchings(
+        "auto", 3, vocab_size=10, device=torch.device("cpu")
+    )
+
+    assert [len(b) for b in scoring.make_batches([2**9] * 5)] == [2, 2, 1]
+    assert [len(b) for b in generating.make_batches([2**9] * 5)] == [3, 2]
+
+
+def test_a_gpu_generates_with_more_states_than_it_scores_with() -> None:
+    scoring, generating = make_batchings(
+        "auto", None, vocab_size=10, device=torch.device("cuda")
+    )
+
+    assert [len(b) for b in scoring.make_batches([1] * 5, 2**28)] == [4, 1]
+    assert [len(b) for b in generating.make_batches([1] * 5, 2**28)] == [5]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from fairseq2.nn import BatchLayout
 
+from moxe_plugin.eval import generation
 from moxe_plugin.eval.adapter import LoadedModelLM
+from moxe_plugin.eval.batching import Batching
 from moxe_plugin.eval.checkpoints import LoadedModel
 from moxe_plugin.eval.generation import GenerationOptions
+from moxe_plugin.eval.scoring import measure_state_bytes
+from moxe_plugin.eval.text_codec import TextCodec
 from tests.common import BOS_IDX, EOS_IDX
 from tests.eval.conftest import Load
 from tests.eval.requests import make_requests
@@ -77,6 +81,41 @@ def test_the_batch_size_changes_no_text(
     assert one_batch == generate(
         loaded, PROMPTS, {"max_gen_toks": 20}, batch_size=batch_size
     )
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("moxe", [3, 1]), ("gemma2", [4])])
+def test_states_of_a_batch_stay_within_their_budget(
+    load: Load, monkeypatch: pytest.MonkeyPatch, family: str, sizes: list[int]
+) -> None:
+    loaded = load(family)
+    codec = TextCodec(loaded.tokenizer, None, False)
+    prompts = [([1, 2], GenerationOptions(max_gen_toks=2))] * 4
+
+    state_bytes = measure_state_bytes(loaded.model)
+    assert (state_bytes > 0) == (family == "moxe")
+
+    seen: list[int] = []
+
+    def note_size(_: object, batch: Sequence[object], *__: object) -> list[list[int]]:
+        seen.append(len(batch))
+
+        return [[] for _ in batch]
+
+    monkeypatch.setattr(generation, "generate", note_size)
+
+    generation.generate_in_batches(
+        loaded.model,
+        prompts,
+        codec,
+        batching=Batching(
+            batch_size="auto",
+            vocab_size=codec.vocab_size,
+            max_state_bytes=3 * state_bytes,
+        ),
+        on_generated=lambda *_: None,
+    )
+
+    assert seen == sizes
 
 
 def test_generation_stops_before_a_stop_string(loaded: LoadedModel) -> None:
