@@ -7,8 +7,10 @@
 // that depends on nothing but the inner dimension.
 
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -16,24 +18,35 @@
 #include <new>
 #include <vector>
 
+// What the compiler would leave out as soon as a file has more functions than it likes.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace {
 
 constexpr int kWidth = 16;              // floats of a vector
 constexpr int kRows = 14;               // rows of a tile,
 constexpr int kVecs = 2;                // and its vectors: 28 of 32 registers hold sums
 constexpr int kCols = kVecs * kWidth;
-constexpr int64_t kDepth = 512;         // of a block, to add to results seldom
-constexpr int64_t kBlockRows = 14 * kRows;  // of the left factor, which fit the second cache
-constexpr int64_t kMaxCols = 256;       // of a block of the right factor, which fits it too
+constexpr int64_t kDepth = 1024;        // of a block, to add to results seldom
+constexpr int64_t kBlockRows = 5 * kRows;   // of the left factor, which fit the second cache
+constexpr int64_t kMaxCols = 128;       // of a block of the right factor, which fits it too
 constexpr int64_t kMinCols = 2 * kCols;
 constexpr int64_t kMaxInner = 1024;     // of the inner dimension at a time
 constexpr int64_t kMaxPacked = 1 << 20;  // floats of left factors that are packed at a time
 constexpr int64_t kPanelsAtOnce = 8;
 constexpr int64_t kPackedAhead = 8;     // rows that a copy into panels fetches ahead
 constexpr int64_t kDirect = 64;         // up to which factors are read where they lie
-constexpr int kThinRows = 4;            // up to which a product is thin,
+constexpr int64_t kMaxWeights = 1 << 16;    // of small right factors that lie side by side
+constexpr int64_t kNarrow = kWidth;     // columns up to which a product is narrow
+constexpr int64_t kNarrowAhead = 8 * kWidth;
+constexpr int kFlipped = 8;             // columns up to which it is computed as rows
+constexpr int kThinRows = 4;            // rows up to which it is thin,
 constexpr int64_t kRowsAhead = 16;      // and how far ahead it fetches
 constexpr double kMinWork = 1e6;        // multiply-adds below which a task is not divided
+
+// How a product is computed: from copies in panels, or from factors as they lie if there are
+// few rows, few columns (as rows, where that is how the left factor lies), or little else.
+enum class Kind { kPacked, kThin, kNarrow, kFlipped, kDirect };
 
 // `count` products (m,k) @ (k,n); strides are in floats. Read as 15 int64 by products.py.
 struct Product {
@@ -44,12 +57,29 @@ struct Product {
   int64_t rhs_next, rhs_row, rhs_col;
   float* out;
   int64_t out_next, out_row;
+
+  Kind kind() const {
+    if (m <= kThinRows && rhs_col == 1) return Kind::kThin;
+    // A block of the right factor is small, or the whole result is.
+    if (n <= kDirect && n % kCols == 0 &&
+        (k <= kDirect || (m <= kDirect && rhs_col == 1)))
+      return Kind::kDirect;
+    if (n <= kNarrow && rhs_col == 1 && lhs_col == 1) return Kind::kNarrow;
+    if (n <= kFlipped && lhs_row == 1) return Kind::kFlipped;
+    return Kind::kPacked;
+  }
+
+  // Whether small products lie side by side. Together, they read and write whole rows.
+  bool is_side_by_side() const {
+    return kind() == Kind::kDirect && k <= kDirect && count * n * k <= kMaxWeights &&
+           lhs_next > 0 && count * lhs_next <= lhs_row;
+  }
 };
 static_assert(sizeof(Product) == 15 * sizeof(int64_t), "a product is 15 numbers");
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-__mmask16 first(int64_t count) {
+ALWAYS_INLINE __mmask16 first(int64_t count) {
   return count >= kWidth ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
 }
 
@@ -119,12 +149,13 @@ void multiply_direct(int64_t depth, const float* lhs, int64_t lhs_row, int64_t l
 }
 
 // Rows of the left factor times `count` rows of the right one, from which they are read as
-// they lie: with few rows, a copy into panels would cost more than it spares.
-template <int Rows>
+// they lie: with few rows, a copy into panels would cost more than it spares. With `Flips`, rows
+// of the result are columns of `out`.
+template <int Rows, bool Flips>
 void multiply_thin(const float* lhs, int64_t lhs_row, int64_t lhs_col, const float* rhs,
                    int64_t rhs_row, int64_t count, int64_t num_cols, float* out,
                    int64_t out_row, bool adds) {
-  constexpr int vecs = 16 / Rows;
+  constexpr int vecs = Flips ? 24 / Rows < 4 ? 24 / Rows : 4 : 16 / Rows;
 
   for (int64_t col = 0; col < num_cols; col += vecs * kWidth) {
     __mmask16 masks[vecs];
@@ -147,6 +178,19 @@ void multiply_thin(const float* lhs, int64_t lhs_row, int64_t lhs_col, const flo
       }
     }
 
+    if (Flips) {
+      float rows[Rows][vecs * kWidth];
+      for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < vecs; ++v) _mm512_storeu_ps(rows[r] + v * kWidth, sums[r][v]);
+
+      for (int64_t c = 0; c < std::min<int64_t>(vecs * kWidth, num_cols - col); ++c)
+        for (int r = 0; r < Rows; ++r) {
+          float& x = out[(col + c) * out_row + r];
+          x = adds ? rows[r][c] + x : rows[r][c];
+        }
+      continue;
+    }
+
     for (int r = 0; r < Rows; ++r)
       for (int v = 0; v < vecs; ++v) {
         float* to = out + r * out_row + col + v * kWidth;
@@ -158,10 +202,51 @@ void multiply_thin(const float* lhs, int64_t lhs_row, int64_t lhs_col, const flo
   }
 }
 
+// The same of at most a vector of columns and more rows, whose left factor is read as it lies.
+template <int Rows>
+void multiply_narrow(int64_t depth, const float* lhs, int64_t lhs_row, const float* rhs,
+                     int64_t rhs_row, int64_t num_cols, float* out, int64_t out_row,
+                     bool adds) {
+  const __mmask16 mask = first(num_cols);
+  __m512 sums[Rows];
+  for (int r = 0; r < Rows; ++r) sums[r] = _mm512_setzero_ps();
+
+  for (int64_t begin = 0; begin < depth; begin += kWidth) {
+    for (int r = 0; r < Rows; ++r)
+      __builtin_prefetch(lhs + r * lhs_row + begin + kNarrowAhead);
+    for (int64_t i = begin; i < std::min<int64_t>(begin + kWidth, depth); ++i) {
+      const __m512 weights = _mm512_maskz_loadu_ps(mask, rhs + i * rhs_row);
+      for (int r = 0; r < Rows; ++r)
+        sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(lhs[r * lhs_row + i]), weights, sums[r]);
+    }
+  }
+
+  for (int r = 0; r < Rows; ++r) {
+    float* to = out + r * out_row;
+    _mm512_mask_storeu_ps(
+        to, mask,
+        adds ? _mm512_add_ps(sums[r], _mm512_maskz_loadu_ps(mask, to)) : sums[r]);
+  }
+}
+
 using MultiplyThin = void (*)(const float*, int64_t, int64_t, const float*, int64_t,
                               int64_t, int64_t, float*, int64_t, bool);
 constexpr MultiplyThin kMultiplyThin[kThinRows + 1] = {
-    nullptr, multiply_thin<1>, multiply_thin<2>, multiply_thin<3>, multiply_thin<4>};
+    nullptr, multiply_thin<1, false>, multiply_thin<2, false>, multiply_thin<3, false>,
+    multiply_thin<4, false>};
+constexpr MultiplyThin kMultiplyFlipped[kFlipped + 1] = {
+    nullptr,
+    multiply_thin<1, true>, multiply_thin<2, true>, multiply_thin<3, true>,
+    multiply_thin<4, true>, multiply_thin<5, true>, multiply_thin<6, true>,
+    multiply_thin<7, true>, multiply_thin<8, true>};
+
+using MultiplyNarrow = void (*)(int64_t, const float*, int64_t, const float*, int64_t,
+                                int64_t, float*, int64_t, bool);
+constexpr MultiplyNarrow kMultiplyNarrow[kRows + 1] = {
+    nullptr,             multiply_narrow<1>,  multiply_narrow<2>,  multiply_narrow<3>,
+    multiply_narrow<4>,  multiply_narrow<5>,  multiply_narrow<6>,  multiply_narrow<7>,
+    multiply_narrow<8>,  multiply_narrow<9>,  multiply_narrow<10>, multiply_narrow<11>,
+    multiply_narrow<12>, multiply_narrow<13>, multiply_narrow<14>};
 
 using MultiplyTile = void (*)(int64_t, const float*, const float*, float*, int64_t, Into);
 constexpr MultiplyTile kMultiplyTile[kRows + 1] = {
@@ -181,7 +266,7 @@ constexpr MultiplyDirect kMultiplyDirect[kRows + 1] = {
 // Stores 16 numbers of row i, of `depth` that are `Stride` apart. Of rows of fewer, all but the
 // last one may reach into the next, which comes later: a masked store is slow.
 template <int Stride>
-inline void store(float* row, int64_t i, int64_t depth, __m512 x) {
+ALWAYS_INLINE void store(float* row, int64_t i, int64_t depth, __m512 x) {
   if (Stride >= kWidth || i + 1 < depth)
     _mm512_storeu_ps(row, x);
   else
@@ -190,7 +275,7 @@ inline void store(float* row, int64_t i, int64_t depth, __m512 x) {
 
 // Stores column c of the matrix (num_rows,num_cols), both at most 16, as row i + c.
 template <int Stride>
-inline void transpose(const float* from, int64_t next_row, int64_t num_rows,
+ALWAYS_INLINE void transpose(const float* from, int64_t next_row, int64_t num_rows,
                       int64_t num_cols, float* out, int64_t i, int64_t depth) {
   const __mmask16 mask = first(num_cols);
   __m512 a[16], b[16];
@@ -291,25 +376,19 @@ class Buffer {
   int64_t capacity_ = 0;
 };
 
-// Some rows of a product, and `inner` of its inner dimension from `first` on. Its left factor
-// is packed once, for all threads: by blocks of `depth`, in panels of `panel_rows`.
+// Some rows of a product, or of all that lie side by side, and `inner` of the inner dimension
+// from `first` on. A left factor is packed once, for all threads: by blocks of `depth`, in panels
+// of `panel_rows`.
 struct Part {
   const Product* product;
-  int64_t index, row, num_rows, first, inner, depth, panel_rows;
+  int64_t index, num_indices, row, num_rows, first, inner, depth, panel_rows;
   float* packed;
 
   int64_t num_panels() const { return divide_up(num_rows, panel_rows); }
   int64_t rows_of(int64_t panel) const {
     return std::min(panel_rows, num_rows - panel * panel_rows);
   }
-  bool is_thin() const { return product->m <= kThinRows && product->rhs_col == 1; }
-  // Whether a block of the right factor is small, or the whole result is.
-  bool is_direct() const {
-    const bool is_small = product->k <= kDirect ||
-                          (product->m <= kDirect && product->rhs_col == 1);
-    return product->n <= kDirect && product->n % kCols == 0 && is_small && !is_thin();
-  }
-  bool packs() const { return !is_thin() && !is_direct(); }
+  bool packs() const { return product->kind() == Kind::kPacked; }
   // What it packs.
   int64_t size() const { return packs() ? depth_size() * inner : 0; }
   int64_t depth_size() const { return num_panels() * kRows; }
@@ -326,7 +405,7 @@ struct Task {
 
   // Panels of the right factor, and a tile.
   int64_t size() const {
-    return (part->depth * divide_up(num_cols, kCols) + kRows) * kCols;
+    return (part->depth * divide_up(num_cols, kCols) + kRows) * kCols * part->num_indices;
   }
 };
 
@@ -344,28 +423,31 @@ void run(const PackTask& task) {
                part.packed + begin * part.depth_size() + task.panel * kRows * count);
 }
 
-void run_direct(const Part& part, const float* rhs, float* out, bool adds, float* panels) {
+void run_direct(const Part& part, bool adds, float* panels) {
   const Product& p = *part.product;
-  const float* lhs = p.lhs + part.index * p.lhs_next + part.row * p.lhs_row +
-                     part.first * p.lhs_col;
 
   for (int64_t begin = 0; begin < part.inner; begin += part.depth, adds = true) {
     const int64_t count = std::min(part.depth, part.inner - begin);
-    const float* right = rhs + begin * p.rhs_row;
-    int64_t right_row = p.rhs_row, next_right = kCols;
+    const int64_t inner = part.first + begin;
+    const bool packs = p.rhs_col != 1;
 
-    if (p.rhs_col != 1) {
-      pack<kCols>(right, p.rhs_row, p.rhs_col, count, p.n, kCols, panels);
-      right = panels, right_row = kCols, next_right = count * kCols;
-    }
+    for (int64_t i = 0; packs && i < part.num_indices; ++i)
+      pack<kCols>(p.rhs + (part.index + i) * p.rhs_next + inner * p.rhs_row, p.rhs_row,
+                  p.rhs_col, count, p.n, kCols, panels + i * p.n * count);
 
-    for (int64_t i = 0; i < part.num_panels(); ++i)
-      for (int64_t j = 0; j < p.n / kCols; ++j) {
-        const int64_t row = i * part.panel_rows;
-        kMultiplyDirect[part.rows_of(i)](
-            count, lhs + row * p.lhs_row + begin * p.lhs_col, p.lhs_row, p.lhs_col,
-            right + j * next_right, right_row, out + row * p.out_row + j * kCols, p.out_row,
-            adds);
+    for (int64_t panel = 0; panel < part.num_panels(); ++panel)
+      for (int64_t i = 0; i < part.num_indices; ++i) {
+        const int64_t row = part.row + panel * part.panel_rows, index = part.index + i;
+        const float* lhs =
+            p.lhs + index * p.lhs_next + row * p.lhs_row + inner * p.lhs_col;
+        const float* rhs = packs ? panels + i * p.n * count
+                                 : p.rhs + index * p.rhs_next + inner * p.rhs_row;
+        float* out = p.out + index * p.out_next + row * p.out_row;
+
+        for (int64_t j = 0; j < p.n; j += kCols)
+          kMultiplyDirect[part.rows_of(panel)](
+              count, lhs, p.lhs_row, p.lhs_col, rhs + (packs ? j * count : j),
+              packs ? kCols : p.rhs_row, out + j, p.out_row, adds);
       }
   }
 }
@@ -387,20 +469,34 @@ void run(const Task& task, bool adds, bool streams, float* panels) {
 
   adds = adds || part.first > 0;
 
-  if (part.is_thin()) {
-    const float* lhs = p.lhs + part.index * p.lhs_next + part.row * p.lhs_row +
-                       part.first * p.lhs_col;
-    // Sums of as many terms as of any product, so that a row has the same result in each.
-    for (int64_t begin = 0; begin < part.inner; begin += part.depth, adds = true)
-      kMultiplyThin[part.num_rows](lhs + begin * p.lhs_col, p.lhs_row, p.lhs_col,
-                                   rhs + begin * p.rhs_row, p.rhs_row,
-                                   std::min(part.depth, part.inner - begin),
-                                   task.num_cols, out, p.out_row, adds);
+  const Kind kind = p.kind();
+
+  if (kind == Kind::kDirect) {
+    run_direct(part, adds, panels);
     return;
   }
 
-  if (part.is_direct()) {
-    run_direct(part, rhs, out, adds, panels);
+  if (kind != Kind::kPacked) {
+    const float* lhs = p.lhs + part.index * p.lhs_next + part.row * p.lhs_row +
+                       part.first * p.lhs_col;
+    // Sums of as many terms as of any product, so that a row has the same result in each.
+    for (int64_t begin = 0; begin < part.inner; begin += part.depth, adds = true) {
+      const int64_t count = std::min(part.depth, part.inner - begin);
+      const float* left = lhs + begin * p.lhs_col;
+      const float* right = rhs + begin * p.rhs_row;
+
+      if (kind == Kind::kThin)
+        kMultiplyThin[part.num_rows](left, p.lhs_row, p.lhs_col, right, p.rhs_row, count,
+                                     task.num_cols, out, p.out_row, adds);
+      else if (kind == Kind::kFlipped)
+        kMultiplyFlipped[p.n](right, p.rhs_col, p.rhs_row, left, p.lhs_col, count,
+                              part.num_rows, out, p.out_row, adds);
+      else
+        for (int64_t i = 0; i < part.num_panels(); ++i)
+          kMultiplyNarrow[part.rows_of(i)](
+              count, left + i * part.panel_rows * p.lhs_row, p.lhs_row, right, p.rhs_row,
+              p.n, out + i * part.panel_rows * p.out_row, p.out_row, adds);
+    }
     return;
   }
 
@@ -468,7 +564,8 @@ std::vector<Part> cut(int64_t num_products, const Product* products, int64_t fir
     const int64_t inner = inner_of(p);
     if (inner < 0) continue;
 
-    const int64_t num_tasks = 1 + int64_t(double(p.m) * p.n * inner / limit);
+    const int64_t num_indices = p.is_side_by_side() ? p.count : 1;
+    const int64_t num_tasks = 1 + int64_t(double(num_indices) * p.m * p.n * inner / limit);
     const int64_t cols = std::max(std::min(num_tasks, divide_up(p.n, kMinCols)),
                                   divide_up(p.n, kMaxCols));
     const int64_t max_rows =
@@ -479,19 +576,26 @@ std::vector<Part> cut(int64_t num_products, const Product* products, int64_t fir
     const int64_t depth = std::max<int64_t>(
         1, divide_up(inner, std::max<int64_t>(1, divide_up(inner, kDepth))));
 
-    for (int64_t index = 0; index < p.count; ++index)
+    for (int64_t index = 0; index < p.count; index += num_indices)
       for (int64_t row = 0; row < p.m; row += rows) {
         const int64_t num_rows = std::min(rows, p.m - row);
         // Even, since a panel of few rows is slow.
         const int64_t panel_rows = divide_up(num_rows, divide_up(num_rows, kRows));
-        parts.push_back(
-            {&p, index, row, num_rows, first, inner, depth, panel_rows, nullptr});
+        parts.push_back({&p, index, num_indices, row, num_rows, first, inner, depth,
+                         panel_rows, nullptr});
         num_col_blocks.push_back(cols);
       }
   }
 
   return parts;
 }
+
+// Tasks that are a thread's own, as far as no other thread has finished its own before. Caches of
+// several threads may be far apart, so it is mostly the one that has copied what they read.
+struct alignas(64) Queue {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
 
 // Parts that are packed together. Returns whether there was memory for it.
 bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bool adds,
@@ -518,18 +622,26 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
   }
 
   const int64_t num_pack_tasks = pack_tasks.size(), num_tasks = tasks.size();
+  std::vector<Queue> queues(num_threads);
+  for (int64_t i = 0; i < num_threads; ++i) {
+    queues[i].next = i * num_tasks / num_threads;
+    queues[i].end = (i + 1) * num_tasks / num_threads;
+  }
+
   bool done = true;
 #pragma omp parallel num_threads(num_threads) if (num_tasks > 1) reduction(&& : done)
   {
     static thread_local Buffer buffer;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < num_pack_tasks; ++i) run(pack_tasks[i]);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_tasks; ++i) {
-      if (buffer.reserve(tasks[i].size()))
-        run(tasks[i], adds, streams, buffer.get());
-      else
-        done = false;
+    for (int64_t i = 0; i < num_threads; ++i) {
+      Queue& queue = queues[(omp_get_thread_num() + i) % num_threads];
+      for (int64_t task = queue.next++; task < queue.end; task = queue.next++) {
+        if (buffer.reserve(tasks[task].size()))
+          run(tasks[task], adds, streams, buffer.get());
+        else
+          done = false;
+      }
     }
     // What was written past the caches comes before what other threads do next.
     if (streams) _mm_sfence();
