@@ -27,11 +27,10 @@ constexpr int kWidth = 16;              // floats of a vector
 constexpr int kRows = 14;               // rows of a tile,
 constexpr int kVecs = 2;                // and its vectors: 28 of 32 registers hold sums
 constexpr int kCols = kVecs * kWidth;
-constexpr int64_t kDepth = 1024;        // of a block, to add to results seldom
 constexpr int64_t kBlockRows = 5 * kRows;   // of the left factor, which fit the second cache
 constexpr int64_t kMaxCols = 128;       // of a block of the right factor, which fits it too
 constexpr int64_t kMinCols = 2 * kCols;
-constexpr int64_t kMaxInner = 1024;     // of the inner dimension at a time
+constexpr int64_t kMaxInner = 1024;     // of the inner dimension at a time, to add seldom
 constexpr int64_t kMaxPacked = 1 << 20;  // floats of left factors that are packed at a time
 constexpr int64_t kPanelsAtOnce = 8;
 constexpr int64_t kPackedAhead = 8;     // rows that a copy into panels fetches ahead
@@ -43,6 +42,8 @@ constexpr int kFlipped = 8;             // columns up to which it is computed as
 constexpr int kThinRows = 4;            // rows up to which it is thin,
 constexpr int64_t kRowsAhead = 16;      // and how far ahead it fetches
 constexpr double kMinWork = 1e6;        // multiply-adds below which a task is not divided
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a product is computed: from copies in panels, or from factors as they lie if there are
 // few rows, few columns (as rows, where that is how the left factor lies), or little else.
@@ -69,6 +70,9 @@ struct Product {
     return Kind::kPacked;
   }
 
+  // How many times a result is added to.
+  int64_t num_pieces() const { return std::max<int64_t>(1, divide_up(k, kMaxInner)); }
+
   // Whether small products lie side by side. Together, they read and write whole rows.
   bool is_side_by_side() const {
     return kind() == Kind::kDirect && k <= kDirect && count * n * k <= kMaxWeights &&
@@ -76,8 +80,6 @@ struct Product {
   }
 };
 static_assert(sizeof(Product) == 15 * sizeof(int64_t), "a product is 15 numbers");
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 ALWAYS_INLINE __mmask16 first(int64_t count) {
   return count >= kWidth ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
@@ -377,11 +379,10 @@ class Buffer {
 };
 
 // Some rows of a product, or of all that lie side by side, and `inner` of the inner dimension
-// from `first` on. A left factor is packed once, for all threads: by blocks of `depth`, in panels
-// of `panel_rows`.
+// from `first` on. A left factor is packed once, for all threads, in panels of `panel_rows`.
 struct Part {
   const Product* product;
-  int64_t index, num_indices, row, num_rows, first, inner, depth, panel_rows;
+  int64_t index, num_indices, row, num_rows, first, inner, panel_rows;
   float* packed;
 
   int64_t num_panels() const { return divide_up(num_rows, panel_rows); }
@@ -390,13 +391,27 @@ struct Part {
   }
   bool packs() const { return product->kind() == Kind::kPacked; }
   // What it packs.
-  int64_t size() const { return packs() ? depth_size() * inner : 0; }
-  int64_t depth_size() const { return num_panels() * kRows; }
+  int64_t size() const { return packs() ? num_panels() * kRows * inner : 0; }
+
+  // Where a row is, of its own or of a product beside it.
+  const float* lhs(int64_t r, int64_t i = 0) const {
+    const Product& p = *product;
+    return p.lhs + (index + i) * p.lhs_next + (row + r) * p.lhs_row + first * p.lhs_col;
+  }
+  float* out(int64_t r, int64_t i = 0) const {
+    const Product& p = *product;
+    return p.out + (index + i) * p.out_next + (row + r) * p.out_row;
+  }
+  // Where a column is.
+  const float* rhs(int64_t col, int64_t i = 0) const {
+    const Product& p = *product;
+    return p.rhs + (index + i) * p.rhs_next + first * p.rhs_row + col * p.rhs_col;
+  }
 };
 
 struct PackTask {
   const Part* part;
-  int64_t begin, panel, num_panels;
+  int64_t panel, num_panels;
 };
 
 struct Task {
@@ -405,63 +420,87 @@ struct Task {
 
   // Panels of the right factor, and a tile.
   int64_t size() const {
-    return (part->depth * divide_up(num_cols, kCols) + kRows) * kCols * part->num_indices;
+    return (part->inner * divide_up(num_cols, kCols) + kRows) * kCols * part->num_indices;
   }
 };
 
 void run(const PackTask& task) {
   const Part& part = *task.part;
-  const Product& p = *part.product;
-  const int64_t begin = task.begin, count = std::min(part.depth, part.inner - begin);
   const int64_t row = task.panel * part.panel_rows;
   const int64_t num_rows =
       std::min(task.num_panels * part.panel_rows, part.num_rows - row);
-  const float* lhs = p.lhs + part.index * p.lhs_next + (part.row + row) * p.lhs_row +
-                     (part.first + begin) * p.lhs_col;
 
-  pack<kRows>(lhs, p.lhs_col, p.lhs_row, count, num_rows, part.panel_rows,
-               part.packed + begin * part.depth_size() + task.panel * kRows * count);
+  pack<kRows>(part.lhs(row), part.product->lhs_col, part.product->lhs_row, part.inner,
+              num_rows, part.panel_rows, part.packed + task.panel * kRows * part.inner);
 }
 
 void run_direct(const Part& part, bool adds, float* panels) {
   const Product& p = *part.product;
+  const bool packs = p.rhs_col != 1;
 
-  for (int64_t begin = 0; begin < part.inner; begin += part.depth, adds = true) {
-    const int64_t count = std::min(part.depth, part.inner - begin);
-    const int64_t inner = part.first + begin;
-    const bool packs = p.rhs_col != 1;
+  for (int64_t i = 0; packs && i < part.num_indices; ++i)
+    pack<kCols>(part.rhs(0, i), p.rhs_row, p.rhs_col, part.inner, p.n, kCols,
+                panels + i * p.n * part.inner);
 
-    for (int64_t i = 0; packs && i < part.num_indices; ++i)
-      pack<kCols>(p.rhs + (part.index + i) * p.rhs_next + inner * p.rhs_row, p.rhs_row,
-                  p.rhs_col, count, p.n, kCols, panels + i * p.n * count);
+  for (int64_t panel = 0; panel < part.num_panels(); ++panel)
+    for (int64_t i = 0; i < part.num_indices; ++i) {
+      const int64_t row = panel * part.panel_rows;
+      const float* rhs = packs ? panels + i * p.n * part.inner : part.rhs(0, i);
 
-    for (int64_t panel = 0; panel < part.num_panels(); ++panel)
-      for (int64_t i = 0; i < part.num_indices; ++i) {
-        const int64_t row = part.row + panel * part.panel_rows, index = part.index + i;
-        const float* lhs =
-            p.lhs + index * p.lhs_next + row * p.lhs_row + inner * p.lhs_col;
-        const float* rhs = packs ? panels + i * p.n * count
-                                 : p.rhs + index * p.rhs_next + inner * p.rhs_row;
-        float* out = p.out + index * p.out_next + row * p.out_row;
+      for (int64_t j = 0; j < p.n; j += kCols)
+        kMultiplyDirect[part.rows_of(panel)](
+            part.inner, part.lhs(row, i), p.lhs_row, p.lhs_col,
+            rhs + (packs ? j * part.inner : j), packs ? kCols : p.rhs_row,
+            part.out(row, i) + j, p.out_row, adds);
+    }
+}
 
-        for (int64_t j = 0; j < p.n; j += kCols)
-          kMultiplyDirect[part.rows_of(panel)](
-              count, lhs, p.lhs_row, p.lhs_col, rhs + (packs ? j * count : j),
-              packs ? kCols : p.rhs_row, out + j, p.out_row, adds);
+void run_packed(const Task& task, bool adds, bool streams, float* panels) {
+  const Part& part = *task.part;
+  const Product& p = *part.product;
+  const int64_t num_col_panels = divide_up(task.num_cols, kCols);
+
+  float* edge = panels + part.inner * num_col_panels * kCols;
+  float* out = part.out(0) + task.col;
+
+  // Only what is complete at once, and in whole cache lines.
+  streams = streams && !adds && p.k == part.inner && p.out_row % kWidth == 0 &&
+            reinterpret_cast<uintptr_t>(out) % (kWidth * sizeof(float)) == 0;
+  const Into into = streams ? Into::kMemory : adds ? Into::kSum : Into::kOut;
+
+  pack<kCols>(part.rhs(task.col), p.rhs_row, p.rhs_col, part.inner, task.num_cols, kCols,
+              panels);
+
+  const int64_t block = std::max<int64_t>(1, kBlockRows / part.panel_rows);
+  for (int64_t first = 0; first < part.num_panels(); first += block)
+    for (int64_t j = 0; j < num_col_panels; ++j) {
+      const int64_t cols = std::min<int64_t>(kCols, task.num_cols - j * kCols);
+      const float* right = panels + j * kCols * part.inner;
+
+      for (int64_t i = first; i < std::min(first + block, part.num_panels()); ++i) {
+        const int64_t row = i * part.panel_rows, rows = part.rows_of(i);
+        const float* left = part.packed + i * kRows * part.inner;
+        float* to = out + row * p.out_row + j * kCols;
+
+        if (cols == kCols) {
+          kMultiplyTile[rows](part.inner, left, right, to, p.out_row, into);
+          continue;
+        }
+
+        kMultiplyTile[rows](part.inner, left, right, edge, kCols, Into::kOut);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = 0; c < cols; ++c) {
+            float& x = to[r * p.out_row + c];
+            x = adds ? edge[r * kCols + c] + x : edge[r * kCols + c];
+          }
       }
-  }
+    }
 }
 
 void run(const Task& task, bool adds, bool streams, float* panels) {
   const Part& part = *task.part;
   const Product& p = *part.product;
-  const int64_t num_col_panels = divide_up(task.num_cols, kCols);
-
-  float* edge = panels + part.depth * num_col_panels * kCols;
-
-  const float* rhs = p.rhs + part.index * p.rhs_next + part.first * p.rhs_row +
-                     task.col * p.rhs_col;
-  float* out = p.out + part.index * p.out_next + part.row * p.out_row + task.col;
+  float* out = part.out(0) + task.col;
 
   if (p.k == 0 && !adds)
     for (int64_t r = 0; r < part.num_rows; ++r)
@@ -469,84 +508,43 @@ void run(const Task& task, bool adds, bool streams, float* panels) {
 
   adds = adds || part.first > 0;
 
-  const Kind kind = p.kind();
-
-  if (kind == Kind::kDirect) {
-    run_direct(part, adds, panels);
-    return;
-  }
-
-  if (kind != Kind::kPacked) {
-    const float* lhs = p.lhs + part.index * p.lhs_next + part.row * p.lhs_row +
-                       part.first * p.lhs_col;
-    // Sums of as many terms as of any product, so that a row has the same result in each.
-    for (int64_t begin = 0; begin < part.inner; begin += part.depth, adds = true) {
-      const int64_t count = std::min(part.depth, part.inner - begin);
-      const float* left = lhs + begin * p.lhs_col;
-      const float* right = rhs + begin * p.rhs_row;
-
-      if (kind == Kind::kThin)
-        kMultiplyThin[part.num_rows](left, p.lhs_row, p.lhs_col, right, p.rhs_row, count,
-                                     task.num_cols, out, p.out_row, adds);
-      else if (kind == Kind::kFlipped)
-        kMultiplyFlipped[p.n](right, p.rhs_col, p.rhs_row, left, p.lhs_col, count,
-                              part.num_rows, out, p.out_row, adds);
-      else
-        for (int64_t i = 0; i < part.num_panels(); ++i)
-          kMultiplyNarrow[part.rows_of(i)](
-              count, left + i * part.panel_rows * p.lhs_row, p.lhs_row, right, p.rhs_row,
-              p.n, out + i * part.panel_rows * p.out_row, p.out_row, adds);
-    }
-    return;
-  }
-
-  // Only what is complete at once, and in whole cache lines.
-  streams = streams && !adds && p.k <= part.depth && p.out_row % kWidth == 0 &&
-            reinterpret_cast<uintptr_t>(out) % (kWidth * sizeof(float)) == 0;
-
-  for (int64_t begin = 0; begin < part.inner; begin += part.depth, adds = true) {
-    const int64_t count = std::min(part.depth, part.inner - begin);
-    const Into into = streams ? Into::kMemory : adds ? Into::kSum : Into::kOut;
-
-    pack<kCols>(rhs + begin * p.rhs_row, p.rhs_row, p.rhs_col, count, task.num_cols, kCols,
-                panels);
-
-    const int64_t block = std::max<int64_t>(1, kBlockRows / part.panel_rows);
-    for (int64_t first = 0; first < part.num_panels(); first += block)
-      for (int64_t j = 0; j < num_col_panels; ++j) {
-        const int64_t cols = std::min<int64_t>(kCols, task.num_cols - j * kCols);
-        const float* right = panels + j * kCols * count;
-
-        for (int64_t i = first; i < std::min(first + block, part.num_panels()); ++i) {
-          const int64_t row = i * part.panel_rows, rows = part.rows_of(i);
-          const float* left =
-              part.packed + begin * part.depth_size() + i * kRows * count;
-          float* to = out + row * p.out_row + j * kCols;
-
-          if (cols == kCols) {
-            kMultiplyTile[rows](count, left, right, to, p.out_row, into);
-            continue;
-          }
-
-          kMultiplyTile[rows](count, left, right, edge, kCols, Into::kOut);
-          for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < cols; ++c) {
-              float& x = to[r * p.out_row + c];
-              x = adds ? edge[r * kCols + c] + x : edge[r * kCols + c];
-            }
-        }
-      }
+  switch (p.kind()) {
+    case Kind::kPacked:
+      run_packed(task, adds, streams, panels);
+      break;
+    case Kind::kDirect:
+      run_direct(part, adds, panels);
+      break;
+    case Kind::kThin:
+      kMultiplyThin[part.num_rows](part.lhs(0), p.lhs_row, p.lhs_col, part.rhs(task.col),
+                                   p.rhs_row, part.inner, task.num_cols, out, p.out_row,
+                                   adds);
+      break;
+    case Kind::kFlipped:
+      kMultiplyFlipped[p.n](part.rhs(0), p.rhs_col, p.rhs_row, part.lhs(0), p.lhs_col,
+                            part.inner, part.num_rows, out, p.out_row, adds);
+      break;
+    case Kind::kNarrow:
+      for (int64_t i = 0; i < part.num_panels(); ++i)
+        kMultiplyNarrow[part.rows_of(i)](part.inner, part.lhs(i * part.panel_rows),
+                                         p.lhs_row, part.rhs(0), p.rhs_row, p.n,
+                                         part.out(i * part.panel_rows), p.out_row, adds);
+      break;
   }
 }
 
-// The products, cut into parts, for the inner dimension from `first` on; `num_col_blocks`
-// gets what each is divided into.
-std::vector<Part> cut(int64_t num_products, const Product* products, int64_t first,
+// The products, cut into parts, for one of several equal pieces of their inner dimensions;
+// `num_col_blocks` gets what each part is divided into.
+std::vector<Part> cut(int64_t num_products, const Product* products, int64_t piece,
                       int num_threads, std::vector<int64_t>& num_col_blocks) {
+  // Depends on k alone, as the order of sums does.
+  const auto first_of = [](const Product& p, int64_t piece) {
+    return p.k == 0 ? 0 : piece * divide_up(p.k, p.num_pieces());
+  };
   const auto inner_of = [&](const Product& p) {
-    return p.m == 0 || p.n == 0 || (first > 0 && first >= p.k)
+    return p.m == 0 || p.n == 0 || piece >= p.num_pieces()
                ? int64_t(-1)
-               : std::min(kMaxInner, p.k - first);
+               : std::min(first_of(p, piece + 1), p.k) - first_of(p, piece);
   };
 
   double work = 0;
@@ -572,16 +570,12 @@ std::vector<Part> cut(int64_t num_products, const Product* products, int64_t fir
         std::min(kMaxPacked / std::max<int64_t>(inner, 1),
                  divide_up(p.m, divide_up(num_tasks, cols)));
     const int64_t rows = divide_up(max_rows, kRows) * kRows;
-    // Depends on k alone, as the order of sums does.
-    const int64_t depth = std::max<int64_t>(
-        1, divide_up(inner, std::max<int64_t>(1, divide_up(inner, kDepth))));
-
     for (int64_t index = 0; index < p.count; index += num_indices)
       for (int64_t row = 0; row < p.m; row += rows) {
         const int64_t num_rows = std::min(rows, p.m - row);
         // Even, since a panel of few rows is slow.
         const int64_t panel_rows = divide_up(num_rows, divide_up(num_rows, kRows));
-        parts.push_back({&p, index, num_indices, row, num_rows, first, inner, depth,
+        parts.push_back({&p, index, num_indices, row, num_rows, first_of(p, piece), inner,
                          panel_rows, nullptr});
         num_col_blocks.push_back(cols);
       }
@@ -611,9 +605,9 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
     part->packed = memory;
     memory += part->size();
 
-    for (int64_t k = 0; k < (part->packs() ? part->inner : 0); k += part->depth)
-      for (int64_t panel = 0; panel < part->num_panels(); panel += kPanelsAtOnce)
-        pack_tasks.push_back({part, k, panel, kPanelsAtOnce});
+    for (int64_t panel = 0; part->packs() && panel < part->num_panels();
+         panel += kPanelsAtOnce)
+      pack_tasks.push_back({part, panel, kPanelsAtOnce});
 
     const int64_t n = part->product->n;
     const int64_t cols = divide_up(divide_up(n, *num_col_blocks), kCols) * kCols;
@@ -652,14 +646,14 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
 
 bool multiply_all(int64_t num_products, const Product* products, bool adds,
                   bool streams, int num_threads) {
-  int64_t max_inner = 1;
+  int64_t num_pieces = 0;
   for (int64_t i = 0; i < num_products; ++i)
-    max_inner = std::max(max_inner, products[i].k);
+    num_pieces = std::max(num_pieces, products[i].num_pieces());
 
   std::vector<int64_t> num_col_blocks;
-  for (int64_t first = 0; first < max_inner; first += kMaxInner) {
+  for (int64_t piece = 0; piece < num_pieces; ++piece) {
     std::vector<Part> parts =
-        cut(num_products, products, first, num_threads, num_col_blocks);
+        cut(num_products, products, piece, num_threads, num_col_blocks);
 
     // Groups of equal size, as the threads wait for each other after each.
     int64_t total = 0;
