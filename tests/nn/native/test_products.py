@@ -203,6 +203,32 @@ def test_products_without_rows_or_columns_leave_others_alone(
 
 
 @needs_avx512
+@pytest.mark.usefixtures("_restored_threads")
+@pytest.mark.parametrize("adds", [False, True], ids=["sets", "adds"])
+@pytest.mark.parametrize("right", ["rows", "columns"])
+@pytest.mark.parametrize(("k", "n"), [(32, 32), (17, 64), (48, 33)])
+def test_blocks_of_rows_are_multiplied_as_if_apart(
+    k: int, n: int, right: str, adds: bool
+) -> None:
+    num_blocks, num_rows = 5, 100
+    # (N,B*k) -> (B,N,k), as channels of heads lie
+    lhs = torch.randn(num_rows, num_blocks * k).view(num_rows, -1, k).transpose(0, 1)
+    rhs = LAYOUTS[right](num_blocks, k, n)
+    old = torch.randn(num_rows, num_blocks * n).view(num_rows, -1, n).transpose(0, 1)
+
+    apart = old.contiguous()
+    multiply_all([Product(*x) for x in zip(lhs, rhs, apart, strict=True)], adds=adds)
+    check_product(lhs, rhs, apart, old if adds else None)
+
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        together = old.transpose(0, 1).clone().transpose(0, 1)
+        multiply_all([Product(lhs, rhs, together)], adds=adds)
+
+        assert torch.equal(together, apart)
+
+
+@needs_avx512
 @pytest.mark.parametrize(("adds", "value"), [(False, 0.0), (True, GUARD)])
 def test_product_over_nothing_is_0(adds: bool, value: float) -> None:
     out = torch.full((2, 33, 40), GUARD)
@@ -255,12 +281,16 @@ def test_a_row_depends_on_nothing_but_itself(k: int, num_threads: int) -> None:
         assert torch.equal(multiply(lhs[begin:end], rhs), expected[begin:end])
 
     # Neither columns beside it, nor how factors and results lie, matter.
-    for begin, end in [(0, 1), (5, 37), (9, 73), (140, 147)]:
+    lhs_columns = lhs.mT.contiguous().mT
+    for begin, end in [(0, 1), (5, 37), (9, 73), (20, 36), (140, 147)]:
         few_rows = multiply(lhs[10:60], rhs[:, begin:end])
         assert torch.equal(few_rows, expected[10:60, begin:end])
         columns = rhs[:, begin:end].mT.contiguous().mT
         assert torch.equal(multiply(lhs, columns), expected[:, begin:end])
-    assert torch.equal(multiply(lhs.mT.contiguous().mT, rhs), expected)
+        assert torch.equal(multiply(lhs_columns, columns), expected[:, begin:end])
+        few_columns = multiply(lhs_columns, rhs[:, begin:end])
+        assert torch.equal(few_columns, expected[:, begin:end])
+    assert torch.equal(multiply(lhs_columns, rhs), expected)
     assert torch.equal(multiply(lhs[::3], rhs), expected[::3])
 
 
