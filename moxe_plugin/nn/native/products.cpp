@@ -34,10 +34,10 @@ constexpr int64_t kMaxInner = 1024;     // of the inner dimension at a time, to 
 constexpr int64_t kMaxPacked = 1 << 20;  // floats of left factors that are packed at a time
 constexpr int64_t kPanelsAtOnce = 8;
 constexpr int64_t kPackedAhead = 8;     // rows that a copy into panels fetches ahead
-constexpr int64_t kDirect = 64;         // up to which factors are read where they lie
+constexpr int64_t kDirect = 64;         // up to which a size is small
 constexpr int64_t kMaxWeights = 1 << 16;    // of small right factors that lie side by side
 constexpr int64_t kNarrow = kWidth;     // columns up to which a product is narrow
-constexpr int64_t kNarrowAhead = 8 * kWidth;
+constexpr int64_t kNarrowAhead = 8 * kWidth;    // how far ahead it fetches
 constexpr int kFlipped = 8;             // columns up to which it is computed as rows
 constexpr int kThinRows = 4;            // rows up to which it is thin,
 constexpr int64_t kRowsAhead = 16;      // and how far ahead it fetches
@@ -61,9 +61,9 @@ struct Product {
 
   Kind kind() const {
     if (m <= kThinRows && rhs_col == 1) return Kind::kThin;
-    // A block of the right factor is small, or the whole result is.
-    if (n <= kDirect && n % kCols == 0 &&
-        (k <= kDirect || (m <= kDirect && rhs_col == 1)))
+    // The right factor is small, or few rows read it.
+    if (n % kCols == 0 &&
+        ((n <= kDirect && k <= kDirect) || (m <= kDirect && rhs_col == 1)))
       return Kind::kDirect;
     if (n <= kNarrow && rhs_col == 1 && lhs_col == 1) return Kind::kNarrow;
     if (n <= kFlipped && lhs_row == 1) return Kind::kFlipped;
@@ -134,7 +134,10 @@ void multiply_direct(int64_t depth, const float* lhs, int64_t lhs_row, int64_t l
 
   for (int64_t i = 0; i < depth; ++i, lhs += lhs_col, rhs += rhs_row) {
     __m512 weights[kVecs];
-    for (int v = 0; v < kVecs; ++v) weights[v] = _mm512_loadu_ps(rhs + v * kWidth);
+    for (int v = 0; v < kVecs; ++v) {
+      __builtin_prefetch(rhs + kRowsAhead * rhs_row + v * kWidth);
+      weights[v] = _mm512_loadu_ps(rhs + v * kWidth);
+    }
     for (int r = 0; r < Rows; ++r) {
       const __m512 value = _mm512_set1_ps(lhs[r * lhs_row]);
       for (int v = 0; v < kVecs; ++v)
@@ -278,7 +281,7 @@ ALWAYS_INLINE void store(float* row, int64_t i, int64_t depth, __m512 x) {
 // Stores column c of the matrix (num_rows,num_cols), both at most 16, as row i + c.
 template <int Stride>
 ALWAYS_INLINE void transpose(const float* from, int64_t next_row, int64_t num_rows,
-                      int64_t num_cols, float* out, int64_t i, int64_t depth) {
+                             int64_t num_cols, float* out, int64_t i, int64_t depth) {
   const __mmask16 mask = first(num_cols);
   __m512 a[16], b[16];
   // Rows that there are not are the last one again.
@@ -434,7 +437,8 @@ void run(const PackTask& task) {
               num_rows, part.panel_rows, part.packed + task.panel * kRows * part.inner);
 }
 
-void run_direct(const Part& part, bool adds, float* panels) {
+void run_direct(const Task& task, bool adds, float* panels) {
+  const Part& part = *task.part;
   const Product& p = *part.product;
   const bool packs = p.rhs_col != 1;
 
@@ -442,17 +446,25 @@ void run_direct(const Part& part, bool adds, float* panels) {
     pack<kCols>(part.rhs(0, i), p.rhs_row, p.rhs_col, part.inner, p.n, kCols,
                 panels + i * p.n * part.inner);
 
-  for (int64_t panel = 0; panel < part.num_panels(); ++panel)
-    for (int64_t i = 0; i < part.num_indices; ++i) {
-      const int64_t row = panel * part.panel_rows;
-      const float* rhs = packs ? panels + i * p.n * part.inner : part.rhs(0, i);
+  const auto multiply = [&](int64_t panel, int64_t i, int64_t col) {
+    const float* rhs =
+        packs ? panels + (i * p.n + col) * part.inner : part.rhs(col, i);
+    const int64_t row = panel * part.panel_rows;
 
-      for (int64_t j = 0; j < p.n; j += kCols)
-        kMultiplyDirect[part.rows_of(panel)](
-            part.inner, part.lhs(row, i), p.lhs_row, p.lhs_col,
-            rhs + (packs ? j * part.inner : j), packs ? kCols : p.rhs_row,
-            part.out(row, i) + j, p.out_row, adds);
-    }
+    kMultiplyDirect[part.rows_of(panel)](part.inner, part.lhs(row, i), p.lhs_row,
+                                         p.lhs_col, rhs, packs ? kCols : p.rhs_row,
+                                         part.out(row, i) + col, p.out_row, adds);
+  };
+
+  // Of several small products whole rows, of a large right factor what was just read.
+  if (part.num_indices > 1) {
+    for (int64_t panel = 0; panel < part.num_panels(); ++panel)
+      for (int64_t i = 0; i < part.num_indices; ++i)
+        for (int64_t col = 0; col < p.n; col += kCols) multiply(panel, i, col);
+  } else {
+    for (int64_t col = task.col; col < task.col + task.num_cols; col += kCols)
+      for (int64_t panel = 0; panel < part.num_panels(); ++panel) multiply(panel, 0, col);
+  }
 }
 
 void run_packed(const Task& task, bool adds, bool streams, float* panels) {
@@ -513,7 +525,7 @@ void run(const Task& task, bool adds, bool streams, float* panels) {
       run_packed(task, adds, streams, panels);
       break;
     case Kind::kDirect:
-      run_direct(part, adds, panels);
+      run_direct(task, adds, panels);
       break;
     case Kind::kThin:
       kMultiplyThin[part.num_rows](part.lhs(0), p.lhs_row, p.lhs_col, part.rhs(task.col),
