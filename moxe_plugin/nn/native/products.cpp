@@ -1,10 +1,11 @@
 // Products of float32 matrices for CPUs with AVX-512; see products.py for what it computes.
 //
-// As in Goto's algorithm, blocks of both factors are copied into panels that the innermost
-// loop reads one after the other, whatever the factors' layout is, and the sums of a small
-// tile stay in registers. All products of a call share the threads, so that many
-// small ones (experts, heads) are as fast as one large one. Each element is summed in an order
-// that depends on nothing but the inner dimension.
+// As in Goto's algorithm, blocks of both factors of large products are copied into panels that
+// the innermost loop reads one after the other, whatever the factors' layout is, and the sums of
+// a small tile stay in registers; other products read factors as they lie, see `Kind`. All
+// products of a call share the threads, so that many small ones (experts, heads) are as fast as
+// one large one. Each element is summed in an order that depends on nothing but the inner
+// dimension.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -70,13 +71,13 @@ struct Product {
     return Kind::kPacked;
   }
 
-  // How many times a result is added to.
+  // How many pieces the inner dimension is cut into.
   int64_t num_pieces() const { return std::max<int64_t>(1, divide_up(k, kMaxInner)); }
 
   // Whether small products lie side by side. Together, they read and write whole rows.
   bool is_side_by_side() const {
-    return kind() == Kind::kDirect && k <= kDirect && count * n * k <= kMaxWeights &&
-           lhs_next > 0 && count * lhs_next <= lhs_row;
+    return kind() == Kind::kDirect && n <= kDirect && k <= kDirect &&
+           count * n * k <= kMaxWeights && lhs_next > 0 && count * lhs_next <= lhs_row;
   }
 };
 static_assert(sizeof(Product) == 15 * sizeof(int64_t), "a product is 15 numbers");

@@ -206,11 +206,12 @@ def test_products_without_rows_or_columns_leave_others_alone(
 @pytest.mark.usefixtures("_restored_threads")
 @pytest.mark.parametrize("adds", [False, True], ids=["sets", "adds"])
 @pytest.mark.parametrize("right", ["rows", "columns"])
-@pytest.mark.parametrize(("k", "n"), [(32, 32), (17, 64), (48, 33)])
+@pytest.mark.parametrize("num_rows", [5, 60, 1000])
+@pytest.mark.parametrize(("k", "n"), [(32, 32), (17, 64), (48, 33), (32, 256)])
 def test_blocks_of_rows_are_multiplied_as_if_apart(
-    k: int, n: int, right: str, adds: bool
+    k: int, n: int, num_rows: int, right: str, adds: bool
 ) -> None:
-    num_blocks, num_rows = 5, 100
+    num_blocks = 5
     # (N,B*k) -> (B,N,k), as channels of heads lie
     lhs = torch.randn(num_rows, num_blocks * k).view(num_rows, -1, k).transpose(0, 1)
     rhs = LAYOUTS[right](num_blocks, k, n)
@@ -336,6 +337,8 @@ def test_forked_process_multiplies_as_workers_of_data_loaders_do() -> None:
 
     pid = os.fork()
     if pid == 0:
+        # Not what pytest has it do, which waits for Python.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(60)
         try:
             # torch does so in every worker: OpenMP's threads are gone.
