@@ -415,7 +415,7 @@ struct Part {
 
 struct PackTask {
   const Part* part;
-  int64_t panel, num_panels;
+  int64_t panel;  // the first of kPanelsAtOnce
 };
 
 struct Task {
@@ -432,7 +432,7 @@ void run(const PackTask& task) {
   const Part& part = *task.part;
   const int64_t row = task.panel * part.panel_rows;
   const int64_t num_rows =
-      std::min(task.num_panels * part.panel_rows, part.num_rows - row);
+      std::min(kPanelsAtOnce * part.panel_rows, part.num_rows - row);
 
   pack<kRows>(part.lhs(row), part.product->lhs_col, part.product->lhs_row, part.inner,
               num_rows, part.panel_rows, part.packed + task.panel * kRows * part.inner);
@@ -620,7 +620,7 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
 
     for (int64_t panel = 0; part->packs() && panel < part->num_panels();
          panel += kPanelsAtOnce)
-      pack_tasks.push_back({part, panel, kPanelsAtOnce});
+      pack_tasks.push_back({part, panel});
 
     const int64_t n = part->product->n;
     const int64_t cols = divide_up(divide_up(n, *num_col_blocks), kCols) * kCols;
