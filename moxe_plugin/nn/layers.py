@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, init
 
-from moxe_plugin.nn.backend import ScanBackend, convolves_natively
+from moxe_plugin.nn.backend import (
+    ScanBackend,
+    convolves_natively,
+    passes_natively,
+)
 from moxe_plugin.nn.grouped import spread
 from moxe_plugin.nn.native.causal_conv import causal_conv
-from moxe_plugin.nn.native.library import is_readable, why_not_loaded
+from moxe_plugin.nn.native.gating import silu_product
 from moxe_plugin.nn.native.scale_norm import scale_norm
 from moxe_plugin.nn.padding import widen
 from moxe_plugin.nn.rows import Rows, shift_rows
@@ -56,7 +60,7 @@ class ScaleNorm(Module):
 
         :returns: The results, as ``seqs``.
         """
-        if self._runs_native(seqs):
+        if passes_natively("scale_norm", seqs, self.weight):
             # One norm is that of one expert: all positions of all experts alike, unless
             # they are rows.
             weight = self.weight.view(-1, self.weight.size(-1))
@@ -76,15 +80,6 @@ class ScaleNorm(Module):
 
         return normed * per_channel(self.weight, normed, counts)
 
-    def _runs_native(self, seqs: Tensor) -> bool:
-        return (
-            all(is_readable(x) for x in (seqs, self.weight))
-            and seqs.dtype == self.weight.dtype
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and why_not_loaded("scale_norm") is None
-        )
-
 
 class CausalConv(Module):
     """Depthwise causal convolution over time with a bias.
@@ -93,15 +88,22 @@ class CausalConv(Module):
 
     :param dim: The number of channels.
     :param kernel_size: The number of taps; the last one is the present.
+    :param activates: Whether the results are ``silu(y)`` instead.
     :param num_experts: The number of stacked convolutions; ``None`` for a single one.
     """
 
     def __init__(
-        self, dim: int, *, kernel_size: int, num_experts: int | None = None
+        self,
+        dim: int,
+        *,
+        kernel_size: int,
+        activates: bool = False,
+        num_experts: int | None = None,
     ) -> None:
         super().__init__()
 
         self.kernel_size = kernel_size
+        self.activates = activates
         self.weight = expert_parameter(num_experts, kernel_size, dim)
         self.bias = expert_parameter(num_experts, dim)
 
@@ -196,7 +198,7 @@ class CausalConv(Module):
             tap = self.weight[:, self.kernel_size - 1 - num_steps]
             out = torch.addcmul(out, inputs, spread(tap, rows.counts))
 
-        return out
+        return F.silu(out) if self.activates else out
 
     def _runs_native(
         self, backend: ScanBackend, seqs: Tensor, window: Tensor | None
@@ -214,7 +216,8 @@ class CausalConv(Module):
         windows = None if windows is None else widen(windows)
 
         return causal_conv(
-            widen(flat), windows, widen(weight), widen(bias), seq_lens
+            *(widen(flat), windows, widen(weight), widen(bias), seq_lens),
+            activates=self.activates,
         ).to(flat.dtype)
 
     def _convolve(self, inputs: Tensor) -> Tensor:
@@ -225,7 +228,7 @@ class CausalConv(Module):
             tap = per_channel(self.weight[..., k, :], inputs)
             out = torch.addcmul(out, inputs[..., k : k + seq_len, :], tap)
 
-        return out
+        return F.silu(out) if self.activates else out
 
 
 class GatedFeedForward(Module):
@@ -271,9 +274,15 @@ class GatedFeedForward(Module):
 
         :returns: The results, as ``seqs``.
         """
-        gate, value = project(seqs, self.up_proj, counts).chunk(2, dim=-1)
+        joint = project(seqs, self.up_proj, counts)
 
-        return project(F.silu(gate) * value, self.down_proj, counts)
+        if passes_natively("gating", joint) and joint.dtype == widen(joint[:0]).dtype:
+            gated = silu_product(joint)
+        else:
+            gate, value = joint.chunk(2, dim=-1)
+            gated = F.silu(gate) * value
+
+        return project(gated, self.down_proj, counts)
 
 
 def small_init_std(dim: int) -> float:

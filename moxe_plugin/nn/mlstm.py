@@ -8,15 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moxe_plugin.nn.backend import product_dtype, trains_on_rows
+from moxe_plugin.nn.backend import passes_natively, product_dtype, trains_on_rows
 from moxe_plugin.nn.layers import NORM_EPS
 from moxe_plugin.nn.mlstm_cell import MLSTMMemory
 from moxe_plugin.nn.mlstm_parameters import MLSTMParameters
 from moxe_plugin.nn.mlstm_recurrence import MLSTMCellInputs, MLSTMRecurrence, MLSTMState
+from moxe_plugin.nn.native.gating import MLSTMOutput, gate_mlstm_output
 from moxe_plugin.nn.padding import widen
 from moxe_plugin.nn.ragged import RaggedRows, full_rows
 from moxe_plugin.nn.rows import Rows, find_rows, last_rows, pack, unpack
-from moxe_plugin.nn.stacked import per_channel, project, project_head_wise
+from moxe_plugin.nn.stacked import (
+    equal_counts,
+    per_channel,
+    project,
+    project_head_wise,
+)
 
 
 class MLSTMBlock(MLSTMParameters):
@@ -88,7 +94,6 @@ class MLSTMBlock(MLSTMParameters):
             window = seqs.new_zeros(window_shape)
 
         convolved, window = self.conv(conv_input, window, seq_lens, self.backend)
-        convolved = F.silu(convolved)
 
         cell_inputs = self._cell_inputs(conv_input, convolved, None)
         hidden, memory = self._recurrence.apply(
@@ -145,9 +150,7 @@ class MLSTMBlock(MLSTMParameters):
         counts = rows.counts
 
         conv_input, gate = self._project_up(flat, counts)
-        convolved = F.silu(
-            self.conv.convolve_rows(conv_input, rows, window, self.backend)
-        )
+        convolved = self.conv.convolve_rows(conv_input, rows, window, self.backend)
 
         cell_inputs = self._cell_inputs(conv_input, convolved, counts)
 
@@ -185,10 +188,31 @@ class MLSTMBlock(MLSTMParameters):
         gate: Tensor,
         counts: Sequence[int] | None,
     ) -> Tensor:
+        inputs = MLSTMOutput(hidden, self.out_norm.weight, convolved, self.skip, gate)
+
+        if self._gates_natively(inputs):
+            # ([E,]N,S,I) -> (C,I), of one expert or E of them
+            flat = MLSTMOutput(*(x.reshape(-1, self.inner_dim) for x in inputs))
+            gated = gate_mlstm_output(
+                flat,
+                equal_counts(flat.hidden, flat.weight) if counts is None else counts,
+                self.num_heads,
+                NORM_EPS,
+            )
+
+            return project(gated.view(hidden.shape), self.down_proj, counts)
+
         hidden = self.out_norm(hidden, counts)
         hidden = hidden + per_channel(self.skip, convolved, counts) * convolved
 
         return project(hidden * F.silu(gate), self.down_proj, counts)
+
+    def _gates_natively(self, inputs: MLSTMOutput) -> bool:
+        return (
+            self.backend in ("auto", "native")
+            and inputs.hidden.dtype == widen(inputs.hidden[:0]).dtype
+            and passes_natively("gating", *inputs)
+        )
 
     def _cell_inputs(
         self, conv_input: Tensor, convolved: Tensor, counts: Sequence[int] | None

@@ -91,7 +91,10 @@ class MLSTMParameters(SteppingBlock[MLSTMState]):
         self.norm = ScaleNorm(model_dim, num_experts=num_experts)
         self.up_proj = expert_parameter(num_experts, model_dim, 2 * inner_dim)
         self.conv = CausalConv(
-            inner_dim, kernel_size=conv_kernel_size, num_experts=num_experts
+            inner_dim,
+            kernel_size=conv_kernel_size,
+            activates=True,
+            num_experts=num_experts,
         )
         self.q_proj = expert_parameter(num_experts, *qkv_shape)
         self.k_proj = expert_parameter(num_experts, *qkv_shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from moxe_plugin.nn.backend import product_dtype, resolve_backend, trains_on_rows
@@ -81,7 +80,7 @@ class SLSTMBlock(SLSTMParameters):
 
             normed = self.norm(flat, rows.counts)
             convolved = self.conv.convolve_rows(normed, rows, state.conv, self.backend)
-            gates = self._project_gates(F.silu(convolved), normed, rows.counts)
+            gates = self._project_gates(convolved, normed, rows.counts)
 
             hidden, memory = cell.apply(
                 GateRows(gates, seqs.shape[:-1], seq_lens, rows), memory
@@ -93,7 +92,7 @@ class SLSTMBlock(SLSTMParameters):
         else:
             normed = self.norm(seqs)
             convolved, window = self.conv(normed, state.conv, seq_lens, self.backend)
-            gates = self._project_gates(F.silu(convolved), normed, None)
+            gates = self._project_gates(convolved, normed, None)
 
             hidden, memory = cell.apply(
                 GateRows(gates, seqs.shape[:-1], seq_lens, None), memory

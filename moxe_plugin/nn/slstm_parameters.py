@@ -99,7 +99,10 @@ class SLSTMParameters(SteppingBlock[SLSTMState]):
 
         self.norm = ScaleNorm(model_dim, num_experts=num_experts)
         self.conv = CausalConv(
-            model_dim, kernel_size=conv_kernel_size, num_experts=num_experts
+            model_dim,
+            kernel_size=conv_kernel_size,
+            activates=True,
+            num_experts=num_experts,
         )
         # ([E,]H,in,gate,out), gates i, f, z, o
         self.gate_proj = expert_parameter(num_experts, num_heads, head_dim, 4, head_dim)

@@ -6,16 +6,17 @@
 // the way back, where each walks all rows of an expert in their order. So no sum depends on
 // the number of threads.
 
-#include <ATen/cpu/vec/vec.h>
+#include "vector_math.h"
 
-#include <algorithm>
-#include <cstdint>
 #include <vector>
 
 namespace {
 
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
+using moxe::for_each_vector;
+using moxe::load;
+using moxe::Silu;
+using moxe::store;
+using moxe::Vec;
 
 // The rows that a thread takes at a time on the way forward, and that are summed before they
 // are added to the sum of all: the error grows with the length of a sum.
@@ -30,6 +31,7 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Experts have `runs` runs of rows each, one after the other, of `lens` rows.
 struct Shape {
   int64_t experts, runs, taps, dim;
+  bool activates;  // whether results are silu of the sums
   const int64_t* lens;
 };
 
@@ -70,6 +72,29 @@ struct Run {
   int64_t dim;
 };
 
+// What the taps meet at a step of a run; those before `first` meet nothing.
+template <typename T>
+struct Inputs {
+  explicit Inputs(int64_t taps) : rows(taps) {}
+
+  void find(const Run<T>& run, int64_t step) {
+    const int64_t taps = rows.size();
+    for (int64_t k = 0; k < taps; ++k) rows[k] = run.input(step, k);
+    for (first = 0; first < taps && rows[first] == nullptr;) ++first;
+  }
+
+  // The sum over taps, for `count` channels from `d` on.
+  Vec<T> convolve(const Shape& s, const T* w, const T* b, int64_t d, int64_t count) const {
+    Vec<T> sum = load(b + d, count);
+    for (int64_t k = first; k < s.taps; ++k)
+      sum = at::vec::fmadd(load(rows[k] + d, count), load(w + k * s.dim + d, count), sum);
+    return sum;
+  }
+
+  std::vector<const T*> rows;
+  int64_t first = 0;
+};
+
 template <typename T>
 std::vector<Run<T>> find_runs(const Shape& s, Rows<const T> x, const T* windows) {
   std::vector<Run<T>> runs;
@@ -81,26 +106,6 @@ std::vector<Run<T>> find_runs(const Shape& s, Rows<const T> x, const T* windows)
   }
 
   return runs;
-}
-
-// Calls f(offset, count) for each vector of the channels from `begin` to `end`.
-template <typename T, typename F>
-void for_each_vector(int64_t begin, int64_t end, const F& f) {
-  for (int64_t d = begin; d < end; d += Vec<T>::size())
-    f(d, std::min<int64_t>(Vec<T>::size(), end - d));
-}
-
-template <typename T>
-Vec<T> load(const T* from, int64_t count) {
-  return count == Vec<T>::size() ? Vec<T>::loadu(from) : Vec<T>::loadu(from, count);
-}
-
-template <typename T>
-void store(const Vec<T>& x, T* to, int64_t count) {
-  if (count == Vec<T>::size())
-    x.store(to);
-  else
-    x.store(to, count);
 }
 
 // to += from, and from = 0.
@@ -132,20 +137,15 @@ void convolve_forward(const Shape& s, Rows<const T> x, const T* windows, const T
     const T* w = weight + run.expert * s.taps * s.dim;
     const T* b = bias + run.expert * s.dim;
     const int64_t end = std::min(tasks[id].first + kRows, run.len);
-    std::vector<const T*> inputs(s.taps);
+    Inputs<T> inputs(s.taps);
 
     for (int64_t t = tasks[id].first; t < end; ++t) {
-      for (int64_t k = 0; k < s.taps; ++k) inputs[k] = run.input(t, k);
-      const int64_t first_tap =
-          std::find_if(inputs.begin(), inputs.end(), [](const T* p) { return p; }) -
-          inputs.begin();
+      inputs.find(run, t);
       T* to = out + (run.begin + t) * s.dim;
 
       for_each_vector<T>(0, s.dim, [&](int64_t d, int64_t n) {
-        Vec<T> sum = load(b + d, n);
-        for (int64_t k = first_tap; k < s.taps; ++k)
-          sum = at::vec::fmadd(load(inputs[k] + d, n), load(w + k * s.dim + d, n), sum);
-        store(sum, to + d, n);
+        const Vec<T> sum = inputs.convolve(s, w, b, d, n);
+        store(s.activates ? Silu<T>(sum).value() : sum, to + d, n);
       });
     }
   }
@@ -163,7 +163,7 @@ struct Block {
 };
 
 // to = the sum over taps of the gradients that the step `at` of a run gets from later ones.
-// Steps below 0 are those of the window.
+// Steps below 0 are those of the window. `grad` are the block's, from the run's first on.
 template <typename T>
 void sum_taps(const Shape& s, const Run<T>& run, Rows<const T> grad, const T* w, int64_t at,
               const Block& block, T* to) {
@@ -172,50 +172,77 @@ void sum_taps(const Shape& s, const Run<T>& run, Rows<const T> grad, const T* w,
   const int64_t first_tap = std::max<int64_t>(0, last - run.len + 1);
   const int64_t end_tap = std::min(s.taps, last + 1);
   // Copies, which the compiler knows that no store changes.
-  const int64_t from = run.begin + last, dim = s.dim;
+  const int64_t dim = s.dim, count = block.end - block.begin;
+  w += block.begin;
+  to += block.begin;
 
-  for_each_vector<T>(block.begin, block.end, [=](int64_t d, int64_t n) {
+  for_each_vector<T>(0, count, [=](int64_t d, int64_t n) {
     Vec<T> sum(T(0));
     for (int64_t k = first_tap; k < end_tap; ++k)
-      sum = at::vec::fmadd(load(grad[from - k] + d, n), load(w + k * dim + d, n), sum);
+      sum = at::vec::fmadd(load(grad[last - k] + d, n), load(w + k * dim + d, n), sum);
     store(sum, to + d, n);
   });
 }
 
+// The gradients of the sums over taps, from those of the results.
+template <typename T>
+void pass_silu(const Shape& s, const Run<T>& run, Rows<const T> grad, const T* w, const T* b,
+               const Block& block, Rows<T> to) {
+  Inputs<T> inputs(s.taps);
+
+  for (int64_t t = 0; t < run.len; ++t) {
+    inputs.find(run, t);
+    for_each_vector<T>(0, block.end - block.begin, [&](int64_t d, int64_t n) {
+      const Silu<T> silu(inputs.convolve(s, w, b, block.begin + d, n));
+      store(load(grad[t] + d, n) * silu.slope(), to[t] + d, n);
+    });
+  }
+}
+
 template <typename T>
 void walk_back(const Shape& s, const std::vector<Run<T>>& runs, Rows<const T> grad,
-               const T* weight, const Gradients<T>& grads, const Block& block) {
+               const T* weight, const T* bias, const Gradients<T>& grads,
+               const Block& block) {
   const int64_t count = block.end - block.begin;
   const T* w = weight + block.expert * s.taps * s.dim;
   // Those of the taps, then that of the bias.
   std::vector<T> sums((s.taps + 1) * count, T(0)), totals(sums);
   T* bias_sum = &sums[s.taps * count];
   int64_t num_summed = 0;
+  std::vector<T> of_sums;
 
   for (int64_t r = block.expert * s.runs; r < (block.expert + 1) * s.runs; ++r) {
     const Run<T>& run = runs[r];
 
+    Rows<const T> of_run = {grad[run.begin] + block.begin, grad.stride};
+    if (s.activates) {
+      of_sums.resize(run.len * count);
+      pass_silu(s, run, of_run, w, bias + block.expert * s.dim, block,
+                {of_sums.data(), count});
+      of_run = {of_sums.data(), count};
+    }
+
     if (grads.windows != nullptr)
       for (int64_t i = 0; i < run.before; ++i)
-        sum_taps(s, run, grad, w, i - run.before, block,
+        sum_taps(s, run, of_run, w, i - run.before, block,
                  grads.windows + (run.index * run.before + i) * s.dim);
 
     for (int64_t t = 0; t < run.len; ++t) {
-      const T* g = grad[run.begin + t];
+      const T* g = of_run[t];
 
       if (grads.x != nullptr)
-        sum_taps(s, run, grad, w, t, block, grads.x + (run.begin + t) * s.dim);
+        sum_taps(s, run, of_run, w, t, block, grads.x + (run.begin + t) * s.dim);
 
       if (grads.weight == nullptr) continue;
 
       for_each_vector<T>(0, count, [&](int64_t d, int64_t n) {
-        store(load(bias_sum + d, n) + load(g + block.begin + d, n), bias_sum + d, n);
+        store(load(bias_sum + d, n) + load(g + d, n), bias_sum + d, n);
       });
       for (int64_t k = 0; k < s.taps; ++k)
         if (const T* input = run.input(t, k)) {
           T* sum = &sums[k * count];
           for_each_vector<T>(0, count, [&](int64_t d, int64_t n) {
-            store(at::vec::fmadd(load(g + block.begin + d, n),
+            store(at::vec::fmadd(load(g + d, n),
                                  load(input + block.begin + d, n), load(sum + d, n)),
                   sum + d, n);
           });
@@ -238,7 +265,7 @@ void walk_back(const Shape& s, const std::vector<Run<T>>& runs, Rows<const T> gr
 
 template <typename T>
 void convolve_backward(const Shape& s, Rows<const T> x, const T* windows, const T* weight,
-                       Rows<const T> grad, const Gradients<T>& grads, int num_threads) {
+                       const T* bias, Rows<const T> grad, const Gradients<T>& grads, int num_threads) {
   const std::vector<Run<T>> runs = find_runs(s, x, windows);
 
   const int64_t num_blocks = divide_up(kTasksPerThread * num_threads, s.experts);
@@ -254,25 +281,26 @@ void convolve_backward(const Shape& s, Rows<const T> x, const T* windows, const 
 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_tasks > 1)
   for (int64_t id = 0; id < num_tasks; ++id)
-    walk_back(s, runs, grad, weight, grads, blocks[id]);
+    walk_back(s, runs, grad, weight, bias, grads, blocks[id]);
 }
 
 }  // namespace
 
-// shape: experts, runs of each, taps, channels, strides of x and of the results' gradient.
+// shape: experts, runs of each, taps, channels, whether results are activated, strides of x and
+// of the results' gradient.
 #define MOXE_CAUSAL_CONV(T, SUFFIX)                                                      \
   extern "C" void moxe_conv_forward_##SUFFIX(                                            \
       const int64_t* shape, int num_threads, const int64_t* lens, const T* x,            \
       const T* windows, const T* weight, const T* bias, T* out) {                        \
-    convolve_forward<T>({shape[0], shape[1], shape[2], shape[3], lens}, {x, shape[4]},   \
-                        windows, weight, bias, out, num_threads);                        \
+    convolve_forward<T>({shape[0], shape[1], shape[2], shape[3], shape[4] != 0, lens},   \
+                        {x, shape[5]}, windows, weight, bias, out, num_threads);         \
   }                                                                                      \
   extern "C" void moxe_conv_backward_##SUFFIX(                                           \
       const int64_t* shape, int num_threads, const int64_t* lens, const T* x,            \
-      const T* windows, const T* weight, const T* grad, T* grad_x, T* grad_windows,      \
-      T* grad_weight, T* grad_bias) {                                                    \
-    convolve_backward<T>({shape[0], shape[1], shape[2], shape[3], lens}, {x, shape[4]},  \
-                         windows, weight, {grad, shape[5]},                              \
+      const T* windows, const T* weight, const T* bias, const T* grad, T* grad_x,        \
+      T* grad_windows, T* grad_weight, T* grad_bias) {                                   \
+    convolve_backward<T>({shape[0], shape[1], shape[2], shape[3], shape[4] != 0, lens},  \
+                         {x, shape[5]}, windows, weight, bias, {grad, shape[6]},         \
                          {grad_x, grad_windows, grad_weight, grad_bias}, num_threads);   \
   }
 

@@ -29,6 +29,8 @@ def causal_conv(
     weight: Tensor,
     bias: Tensor,
     seq_lens: Sequence[int],
+    *,
+    activates: bool,
 ) -> Tensor:
     """Convolve sequences that follow each other without a gap, expert by expert.
 
@@ -40,12 +42,15 @@ def causal_conv(
     :param weight: *Shape:* ``(E,K,M)``.
     :param bias: *Shape:* ``(E,M)``.
     :param seq_lens: The rows of each sequence, 0 allowed: E * N of them, C in all.
+    :param activates: Whether to apply SiLU to the results.
 
     :returns: *Shape:* ``(C,M)``.
 
     :raises NativeLibraryError: The C++ code cannot be compiled here.
     """
-    return _CausalConv.apply(flat, window, weight, bias, array("q", seq_lens))  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+    return _CausalConv.apply(  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+        flat, window, weight, bias, array("q", seq_lens), activates
+    )
 
 
 class _CausalConv(Function):
@@ -58,16 +63,21 @@ class _CausalConv(Function):
         weight: Tensor,
         bias: Tensor,
         seq_lens: array[int],
+        activates: bool,
     ) -> Tensor:
         flat = _join_channels(flat)
         window = None if window is None else window.contiguous()
         weight, bias = weight.contiguous(), bias.contiguous()
         out = flat.new_empty(flat.shape)
 
-        _call("forward", seq_lens, flat, window, weight, bias, out)
+        _call(
+            *("forward", seq_lens, activates),
+            *(flat, window, weight, bias, out),
+            strides=(flat.stride(0),),
+        )
 
-        ctx.save_for_backward(flat, window, weight)
-        ctx.seq_lens = seq_lens
+        ctx.save_for_backward(flat, window, weight, bias)
+        ctx.seq_lens, ctx.activates = seq_lens, activates
 
         return out
 
@@ -75,8 +85,8 @@ class _CausalConv(Function):
     @override
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, window, weight = ctx.saved_tensors
-        needs_flat, needs_window, *needs_parameters, _ = ctx.needs_input_grad
+        flat, window, weight, bias = ctx.saved_tensors
+        needs_flat, needs_window, *needs_parameters = ctx.needs_input_grad[:4]
 
         grad_flat = flat.new_empty(flat.shape) if needs_flat else None
         grad_window = torch.empty_like(window) if needs_window else None
@@ -85,14 +95,15 @@ class _CausalConv(Function):
             grad_weight = torch.empty_like(weight)
             grad_bias = weight.new_empty(weight.size(0), weight.size(2))
 
+        grad = _join_channels(grad)
         _call(
-            "backward",
-            ctx.seq_lens,
-            *(flat, window, weight, _join_channels(grad)),
+            *("backward", ctx.seq_lens, ctx.activates),
+            *(flat, window, weight, bias, grad),
             *(grad_flat, grad_window, grad_weight, grad_bias),
+            strides=(flat.stride(0), grad.stride(0)),
         )
 
-        return grad_flat, grad_window, grad_weight, grad_bias, None
+        return grad_flat, grad_window, grad_weight, grad_bias, None, None
 
 
 def _join_channels(flat: Tensor) -> Tensor:
@@ -103,18 +114,16 @@ def _join_channels(flat: Tensor) -> Tensor:
 def _call(
     direction: str,
     seq_lens: array[int],
+    activates: bool,
     flat: Tensor,
     window: Tensor | None,
     weight: Tensor,
-    # The bias, or the gradient of the results.
-    other: Tensor,
-    *outs: Tensor | None,
+    *others: Tensor | None,
+    strides: tuple[int, ...],
 ) -> None:
     num_experts, num_taps, dim = weight.shape
-    shape = (
-        *(num_experts, len(seq_lens) // num_experts, num_taps, dim),
-        *(flat.stride(0), other.stride(0)),
-    )
+    num_runs = len(seq_lens) // num_experts
+    shape = (num_experts, num_runs, num_taps, dim, int(activates), *strides)
 
     function = load_library("causal_conv")[
         f"moxe_conv_{direction}_{_SUFFIXES[flat.dtype]}"
@@ -123,7 +132,7 @@ def _call(
     # Each tensor lives until the call returns: the caller holds them.
     pointers = [
         ctypes.c_void_p(None if x is None else x.data_ptr())
-        for x in (flat, window, weight, other, *outs)
+        for x in (flat, window, weight, *others)
     ]
 
     function(

@@ -18,6 +18,7 @@ from torch import Tensor
 NativeSource: TypeAlias = Literal[
     "causal_conv",
     "cross_entropy",
+    "gating",
     "mlstm_chunkwise",
     "mlstm_parallel",
     "products",
@@ -118,8 +119,10 @@ def _flags() -> list[str]:
 
 def _digest(command: Sequence[str], code: Path) -> str:
     text = "\n".join([torch.__version__, *command])
+    # All headers of this package, which a file may include.
+    parts = [path.read_bytes() for path in (*sorted(code.parent.glob("*.h")), code)]
 
-    return hashlib.sha256(text.encode() + code.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(b"\0".join([text.encode(), *parts])).hexdigest()[:16]
 
 
 def _cache_dir() -> Path:

@@ -4,16 +4,16 @@
 // the batch through all steps: the head's recurrent matrix then stays in the thread's cache,
 // where a loop over time with all heads in each step would read them all anew every time.
 
-#include <ATen/cpu/vec/vec.h>
+#include "vector_math.h"
 
-#include <algorithm>
-#include <cstdint>
 #include <vector>
 
 namespace {
 
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
+using moxe::load;
+using moxe::Sigmoid;
+using moxe::store;
+using moxe::Vec;
 
 // The most rows of the batch that a thread takes at a time.
 constexpr int kRows = 4;
@@ -120,32 +120,6 @@ struct Task {
   int64_t max_len = 0;
 };
 
-// Calls f(offset, count) for each vector of `dim` channels.
-template <typename T, typename F>
-void for_each_vector(int64_t dim, const F& f) {
-  for (int64_t d = 0; d < dim; d += Vec<T>::size())
-    f(d, std::min<int64_t>(Vec<T>::size(), dim - d));
-}
-
-template <typename T>
-Vec<T> load(const T* from, int64_t count) {
-  return count == Vec<T>::size() ? Vec<T>::loadu(from) : Vec<T>::loadu(from, count);
-}
-
-template <typename T>
-struct Sigmoid {
-  // exp(-|x|) cannot overflow.
-  explicit Sigmoid(const Vec<T>& x)
-      : exp(x.abs().neg().exp()),
-        at_abs(Vec<T>(T(1)) / (Vec<T>(T(1)) + exp)),
-        is_negative(x < Vec<T>(T(0))) {}
-
-  Vec<T> value() const { return Vec<T>::blendv(at_abs, exp * at_abs, is_negative); }
-  Vec<T> complement() const { return Vec<T>::blendv(exp * at_abs, at_abs, is_negative); }
-
-  Vec<T> exp, at_abs, is_negative;
-};
-
 template <typename T>
 void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
                   const T* bias, const T* weight, const T* c0,
@@ -175,7 +149,7 @@ void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
         const int64_t at = task.position(s, r, t) * 2 * dim;
         T* gate = &gates[r * 4 * dim];
         const T* b = bias + task.head * 4 * dim;
-        for_each_vector<T>(2 * dim, [&](int64_t d, int64_t n) {
+        moxe::for_each_vector<T>(0, 2 * dim, [&](int64_t d, int64_t n) {
           (load(gates_if + at + d, n) + load(b + d, n)).store(gate + d, n);
           (load(gates_zo + at + d, n) + load(b + 2 * dim + d, n))
               .store(gate + 2 * dim + d, n);
@@ -193,17 +167,17 @@ void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
         T *yr = &y[r * dim], *cr = &c[r * dim], *nr = &log_n[r * dim];
         T* out = outputs + at;
 
-        for_each_vector<T>(dim, [&](int64_t d, int64_t n) {
+        moxe::for_each_vector<T>(0, dim, [&](int64_t d, int64_t n) {
           const Vec<T> i = load(gate + d, n), f = load(gate + dim + d, n);
           const Sigmoid<T> forget(f);
-          const Vec<T> log_forget = at::vec::minimum(f, zero) - forget.exp.log1p();
+          const Vec<T> log_forget = at::vec::minimum(f, zero) - moxe::log1p_of_share<T>(forget.exp);
           const Vec<T> log_kept = log_forget + load(nr + d, n);
 
           const Sigmoid<T> share(i - log_kept);
           const Vec<T> w = share.value();
-          (at::vec::maximum(i, log_kept) + share.exp.log1p()).store(nr + d, n);
+          (at::vec::maximum(i, log_kept) + moxe::log1p_of_share<T>(share.exp)).store(nr + d, n);
 
-          const Vec<T> z = load(gate + 2 * dim + d, n).tanh();
+          const Vec<T> z = moxe::tanh<T>(load(gate + 2 * dim + d, n));
           const Vec<T> old_c = load(cr + d, n);
           const Vec<T> new_c = at::vec::fmadd(w, z - old_c, old_c);
           const Vec<T> o = Sigmoid<T>(load(gate + 3 * dim + d, n)).value();
@@ -278,7 +252,7 @@ void scan_backward(const Shape& s, const T* transposed_weight, const T* c0,
         if (t == task.len[r] - 1)
           std::copy_n(grad_y_last + task.state(s, r), dim, gy);
 
-        for_each_vector<T>(dim, [&](int64_t d, int64_t n) {
+        moxe::for_each_vector<T>(0, dim, [&](int64_t d, int64_t n) {
           const Vec<T> w = load(saved + d, n), not_f = load(saved + dim + d, n),
                        z = load(saved + 2 * dim + d, n), o = load(saved + 3 * dim + d, n);
           const Vec<T> kept = one - w;

@@ -35,9 +35,16 @@ LENS = [[2, 0, 70], [0, 0, 0], [1, 3, 0], [130, 5, 1]]
 
 
 def make_conv(
-    dim: int, kernel_size: int, num_experts: int | None, dtype: torch.dtype
+    dim: int,
+    kernel_size: int,
+    num_experts: int | None,
+    dtype: torch.dtype,
+    *,
+    activates: bool = False,
 ) -> CausalConv:
-    conv = CausalConv(dim, kernel_size=kernel_size, num_experts=num_experts)
+    conv = CausalConv(
+        dim, kernel_size=kernel_size, activates=activates, num_experts=num_experts
+    )
     torch.nn.init.normal_(conv.bias)
 
     return conv.to(dtype)
@@ -61,15 +68,16 @@ def assert_same(run: Callable[[ScanBackend], list[Tensor]], dtype: torch.dtype) 
 
 
 @needs_compiler
+@pytest.mark.parametrize("activates", [False, True], ids=["sums", "silu"])
 @pytest.mark.parametrize("has_window", [False, True], ids=["begin", "window"])
 @pytest.mark.parametrize("dim", [5, 37])
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [float64, float32], ids=str)
 def test_native_rows_are_those_of_torch_with_all_gradients(
-    kernel_size: int, dim: int, has_window: bool, dtype: torch.dtype
+    kernel_size: int, dim: int, has_window: bool, activates: bool, dtype: torch.dtype
 ) -> None:
     num_experts, num_seqs = len(LENS), len(LENS[0])
-    conv = make_conv(dim, kernel_size, num_experts, dtype)
+    conv = make_conv(dim, kernel_size, num_experts, dtype, activates=activates)
     rows = find_rows(tensor(LENS), 130)
 
     # In the blocks, too, it is half of what a projection gives.
@@ -96,17 +104,19 @@ def test_native_rows_are_those_of_torch_with_all_gradients(
 @pytest.mark.parametrize("num_experts", [None, 2], ids=["single", "stacked"])
 @pytest.mark.parametrize("seq_len", [0, 1, 2, 9, 67])
 @pytest.mark.parametrize("kernel_size", [1, 2, 4])
+@pytest.mark.parametrize("activates", [False, True], ids=["sums", "silu"])
 @pytest.mark.parametrize("dtype", [float64, float32], ids=str)
 def test_native_batches_are_those_of_torch_with_all_gradients(
     kernel_size: int,
     seq_len: int,
     num_experts: int | None,
     with_lens: bool,
+    activates: bool,
     dtype: torch.dtype,
 ) -> None:
     dim, num_seqs = 19, 3
     lead = (num_seqs,) if num_experts is None else (num_experts, num_seqs)
-    conv = make_conv(dim, kernel_size, num_experts, dtype)
+    conv = make_conv(dim, kernel_size, num_experts, dtype, activates=activates)
 
     seqs = torch.randn(*lead, seq_len, dim, dtype=dtype, requires_grad=True)
     window = torch.randn(*lead, kernel_size - 1, dim, dtype=dtype, requires_grad=True)
@@ -128,7 +138,7 @@ def test_native_results_do_not_depend_on_the_number_of_threads(
 ) -> None:
     # Other channels than those of one thread begin and end each thread's.
     dim = 203
-    conv = make_conv(dim, 4, num_experts, float32)
+    conv = make_conv(dim, 4, num_experts, float32, activates=True)
     rows = find_rows(torch.randint(90, (num_experts, 4)), 90)
     flat = torch.randn(sum(rows.counts), dim, requires_grad=True)
     window = torch.randn(num_experts, 4, 3, dim, requires_grad=True)
@@ -195,7 +205,7 @@ def test_blocks_choose_what_computes_their_convolution(
     with_lens: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("in C++")
 
     monkeypatch.setattr(layers, "causal_conv", refuse)
