@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,19 @@ from torch import Tensor
 from moxe_plugin.nn.backend import passes_natively, product_dtype, trains_on_rows
 from moxe_plugin.nn.layers import NORM_EPS
 from moxe_plugin.nn.mlstm_cell import MLSTMMemory
+from moxe_plugin.nn.mlstm_hidden import MLSTMProjections, mlstm_hidden_rows
 from moxe_plugin.nn.mlstm_parameters import MLSTMParameters
-from moxe_plugin.nn.mlstm_recurrence import MLSTMCellInputs, MLSTMRecurrence, MLSTMState
+from moxe_plugin.nn.mlstm_recurrence import (
+    MLSTMCellInputs,
+    MLSTMRecurrence,
+    MLSTMState,
+    follow_each_other,
+    list_sequences,
+)
+from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.gating import MLSTMOutput, gate_mlstm_output
 from moxe_plugin.nn.padding import widen
+from moxe_plugin.nn.products import runs_native
 from moxe_plugin.nn.ragged import RaggedRows, full_rows
 from moxe_plugin.nn.rows import Rows, find_rows, last_rows, pack, unpack
 from moxe_plugin.nn.stacked import (
@@ -22,6 +31,7 @@ from moxe_plugin.nn.stacked import (
     per_channel,
     project,
     project_head_wise,
+    project_in_halves,
 )
 
 
@@ -95,10 +105,16 @@ class MLSTMBlock(MLSTMParameters):
 
         convolved, window = self.conv(conv_input, window, seq_lens, self.backend)
 
-        cell_inputs = self._cell_inputs(conv_input, convolved, None)
-        hidden, memory = self._recurrence.apply(
-            cell_inputs, seq_lens, memory, return_memory=return_state
-        )
+        hidden: Tensor | None = None
+        if not keeps_state:
+            hidden = self._hidden_natively(
+                conv_input, convolved, None, list_sequences(seqs.shape[:-1], seq_lens)
+            )
+        if hidden is None:
+            cell_inputs = self._cell_inputs(conv_input, convolved, None)
+            hidden, memory = self._recurrence.apply(
+                cell_inputs, seq_lens, memory, return_memory=return_state
+            )
 
         out = seqs + self._project_down(hidden, convolved, gate, None)
 
@@ -152,15 +168,21 @@ class MLSTMBlock(MLSTMParameters):
         conv_input, gate = self._project_up(flat, counts)
         convolved = self.conv.convolve_rows(conv_input, rows, window, self.backend)
 
-        cell_inputs = self._cell_inputs(conv_input, convolved, counts)
+        hidden: Tensor | None = None
+        if memory is None and not return_state:
+            hidden = self._hidden_natively(
+                conv_input, convolved, counts, follow_each_other(rows.seq_lens)
+            )
 
         if return_state and memory is None:
             initial = self.initial_state(rows.grid_shape[1], flat.device)
             window, memory = initial.conv, MLSTMMemory(*initial[1:])
 
-        hidden, memory = self._recurrence.apply_to_rows(
-            cell_inputs, rows, memory, return_memory=return_state
-        )
+        if hidden is None:
+            cell_inputs = self._cell_inputs(conv_input, convolved, counts)
+            hidden, memory = self._recurrence.apply_to_rows(
+                cell_inputs, rows, memory, return_memory=return_state
+            )
 
         if return_state:
             assert window is not None
@@ -175,11 +197,9 @@ class MLSTMBlock(MLSTMParameters):
     def _project_up(
         self, seqs: Tensor, counts: Sequence[int] | None
     ) -> tuple[Tensor, Tensor]:
-        conv_input, gate = project(self.norm(seqs, counts), self.up_proj, counts).chunk(
-            2, dim=-1
-        )
+        normed = self.norm(seqs, counts)
 
-        return conv_input, gate
+        return project_in_halves(normed, self.up_proj, counts)
 
     def _project_down(
         self,
@@ -223,6 +243,39 @@ class MLSTMBlock(MLSTMParameters):
 
         return MLSTMCellInputs(q, k, v, self._gates(q, k, v, counts))
 
+    def _hidden_natively(
+        self,
+        conv_input: Tensor,
+        convolved: Tensor,
+        counts: Sequence[int] | None,
+        seqs: Callable[[], Sequences],
+    ) -> Tensor | None:
+        inputs = conv_input, convolved, self.q_proj, self.k_proj, self.v_proj
+
+        # Products would be of autocast's type.
+        if torch.is_autocast_enabled("cpu") or not runs_native(*inputs):
+            return None
+
+        form = self._recurrence.find_form(inputs, seqs)
+        if form is None:
+            return None
+
+        # One block is that of one expert.
+        projections = MLSTMProjections(
+            *(
+                x.unsqueeze(0) if self.num_experts is None else x
+                for x in (*inputs[2:], *self._gate_parameters())
+            )
+        )
+        # ([E,]N,S,I) -> (C,I)
+        flat_input, flat = (x.reshape(-1, self.inner_dim) for x in inputs[:2])
+        if counts is None:
+            counts = equal_counts(flat, projections.q)
+
+        hidden = mlstm_hidden_rows(flat_input, flat, projections, counts, form)
+
+        return hidden.view(convolved.shape)
+
     @property
     def _recurrence(self) -> MLSTMRecurrence:
         return MLSTMRecurrence(self.num_heads, self.backend)
@@ -230,8 +283,7 @@ class MLSTMBlock(MLSTMParameters):
     def _gates(
         self, q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int] | None
     ) -> Tensor:
-        weight = torch.cat([self.input_gate_weight, self.forget_gate_weight], dim=-1)
-        bias = torch.cat([self.input_gate_bias, self.forget_gate_bias], dim=-1)
+        weight, bias = self._gate_parameters()
 
         # A sum of three products spares the concatenation of q, k and v.
         preacts = [
@@ -242,6 +294,13 @@ class MLSTMBlock(MLSTMParameters):
 
         # ([E,]N,S,2H), or rows
         return summed + per_channel(bias, summed, counts)
+
+    def _gate_parameters(self) -> tuple[Tensor, Tensor]:
+        # ([E,]3*I,2*H) and ([E,]2*H)
+        return (
+            torch.cat([self.input_gate_weight, self.forget_gate_weight], dim=-1),
+            torch.cat([self.input_gate_bias, self.forget_gate_bias], dim=-1),
+        )
 
 
 def _as_state(window: Tensor | None, memory: MLSTMMemory | None) -> MLSTMState | None:

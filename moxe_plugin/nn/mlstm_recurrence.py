@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +22,9 @@ from moxe_plugin.nn.mlstm_cell import (
 )
 from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.library import why_not_loaded
-from moxe_plugin.nn.native.mlstm_chunkwise import mlstm_chunkwise_rows
-from moxe_plugin.nn.native.mlstm_parallel import (
-    NormalizerLimits,
-    mlstm_parallel_rows,
-)
+from moxe_plugin.nn.native.mlstm_chunkwise import MLSTMChunkwiseForm
+from moxe_plugin.nn.native.mlstm_forms import MLSTMForm, NormalizerLimits, run_form
+from moxe_plugin.nn.native.mlstm_parallel import MLSTMParallelForm
 from moxe_plugin.nn.padding import widen
 from moxe_plugin.nn.products import runs_native
 from moxe_plugin.nn.rows import Rows
@@ -103,17 +102,14 @@ class MLSTMRecurrence(NamedTuple):
         """
         seq_len = inputs.q.size(-2)
 
-        if memory is None and not return_memory and self._is_native(inputs, seq_len):
-            batch = inputs.q.shape[:-2]
-            begins = range(0, math.prod(batch) * seq_len, seq_len)
-            lens = [seq_len] * len(begins)
-            if seq_lens is not None:
-                lens = seq_lens.flatten().tolist()
+        if memory is None and not return_memory:
+            form = self.find_form(
+                [*inputs], list_sequences(inputs.q.shape[:-1], seq_lens)
+            )
+            if form is not None:
+                flat = MLSTMCellInputs(*(x.flatten(0, -2) for x in inputs))
 
-            flat = MLSTMCellInputs(*(x.flatten(0, -2) for x in inputs))
-            output = self._run_native(flat, Sequences(list(begins), lens))
-
-            return output.view(inputs.q.shape), None
+                return self._run(form, flat).view(inputs.q.shape), None
 
         # ([E,]N,S,2H) -> two of ([E,]N,H,S)
         input_preact, forget_preact = inputs.gates.mT.chunk(2, dim=-2)
@@ -181,10 +177,10 @@ class MLSTMRecurrence(NamedTuple):
         """
         assert memory is not None or not return_memory
 
-        if memory is None and self._is_native(inputs, max(rows.seq_lens, default=0)):
-            begins = [0, *accumulate(rows.seq_lens)][:-1]
-
-            return self._run_native(inputs, Sequences(begins, rows.seq_lens)), None
+        if memory is None:
+            form = self.find_form([*inputs], follow_each_other(rows.seq_lens))
+            if form is not None:
+                return self._run(form, inputs), None
 
         buckets = find_buckets(rows)
 
@@ -232,40 +228,80 @@ class MLSTMRecurrence(NamedTuple):
             *(x.view_as(y) for x, y in zip(memories, memory, strict=True))
         )
 
-    def _is_native(self, inputs: MLSTMCellInputs, max_len: int) -> bool:
-        return (
-            self.backend in ("auto", "native")
-            and max_len > 0
-            and runs_native(*(widen(x[:0]) for x in inputs))
-            and why_not_loaded(self._native_form(inputs, max_len)) is None
-        )
+    def find_form(
+        self, inputs: Sequence[Tensor], seqs: Callable[[], Sequences]
+    ) -> MLSTMForm | None:
+        """Choose what runs the cell in C++, from an empty memory and to none.
 
-    def _run_native(self, inputs: MLSTMCellInputs, seqs: Sequences) -> Tensor:
-        q, k, v = (
-            torch.unflatten(widen(x), -1, (self.num_heads, -1)) for x in inputs[:3]
-        )
-        limits = NormalizerLimits(MAX_EXPONENT, NORMALIZER_EPS)
+        :param inputs: What is read; the width of the first is I.
+        :param seqs: Finds the sequences; called only if it may be C++.
 
-        if self._native_form(inputs, max(seqs.lens)) == "mlstm_parallel":
-            hidden = mlstm_parallel_rows(q, k, v, inputs.gates, seqs, limits)
-        else:
-            hidden = mlstm_chunkwise_rows(
-                *(q, k, v, inputs.gates, seqs, limits), _NATIVE_CHUNK_SIZE
-            )
+        :returns: The form, or ``None`` if it is not C++.
+        """
+        if self.backend not in ("auto", "native") or not runs_native(
+            *(widen(x[:0]) for x in inputs)
+        ):
+            return None
 
-        return hidden.flatten(-2).to(inputs.q.dtype)
-
-    def _native_form(
-        self, inputs: MLSTMCellInputs, max_len: int
-    ) -> Literal["mlstm_chunkwise", "mlstm_parallel"]:
-        head_dim = inputs.q.size(-1) // self.num_heads
+        found = seqs()
+        max_len = max(found.lens, default=0)
+        head_dim = inputs[0].size(-1) // self.num_heads
 
         # As measured with heads of 64, 128 and 320: a memory costs a position as much
         # as the keys of twice a head's width.
-        if max_len <= 2 * head_dim + _NATIVE_CHUNK_SIZE:
-            return "mlstm_parallel"
+        is_short = max_len <= 2 * head_dim + _NATIVE_CHUNK_SIZE
 
-        return "mlstm_chunkwise"
+        if max_len == 0 or why_not_loaded(
+            "mlstm_parallel" if is_short else "mlstm_chunkwise"
+        ):
+            return None
+
+        limits = NormalizerLimits(MAX_EXPONENT, NORMALIZER_EPS)
+
+        if is_short:
+            return MLSTMParallelForm(found, self.num_heads, limits)
+
+        return MLSTMChunkwiseForm(found, self.num_heads, limits, _NATIVE_CHUNK_SIZE)
+
+    def _run(self, form: MLSTMForm, inputs: MLSTMCellInputs) -> Tensor:
+        q, k, v = (
+            torch.unflatten(widen(x), -1, (self.num_heads, -1)) for x in inputs[:3]
+        )
+
+        return run_form(form, q, k, v, inputs.gates).flatten(-2).to(inputs.q.dtype)
+
+
+def list_sequences(
+    batch_shape: Sequence[int], seq_lens: Tensor | None
+) -> Callable[[], Sequences]:
+    """Find the sequences of a padded batch, whose positions are rows.
+
+    :param batch_shape: ``([E,]N,S)``.
+    :param seq_lens: Their lengths; ``None`` if all are S. *Shape:* ``([E,]N)``.
+
+    :returns: A function that does.
+    """
+
+    def find() -> Sequences:
+        *batch, seq_len = batch_shape
+        begins = [i * seq_len for i in range(math.prod(batch))]
+
+        if seq_lens is None:
+            return Sequences(begins, [seq_len] * len(begins))
+
+        return Sequences(begins, seq_lens.flatten().tolist())
+
+    return find
+
+
+def follow_each_other(lens: list[int]) -> Callable[[], Sequences]:
+    """Find sequences that follow each other without padding.
+
+    :param lens: Their lengths, 0 allowed.
+
+    :returns: A function that does.
+    """
+    return lambda: Sequences([0, *accumulate(lens)][:-1], lens)
 
 
 def _chunk_size(q: Tensor) -> int:

@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from moxe_plugin.nn.grouped import grouped_head_product, grouped_product, spread
-from moxe_plugin.nn.products import matmul
+from moxe_plugin.nn.grouped import (
+    grouped_head_product,
+    grouped_head_products,
+    grouped_product,
+    spread,
+)
+from moxe_plugin.nn.products import matmul, runs_native
 
 
 def expert_parameter(num_experts: int | None, *shape: int) -> Parameter:
@@ -49,6 +54,37 @@ def project(
     product = matmul(seqs.flatten(-3, -2), weight)
 
     return torch.unflatten(product, -2, seqs.shape[-3:-1])
+
+
+def project_in_halves(
+    seqs: Tensor, weight: Tensor, counts: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Multiply every position by a weight, and return the halves of the results.
+
+    Where products are C++, each half is a tensor of its own, and nothing has to join
+    their gradients.
+
+    :param seqs: As for :func:`project`.
+    :param weight: *Shape:* ``([E,]in,2*out)``.
+    :param counts: As for :func:`project`.
+
+    :returns: *Shape:* ``([E,]N,S,out)`` each, or ``(C,out)``.
+    """
+    if not runs_native(seqs, weight) or torch.is_autocast_enabled("cpu"):
+        first, second = project(seqs, weight, counts).chunk(2, dim=-1)
+
+        return first, second
+
+    # ([E,]in,2*out) -> (E,1,in,2,out)
+    halves = weight.view(-1, 1, weight.size(-2), 2, weight.size(-1) // 2)
+    flat = seqs.flatten(0, -2)
+    if counts is None:
+        counts = equal_counts(flat, halves)
+
+    first, second = grouped_head_products([flat, flat], halves, counts)
+    shape = *seqs.shape[:-1], halves.size(-1)
+
+    return first.view(shape), second.view(shape)
 
 
 def project_head_wise(

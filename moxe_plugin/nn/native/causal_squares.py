@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import Final, NamedTuple
 
+import torch
 from torch import Tensor
 
 from moxe_plugin.nn.ragged_products import multiply_parts
@@ -27,6 +28,17 @@ class Sequences(NamedTuple):
 
     lens: list[int]
     """The length of each, 0 allowed. Rows of no sequence are padding."""
+
+    def rows_like(self, rows: Tensor) -> Tensor:
+        """Make a tensor in which padding is 0, and the rest is not set.
+
+        :param rows: *Shape:* ``(C,…)``.
+
+        :returns: As ``rows``.
+        """
+        has_padding = sum(self.lens) < rows.size(0)
+
+        return torch.zeros_like(rows) if has_padding else torch.empty_like(rows)
 
 
 class Squares:

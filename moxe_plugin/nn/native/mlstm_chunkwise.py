@@ -2,7 +2,7 @@
 
 The same function as :func:`~moxe_plugin.nn.mlstm_cell.mlstm_chunkwise`, with an empty
 memory before and none wanted after; sequences lie in rows as for
-:func:`~moxe_plugin.nn.native.mlstm_parallel.mlstm_parallel_rows`. In a chunk let ``b``
+:mod:`moxe_plugin.nn.native.mlstm_parallel`. In a chunk let ``b``
 be the running sum of ``logsigmoid(f)``, ``a = i - b``, ``m'`` the stabiliser before,
 ``peak_t = max(m', a_1, …, a_t)``, ``kept = exp(m' - peak)``, ``decay`` the last of
 them, and ``added = exp(a - peak_L) / sqrt(D)``. With primes for the memory before::
@@ -23,12 +23,10 @@ import ctypes
 import math
 from array import array
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.native.causal_squares import (
     BLOCK,
@@ -38,7 +36,7 @@ from moxe_plugin.nn.native.causal_squares import (
     multiply_lower,
 )
 from moxe_plugin.nn.native.library import load_library
-from moxe_plugin.nn.native.mlstm_parallel import NormalizerLimits
+from moxe_plugin.nn.native.mlstm_forms import CellGradients, NormalizerLimits
 from moxe_plugin.nn.padding import EMPTY
 from moxe_plugin.nn.ragged_products import multiply_parts
 
@@ -48,47 +46,32 @@ _ROWS_AT_ONCE: Final = 32
 _TYPES: Final = {torch.float32: "float", torch.float64: "double"}
 
 
-def mlstm_chunkwise_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tensor,
-    seqs: Sequences,
-    limits: NormalizerLimits,
-    chunk_size: int,
-) -> Tensor:
-    """Run the cell, in time and space linear in the length of a sequence.
+class MLSTMChunkwiseForm:
+    """The cell in time and space linear in the length of a sequence.
 
-    All are float32 or all float64, on the CPU.
-
-    :param q: The queries. *Shape:* ``(C,H,D)``.
-    :param k: The keys. *Shape:* ``(C,H,D)``.
-    :param v: The values. *Shape:* ``(C,H,D)``.
-    :param gates: The pre-activations of the input gates, then those of the forget
-        gates. *Shape:* ``(C,2H)``.
     :param seqs: Where the sequences are.
+    :param num_heads: The number of heads H.
     :param limits: The cell's constants.
     :param chunk_size: The number of positions of a chunk; the last may be shorter.
-
-    :returns: The outputs, 0 at padding. *Shape:* ``(C,H,D)``.
-
-    :raises NativeLibraryError: The C++ code cannot be compiled here.
     """
-    return _MLSTMChunkwise.apply(seqs, limits, chunk_size, q, k, v, gates)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
-
-class _MLSTMChunkwise(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
+    def __init__(
+        self,
         seqs: Sequences,
+        num_heads: int,
         limits: NormalizerLimits,
         chunk_size: int,
-        *inputs: Tensor,
-    ) -> Tensor:
-        q, k, v, gates = (x.contiguous() for x in inputs)
+    ) -> None:
+        self._seqs = seqs
+        self._chunks = _Chunks(seqs, num_heads, chunk_size)
+        self._limits = limits
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See :class:`~moxe_plugin.nn.native.mlstm_forms.MLSTMForm`."""
         num_rows, num_heads, dim = q.shape
-        chunks = _Chunks(seqs, num_heads, chunk_size)
+        chunks, limits = self._chunks, self._limits
 
         log_weights = q.new_zeros(num_heads, num_rows)
         peak, m, kept, added, total = (
@@ -111,39 +94,39 @@ class _MLSTMChunkwise(Function):
             *(log_weights, peak, m, kept, weights, total, normalizer),
         )
 
-        hidden = chunks.rows_like(q)
+        hidden = self._seqs.rows_like(q)
         multiply_lower(weights, v, hidden, chunks.squares)
         _add_from_memories(q * kept.unsqueeze(-1), c, hidden, chunks.later)
         hidden /= normalizer.unsqueeze(-1)
 
-        ctx.save_for_backward(
+        saved = [
             *(q, k, v, gates, weights, c, n, hidden),
             *(*gate_stats, decay, total, normalizer),
-        )
-        ctx.chunks, ctx.limits = chunks, limits
+        ]
 
-        return hidden
+        return hidden, saved
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, gates, weights, c, n, hidden, *stats = ctx.saved_tensors
+    def backward(self, saved: Sequence[Tensor], grad_hidden: Tensor) -> CellGradients:
+        """See :class:`~moxe_plugin.nn.native.mlstm_forms.MLSTMForm`."""
+        q, k, v, gates, weights, c, n, hidden, *stats = saved
         log_weights, peak, m, kept, added, decay, total, normalizer = stats
-        chunks: _Chunks = ctx.chunks
-        grad_numerator, grad_q, grad_k, grad_v = (chunks.rows_like(q) for _ in range(4))
+        chunks, limits = self._chunks, self._limits
+        grad_numerator, grad_q, grad_k, grad_v = (
+            self._seqs.rows_like(q) for _ in range(4)
+        )
         grad_normalizer, grad_total, grad_m, q_dots, k_dots = (
             torch.zeros_like(m) for _ in range(5)
         )
 
         _call(
-            *("divide_backward", q, chunks, ctx.limits, grad_hidden.contiguous()),
+            *("divide_backward", q, chunks, limits, grad_hidden),
             *(hidden, normalizer, grad_numerator, grad_normalizer),
         )
 
         grads = torch.empty_like(weights)
         multiply_into_lower(grad_numerator, v, grads, chunks.squares)
         _call(
-            *("weigh_backward", q, chunks, ctx.limits),
+            *("weigh_backward", q, chunks, limits),
             *(log_weights, peak, m, total, grad_normalizer),
             *(grads, grad_total, grad_m),
         )
@@ -156,7 +139,7 @@ class _MLSTMChunkwise(Function):
         grad_numerator *= kept.unsqueeze(-1)
         _multiply_to_memories(q, grad_numerator, grad_c, chunks.later)
         _call(
-            *("remember_backward", q, chunks, ctx.limits, q, kept, decay),
+            *("remember_backward", q, chunks, limits, q, kept, decay),
             *(c, n, grad_total, grad_c, grad_n, dots),
         )
         _add_from_memories(grad_numerator, c.mT, grad_q, chunks.later)
@@ -164,16 +147,16 @@ class _MLSTMChunkwise(Function):
         _add_from_memories(k * added.unsqueeze(-1), grad_c, grad_v, chunks.earlier)
 
         _call(
-            *("finish", q, chunks, ctx.limits, q, k, kept, added, n, grad_n),
+            *("finish", q, chunks, limits, q, k, kept, added, n, grad_n),
             *(grad_total, grad_q, grad_k, q_dots, k_dots),
         )
         grad_gates = torch.zeros_like(gates)
         _call(
-            *("stabilise_backward", q, chunks, ctx.limits, gates, log_weights, peak),
+            *("stabilise_backward", q, chunks, limits, gates, log_weights, peak),
             *(q_dots, k_dots, grad_m, dots.sum(dim=0), grad_gates),
         )
 
-        return None, None, None, grad_q, grad_k, grad_v, grad_gates
+        return CellGradients(grad_q, grad_k, grad_v, grad_gates)
 
 
 class _Chunks:
@@ -203,12 +186,6 @@ class _Chunks:
 
         self.num_memories = len(self.later)
         self.squares = Squares(Sequences(self.begins, self.lens), num_heads)
-
-    def rows_like(self, rows: Tensor) -> Tensor:
-        # Padding is 0, the rest is not set.
-        has_padding = sum(self.lens) < rows.size(0)
-
-        return torch.zeros_like(rows) if has_padding else torch.empty_like(rows)
 
 
 def _multiply_to_memories(

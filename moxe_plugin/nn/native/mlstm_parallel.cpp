@@ -4,17 +4,17 @@
 // A sequence of length S has for each head a square (S,S) of weights, of which the rows above
 // the diagonal are not read beyond the block that the diagonal cuts.
 
-#include <ATen/cpu/vec/vec.h>
+#include "vector_math.h"
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <vector>
 
 namespace {
 
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
+using moxe::for_each_vector;
+using moxe::load;
+using moxe::store;
+using moxe::Vec;
 
 struct Shape {
   int64_t num_seqs, num_heads, block;
@@ -26,20 +26,6 @@ template <typename T>
 struct Constants {
   T scale, empty, max_exponent, eps;
 };
-
-template <typename T>
-Vec<T> load(const T* from, int64_t count) {
-  return count == Vec<T>::size() ? Vec<T>::loadu(from) : Vec<T>::loadu(from, count);
-}
-
-template <typename T>
-T sum_of(const Vec<T>& x) {
-  T lanes[Vec<T>::size()];
-  x.store(lanes);
-  T sum = 0;
-  for (T lane : lanes) sum += lane;
-  return sum;
-}
 
 int64_t end_of_block(int64_t t, int64_t len, int64_t block) {
   return std::min(len, (t / block + 1) * block);
@@ -64,8 +50,9 @@ struct Head {
   int64_t seq, head, begin, len, square;
 };
 
-// weights: q k^T at first. Writes them, and per position a = i - F, A = the largest a so far,
-// m = F + A, the sum of weights, and what h is divided by; all (C,H).
+// weights: q k^T at first. Writes them, over what h is divided by, and per position
+// a = i - F, A = the largest a so far, m = F + A, the sum of weights, and that divisor; all
+// (C,H).
 template <typename T>
 void weigh(const Shape& s, const Constants<T>& k, const T* gates, T* weights, T* a, T* peak,
            T* m, T* total, T* normalizer, int num_threads) {
@@ -90,27 +77,31 @@ void weigh(const Shape& s, const Constants<T>& k, const T* gates, T* weights, T*
       T* row = weights + h.square + t * h.len;
       const Vec<T> top(largest), scale(k.scale);
       Vec<T> sums(T(0));
-      for (int64_t i = 0; i <= t; i += Vec<T>::size()) {
-        const int64_t n = std::min<int64_t>(Vec<T>::size(), t + 1 - i);
-        const Vec<T> w =
-            (load(log_weight.data() + i, n) - top).exp() * scale * load(row + i, n);
-        w.store(row + i, n);
+      for_each_vector<T>(0, t + 1, [&](int64_t i, int64_t n) {
+        const Vec<T> w = moxe::exp<T>(load(log_weight.data() + i, n) - top) * scale *
+                         load(row + i, n);
+        store(w, row + i, n);
         sums = sums + Vec<T>::set(Vec<T>(T(0)), w, n);
-      }
+      });
       std::fill(row + t + 1, row + end_of_block(t, h.len, s.block), T(0));
 
-      total[at] = sum_of(sums);
+      total[at] = moxe::sum(sums);
       const T floor = std::exp(std::min(-m[at], k.max_exponent));
       normalizer[at] = std::max(std::abs(total[at]), floor) + k.eps;
+
+      const Vec<T> share(T(1) / normalizer[at]);
+      for_each_vector<T>(0, t + 1, [&](int64_t i, int64_t n) {
+        store(load(row + i, n) * share, row + i, n);
+      });
     }
   }
 }
 
-// grads: the gradient of the weights from the numerator at first, then that of q k^T.
+// grads: the gradient of h times v^T at first, then the gradient of q k^T.
 template <typename T>
 void weigh_backward(const Shape& s, const Constants<T>& k, const T* gates,
                     const T* weights, const T* a, const T* peak, const T* m, const T* total,
-                    const T* grad_normalizer, T* grads, T* grad_gates, int num_threads) {
+                    const T* normalizer, T* grads, T* grad_gates, int num_threads) {
   const int64_t num_tasks = s.num_seqs * s.num_heads;
 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
@@ -125,30 +116,39 @@ void weigh_backward(const Shape& s, const Constants<T>& k, const T* gates,
       // The last one of the largest, none if no one is above an empty memory's.
       if (a[at] >= peak[at]) largest = t;
 
+      const T* row = weights + h.square + t * h.len;
+      T* grad_row = grads + h.square + t * h.len;
+
+      // h and its gradient, multiplied and summed over channels.
+      Vec<T> dots(T(0));
+      for_each_vector<T>(0, t + 1, [&](int64_t i, int64_t n) {
+        dots = at::vec::fmadd(load(grad_row + i, n), load(row + i, n), dots);
+      });
+      const T grad_normalizer = -moxe::sum(dots) / normalizer[at];
+
       const T floor = std::exp(std::min(-m[at], k.max_exponent));
       const bool is_floor = floor > std::abs(total[at]);
       const T grad_total = is_floor          ? T(0)
-                           : total[at] < T(0) ? -grad_normalizer[at]
-                                              : grad_normalizer[at];
+                           : total[at] < T(0) ? -grad_normalizer
+                                              : grad_normalizer;
       grad_m[t] =
-          is_floor && -m[at] <= k.max_exponent ? -floor * grad_normalizer[at] : T(0);
+          is_floor && -m[at] <= k.max_exponent ? -floor * grad_normalizer : T(0);
 
-      const T* row = weights + h.square + t * h.len;
-      T* grad_row = grads + h.square + t * h.len;
       const Vec<T> top(peak[at]), scale(k.scale), of_total(grad_total);
+      const Vec<T> divisor(normalizer[at]), share(T(1) / normalizer[at]);
       Vec<T> sums(T(0));
-      for (int64_t i = 0; i <= t; i += Vec<T>::size()) {
-        const int64_t n = std::min<int64_t>(Vec<T>::size(), t + 1 - i);
-        const Vec<T> grad = load(grad_row + i, n) + of_total;
-        const Vec<T> grad_log = grad * load(row + i, n);
-        (load(grad_a.data() + i, n) + grad_log).store(grad_a.data() + i, n);
+      for_each_vector<T>(0, t + 1, [&](int64_t i, int64_t n) {
+        // Of what is summed: its gradient, and that of its logarithm.
+        const Vec<T> grad = at::vec::fmadd(load(grad_row + i, n), share, of_total);
+        const Vec<T> grad_log = grad * divisor * load(row + i, n);
+        store(load(grad_a.data() + i, n) + grad_log, grad_a.data() + i, n);
         sums = sums + Vec<T>::set(Vec<T>(T(0)), grad_log, n);
-        (grad * (load(log_weight.data() + i, n) - top).exp() * scale)
-            .store(grad_row + i, n);
-      }
+        store(grad * moxe::exp<T>(load(log_weight.data() + i, n) - top) * scale,
+              grad_row + i, n);
+      });
       std::fill(grad_row + t + 1, grad_row + end_of_block(t, h.len, s.block), T(0));
 
-      if (largest >= 0) grad_a[largest] += grad_m[t] - sum_of(sums);
+      if (largest >= 0) grad_a[largest] += grad_m[t] - moxe::sum(sums);
     }
 
     T grad_decay = 0;
@@ -179,11 +179,11 @@ void weigh_backward(const Shape& s, const Constants<T>& k, const T* gates,
       const int64_t* shape, const double* constants, int num_threads,                    \
       const int64_t* begins, const int64_t* lens, const int64_t* squares,                \
       const T* gates, const T* weights, const T* a, const T* peak, const T* m,           \
-      const T* total, const T* grad_normalizer, T* grads, T* grad_gates) {               \
+      const T* total, const T* normalizer, T* grads, T* grad_gates) {               \
     weigh_backward<T>({shape[0], shape[1], shape[2], begins, lens, squares},             \
                       {T(constants[0]), T(constants[1]), T(constants[2]),                \
                        T(constants[3])},                                                 \
-                      gates, weights, a, peak, m, total, grad_normalizer, grads,         \
+                      gates, weights, a, peak, m, total, normalizer, grads,         \
                       grad_gates, num_threads);                                          \
   }
 

@@ -99,7 +99,12 @@ def multiply_described(
 
 
 def multiply_rows(
-    rows: Tensor, weight: Tensor, out: Tensor, counts: Sequence[int]
+    rows: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    counts: Sequence[int],
+    *,
+    adds: bool = False,
 ) -> None:
     """Multiply the rows of each expert by its weights, one for each group of channels.
 
@@ -107,6 +112,7 @@ def multiply_rows(
     :param weight: Likewise. *Shape:* ``(E,G,in,out)``.
     :param out: Contiguous. *Shape:* ``(C,G*out)``.
     :param counts: The number of rows of each expert, C in all.
+    :param adds: As for :func:`multiply_all`.
     """
     num_groups, in_dim, out_dim = weight.shape[1:]
     row, column = rows.stride()
@@ -128,7 +134,7 @@ def multiply_rows(
         weight_address += _BYTES * weight.stride(0)
         out_address += _BYTES * count * out.stride(0)
 
-    multiply_described(numbers)
+    multiply_described(numbers, adds=adds)
 
 
 def multiply_columns(

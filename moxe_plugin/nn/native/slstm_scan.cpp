@@ -17,6 +17,9 @@ using moxe::Vec;
 
 // The most rows of the batch that a thread takes at a time.
 constexpr int kRows = 4;
+// Steps that are summed before they are added to the sum of all: the error grows with the length
+// of a sum.
+constexpr int64_t kSummedSteps = 32;
 
 // out[r,:] += x[r,:] @ weight for `Rows` rows, for `Vecs` vectors of columns.
 template <typename T, int Rows, int Vecs>
@@ -79,6 +82,25 @@ void multiply(const T* weight, int64_t num_in, int64_t num_out, const T* x, T* o
     case 2: return multiply_rows<T, 2>(weight, num_in, num_out, x, out);
     case 3: return multiply_rows<T, 3>(weight, num_in, num_out, x, out);
     default: return multiply_rows<T, 4>(weight, num_in, num_out, x, out);
+  }
+}
+
+// to (num_out,num_in) = from (num_in,num_out)^T, in blocks that fit the first cache.
+template <typename T>
+void transpose(const T* from, int64_t num_in, int64_t num_out, T* to) {
+  constexpr int64_t width = Vec<T>::size();
+  for (int64_t j = 0; j < num_out; j += width)
+    for (int64_t i = 0; i < num_in; ++i)
+      for (int64_t k = j; k < std::min(j + width, num_out); ++k)
+        to[k * num_in + i] = from[i * num_out + k];
+}
+
+// to += from, and from = 0.
+template <typename T>
+void flush(std::vector<T>& from, T* to) {
+  for (T& x : from) {
+    *to++ += x;
+    x = T(0);
   }
 }
 
@@ -212,11 +234,11 @@ void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
 }
 
 template <typename T>
-void scan_backward(const Shape& s, const T* transposed_weight, const T* c0,
+void scan_backward(const Shape& s, const T* weight, const T* c0,
                    const T* outputs, const T* activations, const T* cs,
                    const T* grad_outputs, const T* grad_c_last, const T* grad_log_n_last,
-                   const T* grad_y_last, T* grad_if, T* grad_zo, T* grad_c0,
-                   T* grad_log_n0, T* grad_y0, int num_threads) {
+                   const T* grad_y_last, T* grad_if, T* grad_zo, T* grad_bias,
+                   T* grad_c0, T* grad_log_n0, T* grad_y0, int num_threads) {
   const int64_t dim = s.dim;
   const int64_t num_tasks = s.experts * s.heads * ((s.rows + kRows - 1) / kRows);
   const Vec<T> one(T(1));
@@ -225,7 +247,10 @@ void scan_backward(const Shape& s, const T* transposed_weight, const T* c0,
   for (int64_t id = 0; id < num_tasks; ++id) {
     const Task<T> task(s, id);
     std::vector<T> gates(kRows * 4 * dim, T(0)), grad_y(kRows * dim, T(0)),
-        grad_c(kRows * dim), grad_log_n(kRows * dim);
+        grad_c(kRows * dim), grad_log_n(kRows * dim), of_bias(4 * dim, T(0)),
+        transposed(4 * dim * dim);
+    transpose(weight + task.head * 4 * dim * dim, dim, 4 * dim, transposed.data());
+    std::fill_n(grad_bias + id * 4 * dim, 4 * dim, T(0));
 
     for (int r = 0; r < task.rows; ++r) {
       const int64_t from = task.state(s, r);
@@ -275,11 +300,14 @@ void scan_backward(const Shape& s, const T* transposed_weight, const T* c0,
 
         std::copy_n(gate, 2 * dim, grad_if + 2 * at);
         std::copy_n(gate + 2 * dim, 2 * dim, grad_zo + 2 * at);
+        moxe::for_each_vector<T>(0, 4 * dim, [&](int64_t d, int64_t n) {
+          store(load(&of_bias[d], n) + load(gate + d, n), &of_bias[d], n);
+        });
       }
+      if (t % kSummedSteps == 0) flush(of_bias, grad_bias + id * 4 * dim);
 
       std::fill_n(grad_y.data(), task.rows * dim, T(0));
-      multiply(transposed_weight + task.head * 4 * dim * dim, 4 * dim, dim, gates.data(),
-               grad_y.data(), task.rows);
+      multiply(transposed.data(), 4 * dim, dim, gates.data(), grad_y.data(), task.rows);
     }
 
     for (int r = 0; r < task.rows; ++r) {
@@ -294,6 +322,7 @@ void scan_backward(const Shape& s, const T* transposed_weight, const T* c0,
 
 }  // namespace
 
+// grad_bias: a row for each task of the way back: experts, heads, kRows rows each.
 #define MOXE_SLSTM_SCAN(T, SUFFIX)                                                       \
   extern "C" void moxe_slstm_forward_##SUFFIX(                                           \
       const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \
@@ -306,15 +335,17 @@ void scan_backward(const Shape& s, const T* transposed_weight, const T* c0,
   }                                                                                      \
   extern "C" void moxe_slstm_backward_##SUFFIX(                                          \
       const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \
-      const T* transposed_weight, const T* c0, const T* outputs, const T* activations,   \
+      const T* weight, const T* c0, const T* outputs, const T* activations,   \
       const T* cs, const T* grad_outputs, const T* grad_c_last,                          \
       const T* grad_log_n_last, const T* grad_y_last, T* grad_if, T* grad_zo,            \
-      T* grad_c0, T* grad_log_n0, T* grad_y0) {                                          \
+      T* grad_bias, T* grad_c0, T* grad_log_n0, T* grad_y0) {                                          \
     scan_backward<T>({shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens},   \
-                     transposed_weight, c0, outputs, activations, cs, grad_outputs,      \
+                     weight, c0, outputs, activations, cs, grad_outputs,      \
                      grad_c_last, grad_log_n_last, grad_y_last, grad_if, grad_zo,        \
-                     grad_c0, grad_log_n0, grad_y0, num_threads);                        \
+                     grad_bias, grad_c0, grad_log_n0, grad_y0, num_threads);                        \
   }
 
 MOXE_SLSTM_SCAN(float, float)
 MOXE_SLSTM_SCAN(double, double)
+
+extern "C" int64_t moxe_slstm_rows_of_task() { return kRows; }

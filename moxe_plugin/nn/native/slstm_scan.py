@@ -126,15 +126,16 @@ class _SLSTMScan(Function):
         grad_zo = torch.empty_like(grad_if)
         grad_memory = [torch.empty_like(c) for _ in range(3)]
 
-        # (E,H,D,4,D) -> (E,H,4*D,D)
-        transposed = weight.flatten(-2).mT.contiguous()
+        # Of some sequences each: (E,H,B,4,D)
+        num_blocks = -(-c.size(1) // _rows_of_task())
+        grad_bias = weight.new_empty(*weight.shape[:2], num_blocks, *weight.shape[3:])
 
         _call(
             "backward",
             (c, bounds),
-            *(transposed, c, outputs, activations, cs),
+            *(weight, c, outputs, activations, cs),
             *(x.contiguous() for x in (grad_outputs, grad_c, grad_log_n, grad_y)),
-            *(grad_if, grad_zo, *grad_memory),
+            *(grad_if, grad_zo, grad_bias, *grad_memory),
         )
 
         halves = (grad_if, grad_zo)
@@ -142,7 +143,7 @@ class _SLSTMScan(Function):
         return (
             None,
             *halves,
-            _sum_bias_gradients(halves, weight, bounds.counts),
+            grad_bias.sum(dim=2),
             _multiply_old_outputs(_shift(outputs, y, bounds), halves, weight, bounds),
             *grad_memory,
         )
@@ -171,19 +172,11 @@ def _multiply_old_outputs(
     return grad_weight
 
 
-def _sum_bias_gradients(
-    halves: Sequence[Tensor], weight: Tensor, counts: Sequence[int]
-) -> Tensor:
-    num_heads, head_dim = weight.shape[1:3]
+def _rows_of_task() -> int:
+    function = load_library("slstm_scan")["moxe_slstm_rows_of_task"]
+    function.restype = ctypes.c_int64
 
-    sums = [
-        torch.stack([x.sum(dim=0) for x in half.split(list(counts))]).view(
-            -1, num_heads, 2, head_dim
-        )
-        for half in halves
-    ]
-
-    return torch.cat(sums, dim=2)
+    return int(function())
 
 
 def _call(

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from moxe_plugin.nn.mlstm_cell import MAX_EXPONENT, NORMALIZER_EPS, mlstm_chunkwise
 from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.library import why_not_loaded
-from moxe_plugin.nn.native.mlstm_chunkwise import mlstm_chunkwise_rows
-from moxe_plugin.nn.native.mlstm_parallel import NormalizerLimits
+from moxe_plugin.nn.native.mlstm_chunkwise import MLSTMChunkwiseForm
+from moxe_plugin.nn.native.mlstm_forms import NormalizerLimits, run_form
 
 LIMITS = NormalizerLimits(MAX_EXPONENT, NORMALIZER_EPS)
 NUM_HEADS = 2
@@ -46,7 +46,9 @@ def find_sequences(lens: list[int]) -> Sequences:
 def run(inputs: list[Tensor], seqs: Sequences, chunk_size: int = 5) -> Tensor:
     q, k, v, gates = inputs
 
-    return mlstm_chunkwise_rows(q, k, v, gates, seqs, LIMITS, chunk_size)
+    form = MLSTMChunkwiseForm(seqs, NUM_HEADS, LIMITS, chunk_size)
+
+    return run_form(form, q, k, v, gates)
 
 
 def run_one_by_one(

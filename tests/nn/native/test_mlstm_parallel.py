@@ -13,10 +13,8 @@ from torch.testing import assert_close
 from moxe_plugin.nn.mlstm_cell import MAX_EXPONENT, NORMALIZER_EPS, mlstm_parallel
 from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.library import why_not_loaded
-from moxe_plugin.nn.native.mlstm_parallel import (
-    NormalizerLimits,
-    mlstm_parallel_rows,
-)
+from moxe_plugin.nn.native.mlstm_forms import NormalizerLimits, run_form
+from moxe_plugin.nn.native.mlstm_parallel import MLSTMParallelForm
 
 LIMITS = NormalizerLimits(MAX_EXPONENT, NORMALIZER_EPS)
 NUM_HEADS = 2
@@ -44,7 +42,7 @@ def find_sequences(lens: list[int]) -> Sequences:
 def run(inputs: list[Tensor], seqs: Sequences) -> Tensor:
     q, k, v, gates = inputs
 
-    return mlstm_parallel_rows(q, k, v, gates, seqs, LIMITS)
+    return run_form(MLSTMParallelForm(seqs, NUM_HEADS, LIMITS), q, k, v, gates)
 
 
 def run_one_by_one(lens: list[int], inputs: list[Tensor]) -> Tensor:
