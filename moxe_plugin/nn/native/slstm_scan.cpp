@@ -68,6 +68,8 @@ void multiply_rows(const T* weight, int64_t num_in, int64_t num_out, const T* x,
   for (; column + vecs * width <= num_out; column += vecs * width)
     multiply_columns<T, Rows, vecs>(weight, num_in, num_out, x, out, column,
                                     vecs * width);
+  for (; column + 2 * width <= num_out; column += 2 * width)
+    multiply_columns<T, Rows, 2>(weight, num_in, num_out, x, out, column, 2 * width);
   for (; column < num_out; column += width)
     multiply_columns<T, Rows, 1>(weight, num_in, num_out, x, out, column,
                                  std::min<int64_t>(width, num_out - column));
