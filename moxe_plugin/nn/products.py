@@ -53,11 +53,13 @@ def matmul(lhs: Tensor, rhs: Tensor) -> Tensor:
     return _Matmul.apply(lhs, rhs)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
 
-def multiply(lhs: Tensor, rhs: Tensor) -> Tensor:
+def multiply(lhs: Tensor, rhs: Tensor, *, streams: bool = False) -> Tensor:
     """Multiply matrices, without a gradient.
 
     :param lhs: *Shape:* ``(…,m,k)``.
     :param rhs: With the same leading dimensions. *Shape:* ``(…,k,n)``.
+    :param streams: Whether to write past the caches, for a result that is not read
+        soon; only in C++.
 
     :returns: *Shape:* ``(…,m,n)``.
     """
@@ -69,26 +71,28 @@ def multiply(lhs: Tensor, rhs: Tensor) -> Tensor:
 
     # (…,m,n) -> (B,m,n)
     native.multiply_all(
-        [Product(*(x.flatten(0, -3) if batch else x for x in (lhs, rhs, out)))]
+        [Product(*(x.flatten(0, -3) if batch else x for x in (lhs, rhs, out)))],
+        streams=streams,
     )
 
     return out
 
 
-def multiply_widely(lhs: Tensor, rhs: Tensor) -> Tensor:
+def multiply_widely(lhs: Tensor, rhs: Tensor, *, streams: bool = False) -> Tensor:
     """Multiply matrices, without a gradient; the result has at least 32 bits.
 
     On a GPU it is rounded to those only.
 
     :param lhs: *Shape:* ``(m,k)``.
     :param rhs: *Shape:* ``(k,n)``.
+    :param streams: As for :func:`multiply`.
 
     :returns: *Shape:* ``(m,n)``.
     """
     if lhs.is_cuda and lhs.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(lhs, rhs, out_dtype=torch.float32)
 
-    return widen(multiply(lhs, rhs))
+    return widen(multiply(lhs, rhs, streams=streams))
 
 
 def add_product(out: Tensor, lhs: Tensor, rhs: Tensor) -> None:
@@ -219,5 +223,5 @@ class _Matmul(Function):
 
         return (
             multiply(grad, rhs.mT) if needs_lhs else None,
-            multiply(lhs.mT, grad) if needs_rhs else None,
+            multiply(lhs.mT, grad, streams=True) if needs_rhs else None,
         )

@@ -21,8 +21,9 @@ from moxe_plugin.nn.products import (
     multiply_widely,
 )
 
-CHUNK_SIZE = 512
-"""How many tokens are projected at a time on a CPU, whose caches hold their logits."""
+CHUNK_SIZE = 1024
+"""How many tokens are projected at a time on a CPU: 0.2 GB for 49,152 words in float32.
+Each chunk reads the weight, and each but the first reads and writes its gradient."""
 
 GPU_CHUNK_SIZE = 8192
 """The same elsewhere: 0.8 GB for 49,152 words in bfloat16. Each chunk but the first
@@ -93,7 +94,10 @@ class _ProjectedCrossEntropy(Function):
 
             multiply_all([Product(grad[None], table[None], grad_rows[None, chunk])])
             if grad_weight is None:
-                grad_weight = multiply_widely(grad.mT, rows[chunk])
+                # Nothing reads it soon if there is no other chunk.
+                grad_weight = multiply_widely(
+                    grad.mT, rows[chunk], streams=chunk_size >= len(rows)
+                )
             else:
                 add_product(grad_weight, grad.mT, rows[chunk])
 

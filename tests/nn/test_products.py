@@ -70,7 +70,9 @@ def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Product]]:
 
     calls: list[Sequence[Product]] = []
 
-    def record(wanted: Sequence[Product], *, adds: bool = False) -> None:
+    def record(
+        wanted: Sequence[Product], *, adds: bool = False, streams: bool = False
+    ) -> None:
         calls.append(wanted)
         for lhs, rhs, out in wanted:
             out.copy_(lhs @ rhs + (out if adds else 0.0))

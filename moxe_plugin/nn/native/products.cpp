@@ -35,6 +35,8 @@ constexpr int64_t kMaxInner = 1024;     // of the inner dimension at a time, to 
 constexpr int64_t kMaxPacked = 1 << 20;  // floats of left factors that are packed at a time
 constexpr int64_t kPanelsAtOnce = 8;
 constexpr int64_t kPackedAhead = 8;     // rows that a copy into panels fetches ahead
+constexpr int64_t kInnerAtOnce = 32;    // of the inner dimension, after which tiles fetch
+constexpr int64_t kLine = 64;           // bytes that are fetched at once
 constexpr int64_t kDirect = 64;         // up to which a size is small
 constexpr int64_t kMaxWeights = 1 << 16;    // of small right factors that lie side by side
 constexpr int64_t kNarrow = kWidth;     // columns up to which a product is narrow
@@ -89,10 +91,41 @@ ALWAYS_INLINE __mmask16 first(int64_t count) {
 // What becomes of a result: it is written, added to, or written past the caches.
 enum class Into { kOut, kSum, kMemory };
 
+// Rows of memory that the next task is going to copy into panels. Tiles, which need little
+// memory, fetch it meanwhile.
+class Ahead {
+ public:
+  Ahead() = default;
+  // `num_rows` of `width` floats; all of them in `num_times` calls of fetch().
+  Ahead(const float* from, int64_t next_row, int64_t num_rows, int64_t width,
+        int64_t num_times)
+      : row_(reinterpret_cast<const char*>(from)),
+        next_row_(next_row * int64_t(sizeof(float))),
+        num_rows_(num_rows),
+        width_(width * int64_t(sizeof(float))),
+        num_at_once_(divide_up(num_rows * divide_up(width_, kLine),
+                               std::max<int64_t>(num_times, 1))) {}
+
+  ALWAYS_INLINE void fetch() {
+    for (int64_t i = 0; i < num_at_once_ && num_rows_ > 0; ++i) {
+      __builtin_prefetch(row_ + at_);
+      at_ += kLine;
+      if (at_ < width_) continue;
+      at_ = 0;
+      row_ += next_row_;
+      --num_rows_;
+    }
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t next_row_ = 0, num_rows_ = 0, width_ = 0, num_at_once_ = 0, at_ = 0;
+};
+
 // out (Rows,kCols) = or += lhs (depth,kRows)^T @ rhs (depth,kCols), Rows of its rows
 template <int Rows>
 void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __restrict rhs,
-                   float* __restrict out, int64_t out_row, Into into) {
+                   float* __restrict out, int64_t out_row, Into into, Ahead& ahead) {
   __m512 sums[Rows][kVecs];
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < kVecs; ++v) {
@@ -100,14 +133,19 @@ void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __re
       if (into != Into::kMemory) __builtin_prefetch(out + r * out_row + v * kWidth, 1);
     }
 
-  for (int64_t i = 0; i < depth; ++i) {
-    __m512 weights[kVecs];
-    for (int v = 0; v < kVecs; ++v)
-      weights[v] = _mm512_loadu_ps(rhs + i * kCols + v * kWidth);
-    for (int r = 0; r < Rows; ++r) {
-      const __m512 value = _mm512_set1_ps(lhs[i * kRows + r]);
+  for (int64_t begin = 0; begin < depth; begin += kInnerAtOnce) {
+    ahead.fetch();
+
+    const int64_t end = std::min(begin + kInnerAtOnce, depth);
+    for (int64_t i = begin; i < end; ++i) {
+      __m512 weights[kVecs];
       for (int v = 0; v < kVecs; ++v)
-        sums[r][v] = _mm512_fmadd_ps(value, weights[v], sums[r][v]);
+        weights[v] = _mm512_loadu_ps(rhs + i * kCols + v * kWidth);
+      for (int r = 0; r < Rows; ++r) {
+        const __m512 value = _mm512_set1_ps(lhs[i * kRows + r]);
+        for (int v = 0; v < kVecs; ++v)
+          sums[r][v] = _mm512_fmadd_ps(value, weights[v], sums[r][v]);
+      }
     }
   }
 
@@ -254,7 +292,8 @@ constexpr MultiplyNarrow kMultiplyNarrow[kRows + 1] = {
     multiply_narrow<8>,  multiply_narrow<9>,  multiply_narrow<10>, multiply_narrow<11>,
     multiply_narrow<12>, multiply_narrow<13>, multiply_narrow<14>};
 
-using MultiplyTile = void (*)(int64_t, const float*, const float*, float*, int64_t, Into);
+using MultiplyTile = void (*)(int64_t, const float*, const float*, float*, int64_t, Into,
+                              Ahead&);
 constexpr MultiplyTile kMultiplyTile[kRows + 1] = {
     nullptr,           multiply_tile<1>,  multiply_tile<2>,  multiply_tile<3>,
     multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,  multiply_tile<7>,
@@ -468,7 +507,22 @@ void run_direct(const Task& task, bool adds, float* panels) {
   }
 }
 
-void run_packed(const Task& task, bool adds, bool streams, float* panels) {
+// What a task copies into panels of its own, fetched in `num_times` calls.
+Ahead look_ahead(const Task* task, int64_t num_times) {
+  if (task == nullptr || !task->part->packs()) return {};
+
+  const Part& part = *task->part;
+  const Product& p = *part.product;
+  const float* from = part.rhs(task->col);
+
+  if (p.rhs_col == 1) return {from, p.rhs_row, part.inner, task->num_cols, num_times};
+  if (p.rhs_row == 1) return {from, p.rhs_col, task->num_cols, part.inner, num_times};
+  return {};
+}
+
+// `next` is what the thread does next, as a rule.
+void run_packed(const Task& task, const Task* next, bool adds, bool streams,
+                float* panels) {
   const Part& part = *task.part;
   const Product& p = *part.product;
   const int64_t num_col_panels = divide_up(task.num_cols, kCols);
@@ -484,6 +538,9 @@ void run_packed(const Task& task, bool adds, bool streams, float* panels) {
   pack<kCols>(part.rhs(task.col), p.rhs_row, p.rhs_col, part.inner, task.num_cols, kCols,
               panels);
 
+  Ahead ahead = look_ahead(next, part.num_panels() * num_col_panels *
+                                     divide_up(part.inner, kInnerAtOnce));
+
   const int64_t block = std::max<int64_t>(1, kBlockRows / part.panel_rows);
   for (int64_t first = 0; first < part.num_panels(); first += block)
     for (int64_t j = 0; j < num_col_panels; ++j) {
@@ -496,11 +553,11 @@ void run_packed(const Task& task, bool adds, bool streams, float* panels) {
         float* to = out + row * p.out_row + j * kCols;
 
         if (cols == kCols) {
-          kMultiplyTile[rows](part.inner, left, right, to, p.out_row, into);
+          kMultiplyTile[rows](part.inner, left, right, to, p.out_row, into, ahead);
           continue;
         }
 
-        kMultiplyTile[rows](part.inner, left, right, edge, kCols, Into::kOut);
+        kMultiplyTile[rows](part.inner, left, right, edge, kCols, Into::kOut, ahead);
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t c = 0; c < cols; ++c) {
             float& x = to[r * p.out_row + c];
@@ -510,7 +567,7 @@ void run_packed(const Task& task, bool adds, bool streams, float* panels) {
     }
 }
 
-void run(const Task& task, bool adds, bool streams, float* panels) {
+void run(const Task& task, const Task* next, bool adds, bool streams, float* panels) {
   const Part& part = *task.part;
   const Product& p = *part.product;
   float* out = part.out(0) + task.col;
@@ -523,7 +580,7 @@ void run(const Task& task, bool adds, bool streams, float* panels) {
 
   switch (p.kind()) {
     case Kind::kPacked:
-      run_packed(task, adds, streams, panels);
+      run_packed(task, next, adds, streams, panels);
       break;
     case Kind::kDirect:
       run_direct(task, adds, panels);
@@ -644,8 +701,9 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
     for (int64_t i = 0; i < num_threads; ++i) {
       Queue& queue = queues[(omp_get_thread_num() + i) % num_threads];
       for (int64_t task = queue.next++; task < queue.end; task = queue.next++) {
+        const Task* next = task + 1 < queue.end ? &tasks[task + 1] : nullptr;
         if (buffer.reserve(tasks[task].size()))
-          run(tasks[task], adds, streams, buffer.get());
+          run(tasks[task], next, adds, streams, buffer.get());
         else
           done = false;
       }
