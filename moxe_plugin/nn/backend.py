@@ -23,7 +23,6 @@ from torch import Tensor
 
 from moxe_plugin.nn.native.library import (
     NativeLibraryError,
-    NativeSource,
     is_readable,
     why_not_loaded,
 )
@@ -147,25 +146,6 @@ def convolves_natively(backend: ScanBackend, *tensors: Tensor) -> bool:
         )
 
     return reason is None
-
-
-def passes_natively(source: NativeSource, *tensors: Tensor) -> bool:
-    """Tell whether a pass over some tensors, which has no backend, runs in C++.
-
-    :param source: The C++ file.
-    :param tensors: What the pass reads.
-
-    :returns: Whether it can be compiled, and all are plain tensors on a CPU and of one
-        type, neither compiled nor under autocast.
-    """
-    dtype = tensors[0].dtype
-
-    return (
-        all(x.dtype == dtype and is_readable(x) for x in tensors)
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and why_not_loaded(source) is None
-    )
 
 
 MAX_ROWS_LEN: Final = 4096

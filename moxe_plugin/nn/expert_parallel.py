@@ -80,6 +80,10 @@ class ExpertParallelExperts(SparseExperts):
         # Tokens travel between processes in grids.
         return False
 
+    def _runs_on_host_rows(self, seqs: Tensor, routing: Routing) -> bool:  # noqa: ARG002  # as the base class has it
+        # As above
+        return False
+
     def _lay_out_remotely(
         self,
         seqs: Tensor,

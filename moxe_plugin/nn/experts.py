@@ -11,15 +11,16 @@ from torch.nn import Module
 from typing_extensions import override
 
 from moxe_plugin.nn.backend import MAX_STEP_SEQS
-from moxe_plugin.nn.expert_layouts import (
-    LAYOUTS,
-    ExpertStateKind,
-    make_token_mask,
+from moxe_plugin.nn.expert_layouts import LAYOUTS, ExpertStateKind
+from moxe_plugin.nn.expert_rows import (
+    can_run_on_host_rows,
+    can_train_on_rows,
+    run_on_host_rows,
+    train_on_rows,
 )
 from moxe_plugin.nn.expert_states import Bank, ExpertsState, prepare_state
 from moxe_plugin.nn.expert_stepping import can_step_units, step_banks, step_units
 from moxe_plugin.nn.expert_steps import sort_choices
-from moxe_plugin.nn.ragged_dispatch import combine_rows, send_tokens
 from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.rows import find_rows, pack, unpack
 
@@ -49,7 +50,7 @@ class SparseExperts(Module):
     :param mlstm: The mLSTM experts, a :class:`~moxe_plugin.nn.mlstm.MLSTMBlock`.
     :param slstm: The sLSTM experts, a :class:`~moxe_plugin.nn.slstm.SLSTMBlock`.
     :param ffn: The feed-forward experts, a
-        :class:`~moxe_plugin.nn.layers.GatedFeedForward`. They have no state; with
+        :class:`~moxe_plugin.nn.feed_forward.GatedFeedForward`. They have no state; with
         ``expert_state="token"`` their batch has the least padding.
     :param expert_state: What an expert sees.
     :param steps: How one token of each sequence, without gradients, is computed.
@@ -145,8 +146,14 @@ class SparseExperts(Module):
             if result is not None:
                 return result
 
-        if state is None and not return_state and self._trains_on_rows(seqs):
-            return self._apply_to_rows(seqs, routing, seq_lens), None
+        if state is None and not return_state:
+            banks = self._list_banks()
+
+            if self._trains_on_rows(seqs):
+                return train_on_rows(banks, seqs, routing, seq_lens), None
+
+            if self._runs_on_host_rows(seqs, routing):
+                return run_on_host_rows(banks, seqs, routing, seq_lens), None
 
         layout = self._lay_out(seqs, routing, seq_lens, self._bank_sizes)
 
@@ -192,35 +199,14 @@ class SparseExperts(Module):
         )
 
     def _trains_on_rows(self, seqs: Tensor) -> bool:
-        return (
-            self._expert_state == "subsequence"
-            and "ffn" not in self._bank_names
-            and all(self._bank(name).trains_on_rows(seqs) for name in self._bank_names)
+        return self._expert_state == "subsequence" and can_train_on_rows(
+            self._list_banks(), seqs
         )
 
-    def _apply_to_rows(
-        self, seqs: Tensor, routing: Routing, seq_lens: Tensor | None
-    ) -> Tensor:
-        plan, banks = send_tokens(
-            seqs.flatten(0, 1),
-            routing.expert_indices.view(*seqs.shape[:2], -1),
-            make_token_mask(seqs, seq_lens),
-            self._bank_sizes,
+    def _runs_on_host_rows(self, seqs: Tensor, routing: Routing) -> bool:
+        return self._expert_state == "subsequence" and can_run_on_host_rows(
+            self._list_banks(), seqs, routing
         )
-        outputs = [
-            self._bank(name).apply_to_rows(flat, rows)
-            for name, flat, rows in zip(
-                self._bank_names, banks, plan.banks, strict=True
-            )
-        ]
-
-        # (T,M) -> (N,S,M)
-        return combine_rows(outputs, routing.expert_weights, plan, seqs.dtype).view(
-            seqs.shape
-        )
-
-    def _bank(self, name: str) -> Any:
-        return self.get_submodule(name)
 
     def _list_banks(self) -> list[Bank]:
         begins = accumulate(self._bank_sizes, initial=0)

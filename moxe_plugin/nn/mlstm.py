@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moxe_plugin.nn.backend import passes_natively, product_dtype, trains_on_rows
+from moxe_plugin.nn.backend import product_dtype, trains_on_rows
 from moxe_plugin.nn.layers import NORM_EPS
+from moxe_plugin.nn.mlstm_branch import MLSTMBranch
 from moxe_plugin.nn.mlstm_cell import MLSTMMemory
-from moxe_plugin.nn.mlstm_hidden import MLSTMProjections, mlstm_hidden_rows
-from moxe_plugin.nn.mlstm_parameters import MLSTMParameters
 from moxe_plugin.nn.mlstm_recurrence import (
-    MLSTMCellInputs,
-    MLSTMRecurrence,
     MLSTMState,
     follow_each_other,
     list_sequences,
 )
-from moxe_plugin.nn.native.causal_squares import Sequences
-from moxe_plugin.nn.native.gating import MLSTMOutput, gate_mlstm_output
-from moxe_plugin.nn.padding import widen
-from moxe_plugin.nn.products import runs_native
 from moxe_plugin.nn.ragged import RaggedRows, full_rows
 from moxe_plugin.nn.rows import Rows, find_rows, last_rows, pack, unpack
-from moxe_plugin.nn.stacked import (
-    equal_counts,
-    per_channel,
-    project,
-    project_head_wise,
-    project_in_halves,
-)
 
 
-class MLSTMBlock(MLSTMParameters):
+class MLSTMBlock(MLSTMBranch):
     """Pre-norm, up-projection, mLSTM cell beside a gate, down-projection, residual.
 
     ::
@@ -46,7 +28,8 @@ class MLSTMBlock(MLSTMParameters):
         h = norm_per_head(cell(q, k, v, i, f))
         y = x + ((h + skip * u) * silu(z)) W_down
 
-    Parameters are those of :class:`MLSTMParameters`.
+    Parameters are those of
+    :class:`~moxe_plugin.nn.mlstm_parameters.MLSTMParameters`.
     """
 
     def forward(
@@ -92,12 +75,12 @@ class MLSTMBlock(MLSTMParameters):
             rows = find_rows(seq_lens, seqs.size(-2))
 
             flat, window, memory = self._apply_to_rows(
-                pack(seqs, rows), rows, window, memory, return_state
+                *(pack(seqs, rows), rows, window, memory), return_state=return_state
             )
 
             return unpack(flat, rows), _as_state(window, memory)
 
-        conv_input, gate = self._project_up(seqs, None)
+        conv_input, gate = self.project_up(seqs, None)
 
         if window is None:
             window_shape = *seqs.shape[:-2], self.conv.kernel_size - 1, self.inner_dim
@@ -107,16 +90,16 @@ class MLSTMBlock(MLSTMParameters):
 
         hidden: Tensor | None = None
         if not keeps_state:
-            hidden = self._hidden_natively(
+            hidden = self.hidden_natively(
                 conv_input, convolved, None, list_sequences(seqs.shape[:-1], seq_lens)
             )
         if hidden is None:
-            cell_inputs = self._cell_inputs(conv_input, convolved, None)
-            hidden, memory = self._recurrence.apply(
+            cell_inputs = self.cell_inputs(conv_input, convolved, None)
+            hidden, memory = self.recurrence.apply(
                 cell_inputs, seq_lens, memory, return_memory=return_state
             )
 
-        out = seqs + self._project_down(hidden, convolved, gate, None)
+        out = seqs + self.project_down(hidden, convolved, gate, None)
 
         return out, _as_state(window, memory)
 
@@ -155,22 +138,33 @@ class MLSTMBlock(MLSTMParameters):
             *(flat, weights, rows, self.num_heads, NORM_EPS, product_dtype(flat))
         )
 
+    def apply_to_host_rows(self, flat: Tensor, rows: Rows) -> Tensor:
+        """Apply the experts to sub-sequences, each from an empty memory, on a CPU.
+
+        :param flat: *Shape:* ``(C,M)``.
+        :param rows: The sub-sequences.
+
+        :returns: The outputs, as ``flat``.
+        """
+        return self._apply_to_rows(flat, rows, None, None, return_state=False)[0]
+
     def _apply_to_rows(
         self,
         flat: Tensor,
         rows: Rows,
         window: Tensor | None,
         memory: MLSTMMemory | None,
+        *,
         return_state: bool,
     ) -> tuple[Tensor, Tensor | None, MLSTMMemory | None]:
         counts = rows.counts
 
-        conv_input, gate = self._project_up(flat, counts)
+        conv_input, gate = self.project_up(flat, counts)
         convolved = self.conv.convolve_rows(conv_input, rows, window, self.backend)
 
         hidden: Tensor | None = None
         if memory is None and not return_state:
-            hidden = self._hidden_natively(
+            hidden = self.hidden_natively(
                 conv_input, convolved, counts, follow_each_other(rows.seq_lens)
             )
 
@@ -179,8 +173,8 @@ class MLSTMBlock(MLSTMParameters):
             window, memory = initial.conv, MLSTMMemory(*initial[1:])
 
         if hidden is None:
-            cell_inputs = self._cell_inputs(conv_input, convolved, counts)
-            hidden, memory = self._recurrence.apply_to_rows(
+            cell_inputs = self.cell_inputs(conv_input, convolved, counts)
+            hidden, memory = self.recurrence.apply_to_rows(
                 cell_inputs, rows, memory, return_memory=return_state
             )
 
@@ -189,117 +183,9 @@ class MLSTMBlock(MLSTMParameters):
             window = last_rows(conv_input, rows, window)
 
         return (
-            flat + self._project_down(hidden, convolved, gate, counts),
+            flat + self.project_down(hidden, convolved, gate, counts),
             window,
             memory,
-        )
-
-    def _project_up(
-        self, seqs: Tensor, counts: Sequence[int] | None
-    ) -> tuple[Tensor, Tensor]:
-        normed = self.norm(seqs, counts)
-
-        return project_in_halves(normed, self.up_proj, counts)
-
-    def _project_down(
-        self,
-        hidden: Tensor,
-        convolved: Tensor,
-        gate: Tensor,
-        counts: Sequence[int] | None,
-    ) -> Tensor:
-        inputs = MLSTMOutput(hidden, self.out_norm.weight, convolved, self.skip, gate)
-
-        if self._gates_natively(inputs):
-            # ([E,]N,S,I) -> (C,I), of one expert or E of them
-            flat = MLSTMOutput(*(x.reshape(-1, self.inner_dim) for x in inputs))
-            gated = gate_mlstm_output(
-                flat,
-                equal_counts(flat.hidden, flat.weight) if counts is None else counts,
-                self.num_heads,
-                NORM_EPS,
-            )
-
-            return project(gated.view(hidden.shape), self.down_proj, counts)
-
-        hidden = self.out_norm(hidden, counts)
-        hidden = hidden + per_channel(self.skip, convolved, counts) * convolved
-
-        return project(hidden * F.silu(gate), self.down_proj, counts)
-
-    def _gates_natively(self, inputs: MLSTMOutput) -> bool:
-        return (
-            self.backend in ("auto", "native")
-            and inputs.hidden.dtype == widen(inputs.hidden[:0]).dtype
-            and passes_natively("gating", *inputs)
-        )
-
-    def _cell_inputs(
-        self, conv_input: Tensor, convolved: Tensor, counts: Sequence[int] | None
-    ) -> MLSTMCellInputs:
-        q = project_head_wise(convolved, self.q_proj, counts)
-        k = project_head_wise(convolved, self.k_proj, counts)
-        v = project_head_wise(conv_input, self.v_proj, counts)
-
-        return MLSTMCellInputs(q, k, v, self._gates(q, k, v, counts))
-
-    def _hidden_natively(
-        self,
-        conv_input: Tensor,
-        convolved: Tensor,
-        counts: Sequence[int] | None,
-        seqs: Callable[[], Sequences],
-    ) -> Tensor | None:
-        inputs = conv_input, convolved, self.q_proj, self.k_proj, self.v_proj
-
-        # Products would be of autocast's type.
-        if torch.is_autocast_enabled("cpu") or not runs_native(*inputs):
-            return None
-
-        form = self._recurrence.find_form(inputs, seqs)
-        if form is None:
-            return None
-
-        # One block is that of one expert.
-        projections = MLSTMProjections(
-            *(
-                x.unsqueeze(0) if self.num_experts is None else x
-                for x in (*inputs[2:], *self._gate_parameters())
-            )
-        )
-        # ([E,]N,S,I) -> (C,I)
-        flat_input, flat = (x.reshape(-1, self.inner_dim) for x in inputs[:2])
-        if counts is None:
-            counts = equal_counts(flat, projections.q)
-
-        hidden = mlstm_hidden_rows(flat_input, flat, projections, counts, form)
-
-        return hidden.view(convolved.shape)
-
-    @property
-    def _recurrence(self) -> MLSTMRecurrence:
-        return MLSTMRecurrence(self.num_heads, self.backend)
-
-    def _gates(
-        self, q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int] | None
-    ) -> Tensor:
-        weight, bias = self._gate_parameters()
-
-        # A sum of three products spares the concatenation of q, k and v.
-        preacts = [
-            project(x, w, counts)
-            for x, w in zip((q, k, v), weight.chunk(3, dim=-2), strict=True)
-        ]
-        summed = widen(preacts[0] + preacts[1] + preacts[2])
-
-        # ([E,]N,S,2H), or rows
-        return summed + per_channel(bias, summed, counts)
-
-    def _gate_parameters(self) -> tuple[Tensor, Tensor]:
-        # ([E,]3*I,2*H) and ([E,]2*H)
-        return (
-            torch.cat([self.input_gate_weight, self.forget_gate_weight], dim=-1),
-            torch.cat([self.input_gate_bias, self.forget_gate_bias], dim=-1),
         )
 
 

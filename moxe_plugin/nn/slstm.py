@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from moxe_plugin.nn.backend import product_dtype, resolve_backend, trains_on_rows
 from moxe_plugin.nn.grouped import grouped_head_products
 from moxe_plugin.nn.layers import NORM_EPS
 from moxe_plugin.nn.ragged import RaggedRows, full_rows
-from moxe_plugin.nn.rows import find_rows, last_rows, pack, unpack
+from moxe_plugin.nn.rows import Rows, find_rows, last_rows, pack, unpack
 from moxe_plugin.nn.slstm_cell import SLSTMMemory
 from moxe_plugin.nn.slstm_parameters import SLSTMParameters, SLSTMState
 from moxe_plugin.nn.slstm_recurrence import GateRows, SLSTMCell
@@ -69,24 +70,12 @@ class SLSTMBlock(SLSTMParameters):
         if state is None:
             state = self.initial_state(seqs.size(-3), seqs.device)
 
-        cell = SLSTMCell(
-            self.gate_bias, self.recurrent_weight, resolve_backend(self.backend, seqs)
-        )
-        memory = SLSTMMemory(*state[1:])
-
         if self.num_experts is not None and seq_lens is not None:
             rows = find_rows(seq_lens, seqs.size(-2))
-            flat = pack(seqs, rows)
-
-            normed = self.norm(flat, rows.counts)
-            convolved = self.conv.convolve_rows(normed, rows, state.conv, self.backend)
-            gates = self._project_gates(convolved, normed, rows.counts)
-
-            hidden, memory = cell.apply(
-                GateRows(gates, seqs.shape[:-1], seq_lens, rows), memory
+            flat, normed, memory = self._apply_to_rows(
+                *(pack(seqs, rows), rows, seq_lens, state)
             )
 
-            flat = self._feed_forward(flat, hidden, rows.counts)
             seqs = unpack(flat, rows)
             window = last_rows(normed, rows, state.conv) if return_state else None
         else:
@@ -94,8 +83,9 @@ class SLSTMBlock(SLSTMParameters):
             convolved, window = self.conv(normed, state.conv, seq_lens, self.backend)
             gates = self._project_gates(convolved, normed, None)
 
-            hidden, memory = cell.apply(
-                GateRows(gates, seqs.shape[:-1], seq_lens, None), memory
+            hidden, memory = self._cell(seqs).apply(
+                GateRows(gates, seqs.shape[:-1], seq_lens, None),
+                SLSTMMemory(*state[1:]),
             )
 
             seqs = self._feed_forward(seqs, hidden.view(seqs.shape), None)
@@ -135,6 +125,39 @@ class SLSTMBlock(SLSTMParameters):
         weights = self._triton_weights()
 
         return slstm_block_rows(flat, weights, rows, NORM_EPS, product_dtype(flat))
+
+    def apply_to_host_rows(self, flat: Tensor, rows: Rows) -> Tensor:
+        """Apply the experts to sub-sequences, each from an empty memory, on a CPU.
+
+        :param flat: *Shape:* ``(C,M)``.
+        :param rows: The sub-sequences.
+
+        :returns: The outputs, as ``flat``.
+        """
+        num_experts, num_seqs, _ = rows.grid_shape
+        seq_lens = torch.tensor(rows.seq_lens).view(num_experts, num_seqs)
+        state = self.initial_state(num_seqs, flat.device)
+
+        return self._apply_to_rows(flat, rows, seq_lens, state)[0]
+
+    def _apply_to_rows(
+        self, flat: Tensor, rows: Rows, seq_lens: Tensor, state: SLSTMState
+    ) -> tuple[Tensor, Tensor, SLSTMMemory]:
+        # The outputs, what the convolution reads, and the memory.
+        normed = self.norm(flat, rows.counts)
+        convolved = self.conv.convolve_rows(normed, rows, state.conv, self.backend)
+        gates = self._project_gates(convolved, normed, rows.counts)
+
+        hidden, memory = self._cell(flat).apply(
+            GateRows(gates, rows.grid_shape, seq_lens, rows), SLSTMMemory(*state[1:])
+        )
+
+        return self._feed_forward(flat, hidden, rows.counts), normed, memory
+
+    def _cell(self, seqs: Tensor) -> SLSTMCell:
+        backend = resolve_backend(self.backend, seqs)
+
+        return SLSTMCell(self.gate_bias, self.recurrent_weight, backend)
 
     def _feed_forward(
         self, seqs: Tensor, hidden: Tensor, counts: Sequence[int] | None

@@ -10,10 +10,10 @@ from torch.nn import init
 from typing_extensions import override
 
 from moxe_plugin.nn.backend import ScanBackend
+from moxe_plugin.nn.feed_forward import GatedFeedForward
 from moxe_plugin.nn.layers import (
     NORM_EPS,
     CausalConv,
-    GatedFeedForward,
     ScaleNorm,
     down_init_std,
     round_up_to_64,

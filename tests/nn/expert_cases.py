@@ -12,7 +12,7 @@ from torch.nn import Module
 from moxe_plugin.nn.expert_layouts import ExpertStateKind
 from moxe_plugin.nn.expert_states import ExpertsState
 from moxe_plugin.nn.experts import ExpertSteps, SparseExperts
-from moxe_plugin.nn.layers import GatedFeedForward
+from moxe_plugin.nn.feed_forward import GatedFeedForward
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.selection import NO_EXPERT

@@ -126,6 +126,16 @@ def test_dispatch_equals_every_expert_on_its_own_tokens(
 
     assert_close(grads, expected_grads, rtol=1e-9, atol=1e-9)
 
+    # As in training, where tokens may be sent in another way.
+    output, no_state = experts(
+        case.seqs, case.routing, case.seq_lens, return_state=False
+    )
+    grads = torch.autograd.grad(output, leaves, projection)
+
+    assert no_state is None
+    assert_close(output, expected, rtol=1e-9, atol=1e-10)
+    assert_close(grads, expected_grads, rtol=1e-9, atol=1e-9)
+
     if expert_state == "token":
         assert state is None
         return

@@ -11,9 +11,9 @@ from torch.nn import Module
 from torch.nn.functional import conv1d
 from torch.testing import assert_close
 
+from moxe_plugin.nn.feed_forward import GatedFeedForward
 from moxe_plugin.nn.layers import (
     CausalConv,
-    GatedFeedForward,
     ScaleNorm,
     down_init_std,
     round_up_to_64,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, tensor
 from torch.autograd import grad
 
-from moxe_plugin.nn import mlstm
+from moxe_plugin.nn import mlstm_branch
 from moxe_plugin.nn.backend import ScanBackend
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.mlstm_hidden import mlstm_hidden_rows
@@ -68,7 +68,7 @@ def test_block_and_gradients_are_those_of_torch(
 
         return mlstm_hidden_rows(*args)
 
-    monkeypatch.setattr(mlstm, "mlstm_hidden_rows", count)
+    monkeypatch.setattr(mlstm_branch, "mlstm_hidden_rows", count)
     block = make_block(num_experts)
     seq_lens = None if lens is None else tensor(lens)
     seq_len = 70 if seq_lens is None else int(seq_lens.max())
@@ -101,7 +101,7 @@ def test_with_a_state_the_cell_runs_by_itself(monkeypatch: pytest.MonkeyPatch) -
     block = make_block(None)
     seqs = torch.randn(2, 5, 32)
     expected, _ = block(seqs, return_state=False)
-    monkeypatch.setattr(mlstm, "mlstm_hidden_rows", refuse)
+    monkeypatch.setattr(mlstm_branch, "mlstm_hidden_rows", refuse)
 
     actual, state = block(seqs)
 

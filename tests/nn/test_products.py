@@ -71,7 +71,10 @@ def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Product]]:
     calls: list[Sequence[Product]] = []
 
     def record(
-        wanted: Sequence[Product], *, adds: bool = False, streams: bool = False
+        wanted: Sequence[Product],
+        *,
+        adds: bool = False,
+        streams: bool = False,  # noqa: ARG001  # as the function has it
     ) -> None:
         calls.append(wanted)
         for lhs, rhs, out in wanted:

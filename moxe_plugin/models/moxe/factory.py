@@ -23,7 +23,7 @@ from moxe_plugin.models.moxe.model import MoxELM
 from moxe_plugin.models.parallel import check_no_tensor_parallelism
 from moxe_plugin.nn.difficulty_router import DifficultyRouter
 from moxe_plugin.nn.experts import SparseExperts
-from moxe_plugin.nn.layers import GatedFeedForward
+from moxe_plugin.nn.feed_forward import GatedFeedForward
 from moxe_plugin.nn.loss_free import LossFreeSelection
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.modulation import (

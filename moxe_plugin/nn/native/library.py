@@ -22,6 +22,7 @@ NativeSource: TypeAlias = Literal[
     "mlstm_chunkwise",
     "mlstm_parallel",
     "products",
+    "row_dispatch",
     "scale_norm",
     "slstm_scan",
 ]

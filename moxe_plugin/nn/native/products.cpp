@@ -385,6 +385,9 @@ void pack(const float* from, int64_t outer, int64_t inner, int64_t depth, int64_
           if (p + 1 < num_panels)
             for (int64_t r = j; r < std::min(width, j + kWidth); ++r)
               __builtin_prefetch(panel_from + i + (width + r) * inner);
+          if (j == 0)
+            for (int64_t l = 0; l < Stride; ++l)
+              __builtin_prefetch(panel + (i + 3 * kWidth) * Stride + l * kWidth, 1);
           transpose<Stride>(panel_from + i + j * inner, inner, num_filled - j,
                             std::min<int64_t>(kWidth, depth - i), panel + i * Stride + j, i,
                             depth);

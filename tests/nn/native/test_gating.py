@@ -11,8 +11,9 @@ from torch.autograd import grad
 from torch.nn.functional import layer_norm, silu
 from torch.testing import assert_close
 
-from moxe_plugin.nn import backend
-from moxe_plugin.nn.layers import NORM_EPS, GatedFeedForward
+from moxe_plugin.nn import passes
+from moxe_plugin.nn.feed_forward import GatedFeedForward
+from moxe_plugin.nn.layers import NORM_EPS
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.native.gating import (
     MLSTMOutput,
@@ -175,7 +176,7 @@ def compare_with_and_without(
 
     with_cpp = run()
     assert name in list_nodes(with_cpp.grad_fn)
-    monkeypatch.setattr(backend, "why_not_loaded", lambda _: "no compiler")
+    monkeypatch.setattr(passes, "why_not_loaded", lambda _: "no compiler")
     without = run()
 
     assert name not in list_nodes(without.grad_fn)

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of C++."""
+"""Fixtures of the tests of `moxe_plugin.nn`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,187 @@
+"""Move tokens to the rows of their experts, and back, on a CPU.
+
+As :mod:`moxe_plugin.nn.dispatch`, but without padding, which would be copied and left
+out again; as :mod:`moxe_plugin.nn.ragged_dispatch` does on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from typing_extensions import override
+
+from moxe_plugin.nn.native.row_dispatch import sum_choices, sum_choices_backward
+from moxe_plugin.nn.rows import Rows
+
+
+class HostPlan(NamedTuple):
+    """Which token stands where; C is the number of rows of all banks.
+
+    In order of the banks, the rows of all of them are numbered through.
+    """
+
+    banks: list[Rows]
+    """The rows of each bank."""
+
+    num_rows: list[int]
+    """The number of rows of each bank; they sum to C."""
+
+    token_of_row: Tensor
+    """*Shape:* ``(C)``."""
+
+    row_of_choice: Tensor
+    """The row of each choice; -1 if it was not sent. *Shape:* ``(T,K)``."""
+
+
+def plan_rows(
+    expert_indices: Tensor, token_mask: Tensor | None, bank_sizes: Sequence[int]
+) -> HostPlan:
+    """Give a row to every choice.
+
+    :param expert_indices: The distinct experts of each token; -1 at places that it
+        leaves empty, to which nothing is sent. *Shape:* ``(N,S,K)``.
+    :param token_mask: Which tokens to send; all if ``None``. *Shape:* ``(N,S)``.
+    :param bank_sizes: How many experts each bank has: first come the experts of the
+        first bank, and so on.
+
+    :returns: The plan.
+    """
+    num_seqs, _, top_k = expert_indices.shape
+    num_segments = sum(bank_sizes) * num_seqs
+
+    # Sub-sequences come by expert, then by sequence; the last is of what is not sent.
+    segment_of_choice = (
+        expert_indices * num_seqs + torch.arange(num_seqs)[:, None, None]
+    )
+    is_sent = expert_indices >= 0
+    if token_mask is not None:
+        is_sent = is_sent & token_mask.unsqueeze(-1)
+    segment_of_choice = segment_of_choice.where(is_sent, num_segments).flatten()
+
+    # Within a sub-sequence, the order of time stays.
+    segments, choice_of_row = segment_of_choice.sort(stable=True)
+    lens = segments.bincount(minlength=num_segments + 1)[:num_segments]
+    begins = lens.cumsum(dim=0) - lens
+    seq_lens: list[int] = lens.tolist()
+    num_rows = sum(seq_lens)
+
+    segments, choice_of_row = segments[:num_rows], choice_of_row[:num_rows]
+    rows = torch.arange(num_rows)
+    steps = rows - begins[segments]
+
+    row_of_choice = torch.full_like(segment_of_choice, -1)
+    row_of_choice[choice_of_row] = rows
+
+    banks, num_bank_rows = [], []
+    first_segment, first_row = 0, 0
+    for size in bank_sizes:
+        end_segment = first_segment + size * num_seqs
+        bank_lens = seq_lens[first_segment:end_segment]
+        end_row = first_row + sum(bank_lens)
+        of_bank = slice(first_row, end_row)
+
+        banks.append(
+            _make_rows(
+                *(bank_lens, num_seqs),
+                segments[of_bank] - first_segment,
+                steps[of_bank],
+            )
+        )
+        num_bank_rows.append(end_row - first_row)
+        first_segment, first_row = end_segment, end_row
+
+    return HostPlan(
+        *(banks, num_bank_rows, choice_of_row // top_k),
+        row_of_choice.view(-1, top_k),
+    )
+
+
+def send_tokens(tokens: Tensor, plan: HostPlan) -> tuple[Tensor, ...]:
+    """Copy tokens into the rows of their experts.
+
+    :param tokens: Float32 or float64, on the CPU. *Shape:* ``(T,M)``.
+    :param plan: Where they go.
+
+    :returns: The rows of each bank; they lie one behind the other, and must not be
+        changed in place. *Shape:* ``(C,M)`` each, C may differ.
+
+    :raises NativeLibraryError: The C++ code of the gradient cannot be compiled here.
+    """
+    return _SendTokens.apply(tokens, plan)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+
+
+def combine_rows(banks: Sequence[Tensor], weights: Tensor, plan: HostPlan) -> Tensor:
+    """Sum the weighted outputs of each token's experts: MoxE eq. (9).
+
+    :param banks: The outputs of the rows of each bank. *Shape:* ``(C,M)`` each, C may
+        differ.
+    :param weights: The weights of the experts, of the same type. *Shape:* ``(T,K)``.
+    :param plan: The plan by which the banks' inputs were sent.
+
+    :returns: The sums; exactly 0 for tokens that were not sent. *Shape:* ``(T,M)``.
+
+    :raises NativeLibraryError: The C++ code cannot be compiled here.
+    """
+    return _CombineRows.apply(weights, plan, *banks)  # type: ignore[no-any-return, no-untyped-call]  # as above
+
+
+def _make_rows(
+    seq_lens: list[int], num_seqs: int, segment_of_row: Tensor, step_of_row: Tensor
+) -> Rows:
+    num_experts, padded_len = len(seq_lens) // num_seqs, max(seq_lens, default=0)
+
+    return Rows(
+        (num_experts, num_seqs, padded_len),
+        [sum(seq_lens[i : i + num_seqs]) for i in range(0, len(seq_lens), num_seqs)],
+        seq_lens,
+        segment_of_row * padded_len + step_of_row,
+        segment_of_row,
+        step_of_row,
+    )
+
+
+class _SendTokens(Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, tokens: Tensor, plan: HostPlan) -> tuple[Tensor, ...]:
+        ctx.row_of_choice = plan.row_of_choice
+
+        rows = tokens.index_select(0, plan.token_of_row)
+
+        return tuple(rows.split(plan.num_rows))
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, *grad_banks: Tensor) -> tuple[Tensor, None]:
+        grads = [x.contiguous() for x in grad_banks]
+
+        return sum_choices(grads, None, ctx.row_of_choice), None
+
+
+class _CombineRows(Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, weights: Tensor, plan: HostPlan, *banks: Tensor) -> Tensor:
+        weights, *rows = (x.contiguous() for x in (weights, *banks))
+        ctx.save_for_backward(weights, *rows)
+        ctx.row_of_choice, ctx.num_rows = plan.row_of_choice, plan.num_rows
+
+        return sum_choices(rows, weights, plan.row_of_choice)
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *rows = ctx.saved_tensors
+
+        grad_rows, grad_weights = sum_choices_backward(
+            grad_output.contiguous(), rows, weights, ctx.row_of_choice
+        )
+
+        return grad_weights, None, *grad_rows.split(ctx.num_rows)

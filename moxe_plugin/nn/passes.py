@@ -1,0 +1,47 @@
+"""Tells which passes over memory run in C++ that have no backend of their own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moxe_plugin.nn.backend import ScanBackend
+from moxe_plugin.nn.native.library import NativeSource, is_readable, why_not_loaded
+
+
+def passes_natively(source: NativeSource, *tensors: Tensor) -> bool:
+    """Tell whether a pass over some tensors, which has no backend, runs in C++.
+
+    :param source: The C++ file.
+    :param tensors: What the pass reads.
+
+    :returns: Whether it can be compiled, and all are plain tensors on a CPU and of one
+        type, neither compiled nor under autocast.
+    """
+    dtype = tensors[0].dtype
+
+    return (
+        all(x.dtype == dtype and is_readable(x) for x in tensors)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and why_not_loaded(source) is None
+    )
+
+
+def runs_on_host_rows(
+    backend: ScanBackend, seqs: Tensor, expert_weights: Tensor
+) -> bool:
+    """Tell whether a bank of experts takes its tokens without padding on a CPU.
+
+    :param backend: The bank's choice.
+    :param seqs: What sends it rows. *Shape:* ``(N,S,M)``.
+    :param expert_weights: The weights of its outputs. *Shape:* ``(T,K)``.
+
+    :returns: Whether it does: with ``auto`` and ``native``, in float32 and float64,
+        where :func:`passes_natively`.
+    """
+    return (
+        backend in ("auto", "native")
+        and seqs.dtype in (torch.float32, torch.float64)
+        and passes_natively("row_dispatch", seqs, expert_weights)
+    )
