@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.native.library import load_library
+from moxe_plugin.nn.native.library import find_function
 
 _SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 
@@ -125,9 +125,9 @@ def _call(
     num_runs = len(seq_lens) // num_experts
     shape = (num_experts, num_runs, num_taps, dim, int(activates), *strides)
 
-    function = load_library("causal_conv")[
-        f"moxe_conv_{direction}_{_SUFFIXES[flat.dtype]}"
-    ]
+    function = find_function(
+        "causal_conv", f"moxe_conv_{direction}_{_SUFFIXES[flat.dtype]}"
+    )
 
     # Each tensor lives until the call returns: the caller holds them.
     pointers = [

@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.library import load_library
+from moxe_plugin.nn.native.library import find_function
 
 SUFFIXES: Final = {
     torch.float32: "float",
@@ -53,7 +53,7 @@ def cross_entropy_(
     losses = torch.empty_like(weights)
 
     # The tensors live until the call returns: this function holds them.
-    load_library("cross_entropy")[f"moxe_cross_entropy_{SUFFIXES[logits.dtype]}"](
+    find_function("cross_entropy", f"moxe_cross_entropy_{SUFFIXES[logits.dtype]}")(
         (ctypes.c_int64 * len(shape))(*shape),
         ctypes.c_int(torch.get_num_threads()),
         *(ctypes.c_void_p(x.data_ptr()) for x in (logits, targets, weights, losses)),

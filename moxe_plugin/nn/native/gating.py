@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.native.library import load_library
+from moxe_plugin.nn.native.library import find_function
 
 _SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 
@@ -171,4 +171,4 @@ def _call_silu(direction: str, joint: Tensor, *tensors: Tensor) -> None:
 
 
 def _find_function(name: str, direction: str, x: Tensor) -> Any:
-    return load_library("gating")[f"moxe_{name}_{direction}_{_SUFFIXES[x.dtype]}"]
+    return find_function("gating", f"moxe_{name}_{direction}_{_SUFFIXES[x.dtype]}")

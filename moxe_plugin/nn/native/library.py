@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -85,6 +85,20 @@ def load_library(source: NativeSource) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as ex:
         raise NativeLibraryError(f"'{path}' cannot be loaded: {ex}") from ex
+
+
+@cache
+def find_function(source: NativeSource, name: str) -> Any:
+    """Find a function of a library, which takes ctypes long to look up.
+
+    :param source: Which C++ file.
+    :param name: Its name there.
+
+    :returns: The function, which returns a C ``int``.
+
+    :raises NativeLibraryError: As :func:`load_library`.
+    """
+    return load_library(source)[name]
 
 
 @cache

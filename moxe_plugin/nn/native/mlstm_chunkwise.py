@@ -35,7 +35,7 @@ from moxe_plugin.nn.native.causal_squares import (
     multiply_into_lower,
     multiply_lower,
 )
-from moxe_plugin.nn.native.library import load_library
+from moxe_plugin.nn.native.library import find_function
 from moxe_plugin.nn.native.mlstm_forms import CellGradients, NormalizerLimits
 from moxe_plugin.nn.padding import EMPTY
 from moxe_plugin.nn.ragged_products import multiply_parts
@@ -237,7 +237,7 @@ def _call(
     limits: NormalizerLimits,
     *tensors: Tensor,
 ) -> None:
-    function = load_library("mlstm_chunkwise")[f"moxe_mlstm_{name}_{_TYPES[q.dtype]}"]
+    function = find_function("mlstm_chunkwise", f"moxe_mlstm_{name}_{_TYPES[q.dtype]}")
 
     num_rows, num_heads, dim = q.shape
     num_seqs = len(chunks.firsts) - 1

@@ -24,7 +24,7 @@ from moxe_plugin.nn.native.causal_squares import (
     multiply_into_lower,
     multiply_lower,
 )
-from moxe_plugin.nn.native.library import load_library
+from moxe_plugin.nn.native.library import find_function
 from moxe_plugin.nn.native.mlstm_forms import CellGradients, NormalizerLimits
 from moxe_plugin.nn.padding import EMPTY
 
@@ -83,8 +83,9 @@ class MLSTMParallelForm:
         return CellGradients(grad_q, grad_k, grad_v, grad_gates)
 
     def _call(self, name: str, q: Tensor, *tensors: Tensor) -> None:
-        library = load_library("mlstm_parallel")
-        function = library[f"moxe_mlstm_{name}_{_SUFFIXES[q.dtype]}"]
+        function = find_function(
+            "mlstm_parallel", f"moxe_mlstm_{name}_{_SUFFIXES[q.dtype]}"
+        )
 
         squares = self._squares
         lists = squares.begins, squares.lens, squares.offsets

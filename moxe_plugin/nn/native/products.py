@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.library import load_library
+from moxe_plugin.nn.native.library import find_function
 
 NUM_NUMBERS: Final = 15
 """How many numbers tell a product."""
@@ -86,7 +86,7 @@ def multiply_described(
     :raises MemoryError: There is no memory for copies of factors.
     :raises NativeLibraryError: The C++ code cannot be compiled here.
     """
-    is_out_of_memory = load_library("products")["moxe_multiply"](
+    is_out_of_memory = find_function("products", "moxe_multiply")(
         ctypes.c_int64(len(numbers) // NUM_NUMBERS),
         ctypes.c_void_p(numbers.buffer_info()[0]),
         ctypes.c_int(adds),

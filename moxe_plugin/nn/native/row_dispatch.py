@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.library import load_library
+from moxe_plugin.nn.native.library import find_function
 
 _SUFFIXES: Final = {torch.float32: "float", torch.float64: "double"}
 
@@ -79,9 +79,9 @@ def _call(
     shape = *row_of_choice.shape, banks[0].size(1)
     ends = accumulate(bank.size(0) for bank in banks)
 
-    function = load_library("row_dispatch")[
-        f"moxe_{name}_choices_{_SUFFIXES[banks[0].dtype]}"
-    ]
+    function = find_function(
+        "row_dispatch", f"moxe_{name}_choices_{_SUFFIXES[banks[0].dtype]}"
+    )
 
     # Each tensor lives until the call returns: the caller holds them.
     function(

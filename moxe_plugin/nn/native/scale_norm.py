@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.native.library import load_library
+from moxe_plugin.nn.native.library import find_function
 
 _SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 
@@ -92,9 +92,9 @@ def _call(
 ) -> None:
     shape = len(counts), num_heads, flat.size(1) // num_heads
 
-    function = load_library("scale_norm")[
-        f"moxe_norm_{direction}_{_SUFFIXES[flat.dtype]}"
-    ]
+    function = find_function(
+        "scale_norm", f"moxe_norm_{direction}_{_SUFFIXES[flat.dtype]}"
+    )
 
     # Each tensor lives until the call returns: the caller holds them.
     function(

@@ -350,4 +350,4 @@ void scan_backward(const Shape& s, const T* weight, const T* c0,
 MOXE_SLSTM_SCAN(float, float)
 MOXE_SLSTM_SCAN(double, double)
 
-extern "C" int64_t moxe_slstm_rows_of_task() { return kRows; }
+extern "C" int moxe_slstm_rows_of_task() { return kRows; }

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from moxe_plugin.nn.native.library import load_library
+from moxe_plugin.nn.native.library import find_function
 from moxe_plugin.nn.ragged_products import multiply_columns
 
 _SUFFIXES = {torch.float32: "float", torch.float64: "double"}
@@ -173,10 +173,7 @@ def _multiply_old_outputs(
 
 
 def _rows_of_task() -> int:
-    function = load_library("slstm_scan")["moxe_slstm_rows_of_task"]
-    function.restype = ctypes.c_int64
-
-    return int(function())
+    return int(find_function("slstm_scan", "moxe_slstm_rows_of_task")())
 
 
 def _call(
@@ -186,9 +183,9 @@ def _call(
     num_experts, num_seqs, num_heads, head_dim = c.shape
     shape = (num_experts, num_heads, num_seqs, bounds.padded_len, head_dim)
 
-    function = load_library("slstm_scan")[
-        f"moxe_slstm_{direction}_{_SUFFIXES[c.dtype]}"
-    ]
+    function = find_function(
+        "slstm_scan", f"moxe_slstm_{direction}_{_SUFFIXES[c.dtype]}"
+    )
 
     # Each of `tensors` lives until the call returns: the caller holds them.
     pointers = [
