@@ -664,6 +664,29 @@ struct alignas(64) Queue {
   int64_t end;
 };
 
+// Gives each thread an equal share of the tasks, of which the last one is cut into small ones:
+// the threads end at about the same time then.
+std::vector<Task> deal(const std::vector<Task>& tasks, std::vector<Queue>& queues) {
+  const int64_t num_tasks = tasks.size(), num_threads = queues.size();
+  std::vector<Task> dealt;
+  dealt.reserve(num_tasks + num_threads * divide_up(kMaxCols, kCols));
+
+  for (int64_t i = 0; i < num_threads; ++i) {
+    const int64_t end = (i + 1) * num_tasks / num_threads;
+    queues[i].next = dealt.size();
+    for (int64_t t = i * num_tasks / num_threads; t < end; ++t) {
+      const Task& task = tasks[t];
+      const bool is_cut = t == end - 1 && task.part->packs();
+      const int64_t cols = is_cut ? int64_t(kCols) : task.num_cols;
+      for (int64_t col = 0; col < task.num_cols; col += cols)
+        dealt.push_back({task.part, task.col + col, std::min(cols, task.num_cols - col)});
+    }
+    queues[i].end = dealt.size();
+  }
+
+  return dealt;
+}
+
 // Parts that are packed together. Returns whether there was memory for it.
 bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bool adds,
          bool streams, int num_threads) {
@@ -688,12 +711,10 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
       tasks.push_back({part, col, std::min(cols, n - col)});
   }
 
-  const int64_t num_pack_tasks = pack_tasks.size(), num_tasks = tasks.size();
+  const int64_t num_pack_tasks = pack_tasks.size();
   std::vector<Queue> queues(num_threads);
-  for (int64_t i = 0; i < num_threads; ++i) {
-    queues[i].next = i * num_tasks / num_threads;
-    queues[i].end = (i + 1) * num_tasks / num_threads;
-  }
+  tasks = deal(tasks, queues);
+  const int64_t num_tasks = tasks.size();
 
   bool done = true;
 #pragma omp parallel num_threads(num_threads) if (num_tasks > 1) reduction(&& : done)
