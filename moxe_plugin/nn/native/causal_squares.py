@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moxe_plugin.nn.ragged_products import multiply_parts
 
-BLOCK: Final = 64
+BLOCK: Final = 56
 """Rows of the squares that are multiplied at a time."""
 
 
