@@ -128,17 +128,22 @@ def test_a_warning_is_shown_and_is_no_failure(
 @pytest.mark.parametrize(
     ("product_obstacle", "obstacles", "finding"),
     [
-        (None, {}, "C++: sLSTM, convolution, norms, loss, float32 products, mLSTM"),
+        (
+            None,
+            {},
+            "C++: sLSTM, convolution, norms, gates, dispatch, loss, float32 products, "
+            "mLSTM",
+        ),
         (
             "they need AVX512",
             {},
-            "C++: sLSTM, convolution, norms, loss; "
+            "C++: sLSTM, convolution, norms, gates, dispatch, loss; "
             "torch: float32 products, mLSTM (they need AVX512)",
         ),
         (
             None,
             {"causal_conv": "'g++' failed:\n  line 1"},
-            "C++: sLSTM, norms, loss, float32 products, mLSTM; "
+            "C++: sLSTM, norms, gates, dispatch, loss, float32 products, mLSTM; "
             "torch: convolution ('g++' failed: line 1)",
         ),
     ],

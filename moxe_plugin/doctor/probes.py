@@ -112,6 +112,8 @@ def probe_native() -> str:
         "sLSTM": None,
         "convolution": why_not_loaded("causal_conv"),
         "norms": why_not_loaded("scale_norm"),
+        "gates": why_not_loaded("gating"),
+        "dispatch": why_not_loaded("row_dispatch"),
         "loss": why_not_loaded("cross_entropy"),
         "float32 products": products,
         # It multiplies by them.
