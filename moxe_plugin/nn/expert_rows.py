@@ -1,4 +1,4 @@
-"""Experts on the rows of their tokens, without padding or memory: in training."""
+"""Experts on the rows of their tokens, without padding, where no memory is kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from moxe_plugin.nn import host_dispatch, ragged_dispatch
 from moxe_plugin.nn.expert_layouts import make_token_mask
 from moxe_plugin.nn.expert_states import Bank
+from moxe_plugin.nn.native.library import is_readable
 from moxe_plugin.nn.passes import runs_on_host_rows
 from moxe_plugin.nn.routing import Routing
 
@@ -62,11 +63,14 @@ def can_run_on_host_rows(banks: Sequence[Bank], seqs: Tensor, routing: Routing) 
     :param seqs: What they read. *Shape:* ``(N,S,M)``.
     :param routing: Where the tokens go.
 
-    :returns: Whether all of them :func:`~moxe_plugin.nn.passes.runs_on_host_rows`.
+    :returns: Whether all of them :func:`~moxe_plugin.nn.passes.runs_on_host_rows`, and
+        have plain parameters.
     """
     return all(
         bank.name != "ffn"
         and runs_on_host_rows(bank.module.backend, seqs, routing.expert_weights)
+        # What shards or wraps them wants to see the module called.
+        and all(is_readable(x) for x in bank.module.parameters())
         for bank in banks
     )
 
@@ -75,6 +79,8 @@ def run_on_host_rows(
     banks: Sequence[Bank], seqs: Tensor, routing: Routing, seq_lens: Tensor | None
 ) -> Tensor:
     """Apply experts to the rows of their tokens, on a CPU.
+
+    Hooks of the banks themselves do not run: not their ``forward`` is called.
 
     :param banks: The banks.
     :param seqs: *Shape:* ``(N,S,M)``.

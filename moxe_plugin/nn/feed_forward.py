@@ -59,7 +59,7 @@ class GatedFeedForward(Module):
         """
         joint = project(seqs, self.up_proj, counts)
 
-        if passes_natively("gating", joint) and joint.dtype == widen(joint[:0]).dtype:
+        if joint.dtype == widen(joint[:0]).dtype and passes_natively("gating", joint):
             gated = silu_product(joint)
         else:
             gate, value = joint.chunk(2, dim=-1)

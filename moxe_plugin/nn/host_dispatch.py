@@ -55,9 +55,9 @@ def plan_rows(
     num_segments = sum(bank_sizes) * num_seqs
 
     # Sub-sequences come by expert, then by sequence; the last is of what is not sent.
-    segment_of_choice = (
-        expert_indices * num_seqs + torch.arange(num_seqs)[:, None, None]
-    )
+    device = expert_indices.device
+    seq_ids = torch.arange(num_seqs, device=device)[:, None, None]
+    segment_of_choice = expert_indices * num_seqs + seq_ids
     is_sent = expert_indices >= 0
     if token_mask is not None:
         is_sent = is_sent & token_mask.unsqueeze(-1)
@@ -71,7 +71,7 @@ def plan_rows(
     num_rows = sum(seq_lens)
 
     segments, choice_of_row = segments[:num_rows], choice_of_row[:num_rows]
-    rows = torch.arange(num_rows)
+    rows = torch.arange(num_rows, device=device)
     steps = rows - begins[segments]
 
     row_of_choice = torch.full_like(segment_of_choice, -1)

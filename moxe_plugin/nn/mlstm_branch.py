@@ -121,7 +121,11 @@ class MLSTMBranch(MLSTMParameters):
 
         :returns: The outputs of the cell, ``(…,I)``; ``None`` if it is not C++.
         """
-        inputs = conv_input, convolved, self.q_proj, self.k_proj, self.v_proj
+        inputs = (
+            *(conv_input, convolved, self.q_proj, self.k_proj, self.v_proj),
+            *(self.input_gate_weight, self.forget_gate_weight),
+            *(self.input_gate_bias, self.forget_gate_bias),
+        )
 
         # Products would be of autocast's type.
         if torch.is_autocast_enabled("cpu") or not runs_native(*inputs):
@@ -135,7 +139,7 @@ class MLSTMBranch(MLSTMParameters):
         projections = MLSTMProjections(
             *(
                 x.unsqueeze(0) if self.num_experts is None else x
-                for x in (*inputs[2:], *self._gate_parameters())
+                for x in (*inputs[2:5], *self._gate_parameters())
             )
         )
         # ([E,]N,S,I) -> (C,I)

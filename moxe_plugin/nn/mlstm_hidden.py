@@ -114,7 +114,7 @@ class _MLSTMHidden(Function):
         *grads, grad_gates = form.backward(saved, heads)
         grads = [x.flatten(1) for x in grads]
 
-        grad_gate_weight = torch.empty_like(gate_weight)
+        grad_gate_weight = _contiguous_like(gate_weight)
         for x, grad, weight, grad_weight in zip(
             *(projected, grads, _split(gate_weight), _split(grad_gate_weight)),
             strict=True,
@@ -122,10 +122,17 @@ class _MLSTMHidden(Function):
             multiply_columns(x, grad_gates, grad_weight, counts)
             multiply_rows(grad_gates, weight.mT, grad, counts, adds=True)
 
-        grad_weights = [torch.empty_like(x) for x in weights]
+        # Those of q, k and v; a frozen block spares their products.
+        grad_weights = [
+            _contiguous_like(weight) if needs_grad else None
+            for weight, needs_grad in zip(
+                weights, ctx.needs_input_grad[4:7], strict=True
+            )
+        ]
         inputs = convolved, convolved, conv_input
-        for x, grad, grad_weight in zip(inputs, grads, grad_weights, strict=True):
-            multiply_columns(x, grad, grad_weight, counts)
+        for x, grad, of_weight in zip(inputs, grads, grad_weights, strict=True):
+            if of_weight is not None:
+                multiply_columns(x, grad, of_weight, counts)
 
         grad_convolved, grad_conv_input = (
             convolved.new_empty(convolved.shape) for _ in range(2)
@@ -141,6 +148,11 @@ class _MLSTMHidden(Function):
             *(None, None, grad_conv_input, grad_convolved),
             *(*grad_weights, grad_gate_weight, grad_bias),
         )
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    # Whatever the strides of a parameter are
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _split(gate_weight: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Tells which passes over memory run in C++ that have no backend of their own."""
+"""Tells which passes over memory run in C++, beside the convolution and the cells."""
 
 from __future__ import annotations
 

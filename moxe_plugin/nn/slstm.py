@@ -135,7 +135,9 @@ class SLSTMBlock(SLSTMParameters):
         :returns: The outputs, as ``flat``.
         """
         num_experts, num_seqs, _ = rows.grid_shape
-        seq_lens = torch.tensor(rows.seq_lens).view(num_experts, num_seqs)
+        seq_lens = torch.tensor(rows.seq_lens, device=flat.device).view(
+            num_experts, num_seqs
+        )
         state = self.initial_state(num_seqs, flat.device)
 
         return self._apply_to_rows(flat, rows, seq_lens, state)[0]

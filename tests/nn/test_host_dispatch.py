@@ -149,7 +149,7 @@ def test_threads_change_no_bit() -> None:
 
 
 @needs_compiler
-def test_experts_send_tokens_so_in_training_alone(
+def test_experts_send_tokens_so_where_no_state_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     num_calls = 0

@@ -94,6 +94,44 @@ def test_of_no_row_all_gradients_are_zero() -> None:
     assert all((x == 0).all() for x in grads)
 
 
+@pytest.mark.parametrize("name", ["q_proj", "v_proj"])
+def test_weights_may_lie_transposed(name: str) -> None:
+    block = make_block(None)
+    seqs = torch.randn(2, 9, 32, requires_grad=True)
+    weight = getattr(block, name).detach()
+    setattr(block, name, torch.nn.Parameter(weight.mT.contiguous().mT))
+
+    actual = differentiate(block, seqs, None, "auto")
+    expected = differentiate(block, seqs, None, "torch")
+
+    for x, y in zip(actual, expected, strict=True):
+        assert (x - y).norm() <= 2e-5 * y.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_gates_of_another_type_are_not_read_as_float32(dtype: torch.dtype) -> None:
+    block = make_block(None)
+    seqs = torch.randn(2, 9, 32)
+    expected, _ = block(seqs, return_state=False)
+    for bias in (block.input_gate_bias, block.forget_gate_bias):
+        bias.data = bias.data.to(dtype)
+
+    actual, _ = block(seqs, return_state=False)
+
+    assert (actual - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    block = make_block(None)
+    block.q_proj.requires_grad = False
+
+    block(torch.randn(2, 9, 32), return_state=False)[0].sum().backward()
+
+    assert block.q_proj.grad is None
+    assert block.k_proj.grad is not None
+    assert block.k_proj.grad.abs().sum() > 0
+
+
 def test_with_a_state_the_cell_runs_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> Tensor:
         raise AssertionError("it has no memory")

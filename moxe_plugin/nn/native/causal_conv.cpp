@@ -265,7 +265,8 @@ void walk_back(const Shape& s, const std::vector<Run<T>>& runs, Rows<const T> gr
 
 template <typename T>
 void convolve_backward(const Shape& s, Rows<const T> x, const T* windows, const T* weight,
-                       const T* bias, Rows<const T> grad, const Gradients<T>& grads, int num_threads) {
+                       const T* bias, Rows<const T> grad, const Gradients<T>& grads,
+                       int num_threads) {
   const std::vector<Run<T>> runs = find_runs(s, x, windows);
 
   const int64_t num_blocks = divide_up(kTasksPerThread * num_threads, s.experts);

@@ -113,7 +113,10 @@ def multiply_rows(
     :param out: Contiguous. *Shape:* ``(C,G*out)``.
     :param counts: The number of rows of each expert, C in all.
     :param adds: As for :func:`multiply_all`.
+
+    :raises ValueError: ``out`` is of another type or layout.
     """
+    _check_out(out)
     num_groups, in_dim, out_dim = weight.shape[1:]
     row, column = rows.stride()
     address, weight_address, out_address = _addresses(rows, weight, out)
@@ -147,7 +150,10 @@ def multiply_columns(
     :param out: Its last stride is 1; as a rule large, and not read soon. *Shape:*
         ``(E,G,in,out)``.
     :param counts: The number of rows of each expert, C in all.
+
+    :raises ValueError: ``out`` is of another type or layout.
     """
+    _check_out(out)
     num_groups, in_dim, out_dim = out.shape[1:]
     address, rhs_address, out_address = _addresses(lhs, rhs, out)
     numbers = array("q")
@@ -187,6 +193,10 @@ def _check(lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
             f"are {lhs_shape}, {rhs_shape} and {out_shape} instead."
         )
 
+    _check_out(out)
+
+
+def _check_out(out: Tensor) -> None:
     if out.dtype != torch.float32 or (out.size(-1) > 1 and out.stride(-1) != 1):
         raise ValueError(
             "`out` must be float32 with a last stride of 1, but is "

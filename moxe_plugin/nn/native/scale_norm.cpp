@@ -4,17 +4,18 @@
 // Rows are taken in blocks that lie within an expert and do not depend on the number of threads.
 // The gradients of weights are summed block by block, then over the blocks in their order.
 
-#include <ATen/cpu/vec/vec.h>
+#include "vector_math.h"
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <vector>
 
 namespace {
 
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
+using moxe::for_each_vector;
+using moxe::load;
+using moxe::store;
+using moxe::sum;
+using moxe::Vec;
 
 constexpr int64_t kBlockRows = 32;
 
@@ -38,36 +39,6 @@ std::vector<Block> cut(const Shape& s) {
   return blocks;
 }
 
-// Calls function(i, count) for each vector of a head.
-template <typename T, typename F>
-void for_vectors(int64_t dim, F function) {
-  constexpr int64_t width = Vec<T>::size();
-  for (int64_t i = 0; i < dim; i += width) function(i, std::min(width, dim - i));
-}
-
-template <typename T>
-Vec<T> load(const T* from, int64_t count) {
-  return count == Vec<T>::size() ? Vec<T>::loadu(from) : Vec<T>::loadu(from, count);
-}
-
-template <typename T>
-void store(Vec<T> x, T* to, int64_t count) {
-  if (count == Vec<T>::size())
-    x.store(to);
-  else
-    x.store(to, count);
-}
-
-// Of numbers beyond `dim`, which are 0.
-template <typename T>
-T sum(Vec<T> x) {
-  T numbers[Vec<T>::size()];
-  x.store(numbers);
-  T result = 0;
-  for (T number : numbers) result += number;
-  return result;
-}
-
 template <typename T>
 void norm_forward(const Shape& s, double eps, int num_threads, const T* x, const T* weight,
                   T* out, T* stats) {
@@ -83,12 +54,14 @@ void norm_forward(const Shape& s, double eps, int num_threads, const T* x, const
         T* to = out + row * width + head * s.dim;
 
         Vec<T> sums(0);
-        for_vectors<T>(s.dim, [&](int64_t i, int64_t n) { sums = sums + load(from + i, n); });
+        for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
+          sums = sums + load(from + i, n);
+        });
         const T mean = sum(sums) / s.dim;
 
         Vec<T> squares(0);
         T rest = 0;
-        for_vectors<T>(s.dim, [&](int64_t i, int64_t n) {
+        for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
           if (n == Vec<T>::size()) {
             const Vec<T> diff = load(from + i, n) - Vec<T>(mean);
             squares = at::vec::fmadd(diff, diff, squares);
@@ -99,7 +72,7 @@ void norm_forward(const Shape& s, double eps, int num_threads, const T* x, const
         const T variance = (sum(squares) + rest) / s.dim;
         const T rstd = T(1) / std::sqrt(variance + T(eps));
 
-        for_vectors<T>(s.dim, [&](int64_t i, int64_t n) {
+        for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
           const Vec<T> normed = (load(from + i, n) - Vec<T>(mean)) * Vec<T>(rstd);
           store(normed * load(scale + i, n), to + i, n);
         });
@@ -128,7 +101,7 @@ void norm_backward(const Shape& s, int num_threads, const T* x, const T* weight,
 
         // Beyond the end, gradients are 0.
         Vec<T> sums(0), products(0);
-        for_vectors<T>(s.dim, [&](int64_t i, int64_t n) {
+        for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
           const Vec<T> normed = (load(x + at + i, n) - mean) * rstd;
           const Vec<T> g = load(grad + at + i, n), scaled = g * load(scale + i, n);
           sums = sums + scaled;
@@ -137,7 +110,7 @@ void norm_backward(const Shape& s, int num_threads, const T* x, const T* weight,
         });
 
         const Vec<T> first(sum(sums) / s.dim), second(sum(products) / s.dim);
-        for_vectors<T>(s.dim, [&](int64_t i, int64_t n) {
+        for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
           const Vec<T> normed = (load(x + at + i, n) - mean) * rstd;
           const Vec<T> scaled = load(grad + at + i, n) * load(scale + i, n);
           store((scaled - first - normed * second) * rstd, grad_x + at + i, n);

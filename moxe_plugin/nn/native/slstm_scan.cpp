@@ -337,14 +337,14 @@ void scan_backward(const Shape& s, const T* weight, const T* c0,
   }                                                                                      \
   extern "C" void moxe_slstm_backward_##SUFFIX(                                          \
       const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \
-      const T* weight, const T* c0, const T* outputs, const T* activations,   \
-      const T* cs, const T* grad_outputs, const T* grad_c_last,                          \
+      const T* weight, const T* c0, const T* outputs, const T* activations, const T* cs, \
+      const T* grad_outputs, const T* grad_c_last,                                       \
       const T* grad_log_n_last, const T* grad_y_last, T* grad_if, T* grad_zo,            \
-      T* grad_bias, T* grad_c0, T* grad_log_n0, T* grad_y0) {                                          \
+      T* grad_bias, T* grad_c0, T* grad_log_n0, T* grad_y0) {                            \
     scan_backward<T>({shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens},   \
-                     weight, c0, outputs, activations, cs, grad_outputs,      \
-                     grad_c_last, grad_log_n_last, grad_y_last, grad_if, grad_zo,        \
-                     grad_bias, grad_c0, grad_log_n0, grad_y0, num_threads);                        \
+                     weight, c0, outputs, activations, cs, grad_outputs, grad_c_last,    \
+                     grad_log_n_last, grad_y_last, grad_if, grad_zo, grad_bias, grad_c0, \
+                     grad_log_n0, grad_y0, num_threads);                                 \
   }
 
 MOXE_SLSTM_SCAN(float, float)

@@ -1,0 +1,85 @@
+"""Tests of `moxe_plugin.nn.native.slstm_scan`: of what its functions are right to.
+
+That it computes the cell is tested beside the cell.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+from torch.testing import assert_close
+
+from moxe_plugin.nn.native.library import why_not_loaded
+from moxe_plugin.nn.native.slstm_scan import RowBounds, RowScanInputs, slstm_scan
+
+pytestmark = pytest.mark.skipif(
+    why_not_loaded("slstm_scan") is not None,
+    reason=f"no C++ here: {why_not_loaded('slstm_scan')}",
+)
+
+EPS = torch.finfo(torch.float32).eps
+
+NUMBERS = torch.cat(
+    [
+        torch.linspace(-100, 100, 4001),
+        torch.linspace(-1, 1, 4001),
+        torch.logspace(-30, 1, 191),
+        -torch.logspace(-30, 1, 191),
+    ]
+)
+
+
+def step(i: Tensor, f: Tensor, z: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
+    """Take a step of one head from log n = 0, and return its output and log n."""
+    zeros = torch.zeros(1, 1, 1, len(i))
+    memory = {"c": zeros, "log_n": zeros, "y": zeros}
+    inputs = RowScanInputs(
+        torch.cat([i, f]).unsqueeze(0),
+        torch.cat([z, o]).unsqueeze(0),
+        torch.zeros(1, 1, 4, len(i)),
+        torch.zeros(1, 1, len(i), 4, len(i)),
+        **memory,
+    )
+    bounds = RowBounds([1], torch.zeros(1, 1).long(), torch.ones(1, 1).long(), 0)
+
+    outputs, _, log_n, _ = slstm_scan(inputs, bounds)
+
+    return outputs.flatten(), log_n.flatten()
+
+
+@pytest.mark.parametrize("numbers", NUMBERS.split(1024))
+def test_tanh_of_a_value_is_right_to_some_ulps(numbers: Tensor) -> None:
+    # All that is new is taken in, and all of it goes out.
+    open_gate = torch.full_like(numbers, 200.0)
+
+    actual, _ = step(open_gate, -open_gate, numbers, open_gate)
+
+    expected = numbers.double().tanh()
+    assert_close(actual.double(), expected, rtol=3 * EPS, atol=0)
+
+
+@pytest.mark.parametrize("numbers", NUMBERS.split(1024))
+def test_sum_of_exponentials_is_right_to_some_ulps(numbers: Tensor) -> None:
+    # log(exp(0) + exp(i)), as nothing is forgotten.
+    open_gate = torch.full_like(numbers, 200.0)
+
+    _, actual = step(numbers, open_gate, numbers, open_gate)
+
+    # Where it is tiny, it is that of exp(i), right to some ulps as well.
+    expected = softplus(numbers.double(), threshold=1000)
+    tiny = torch.finfo(torch.float32).tiny
+    assert_close(actual.double(), expected, rtol=4 * EPS, atol=tiny)
+
+
+@pytest.mark.parametrize("numbers", NUMBERS.split(1024))
+def test_share_of_the_new_is_right_to_some_ulps(numbers: Tensor) -> None:
+    # w = sigmoid(i - log_kept), where log_kept is 0 and z is 1.
+    open_gate = torch.full_like(numbers, 200.0)
+
+    actual, _ = step(numbers, open_gate, open_gate, open_gate)
+
+    tiny = torch.finfo(torch.float32).tiny
+    expected = numbers.double().sigmoid()
+    assert_close(actual.double(), expected, rtol=4 * EPS, atol=tiny)
