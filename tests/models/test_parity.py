@@ -222,6 +222,11 @@ def test_outputs_losses_and_gradients_equal_those_of_the_authors(
     loss.backward()
 
     gradient_rtol = 1e-8 if dtype == torch.float64 else 1e-3
+    if name == "xlstm" and dtype == torch.float32:
+        # A normaliser is near 0: in float64, rounding the parameters once to float32's
+        # last bit moves gradients by 3e-4.
+        gradient_rtol = 3e-3
+
     _compare_gradients(model, parameters, arrays, gradient_rtol)
 
 

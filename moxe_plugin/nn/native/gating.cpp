@@ -4,9 +4,8 @@
 // They are bound by memory, so all that happens to a number happens in one pass. Rows are taken
 // in blocks that lie within an expert and do not depend on the number of threads.
 
-#include "vector_math.h"
+#include "norm_stats.h"
 
-#include <cmath>
 #include <vector>
 
 namespace {
@@ -43,27 +42,6 @@ std::vector<Block> cut(const Shape& s) {
 }
 
 template <typename T>
-void find_stats(const T* x, int64_t dim, double eps, T* stats) {
-  Vec<T> sums(0);
-  for_each_vector<T>(0, dim, [&](int64_t i, int64_t n) { sums = sums + load(x + i, n); });
-  const T mean = moxe::sum(sums) / dim;
-
-  Vec<T> squares(0);
-  T rest = 0;
-  for_each_vector<T>(0, dim, [&](int64_t i, int64_t n) {
-    if (n == Vec<T>::size()) {
-      const Vec<T> diff = Vec<T>::loadu(x + i) - Vec<T>(mean);
-      squares = at::vec::fmadd(diff, diff, squares);
-    } else {
-      for (int64_t j = i; j < i + n; ++j) rest += (x[j] - mean) * (x[j] - mean);
-    }
-  });
-
-  stats[0] = mean;
-  stats[1] = T(1) / std::sqrt((moxe::sum(squares) + rest) / dim + T(eps));
-}
-
-template <typename T>
 void output_forward(const Shape& s, double eps, int num_threads, const T* hidden,
                     const T* weight, const T* convolved, const T* skip, const T* gate,
                     T* out, T* stats) {
@@ -79,7 +57,7 @@ void output_forward(const Shape& s, double eps, int num_threads, const T* hidden
         const T* z = gate + row * s.gate_stride + channel;
         T* stat = stats + 2 * (row * s.heads + head);
 
-        find_stats(hidden + at, s.dim, eps, stat);
+        moxe::find_stats(hidden + at, s.dim, eps, stat);
         const Vec<T> mean(stat[0]), rstd(stat[1]);
 
         for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {

@@ -4,9 +4,8 @@
 // Rows are taken in blocks that lie within an expert and do not depend on the number of threads.
 // The gradients of weights are summed block by block, then over the blocks in their order.
 
-#include "vector_math.h"
+#include "norm_stats.h"
 
-#include <cmath>
 #include <vector>
 
 namespace {
@@ -53,32 +52,14 @@ void norm_forward(const Shape& s, double eps, int num_threads, const T* x, const
         const T* scale = weight + blocks[b].expert * width + head * s.dim;
         T* to = out + row * width + head * s.dim;
 
-        Vec<T> sums(0);
-        for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
-          sums = sums + load(from + i, n);
-        });
-        const T mean = sum(sums) / s.dim;
-
-        Vec<T> squares(0);
-        T rest = 0;
-        for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
-          if (n == Vec<T>::size()) {
-            const Vec<T> diff = load(from + i, n) - Vec<T>(mean);
-            squares = at::vec::fmadd(diff, diff, squares);
-          } else {
-            for (int64_t j = i; j < i + n; ++j) rest += (from[j] - mean) * (from[j] - mean);
-          }
-        });
-        const T variance = (sum(squares) + rest) / s.dim;
-        const T rstd = T(1) / std::sqrt(variance + T(eps));
+        T* stat = stats + 2 * (row * s.heads + head);
+        moxe::find_stats(from, s.dim, eps, stat);
+        const Vec<T> mean(stat[0]), rstd(stat[1]);
 
         for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
-          const Vec<T> normed = (load(from + i, n) - Vec<T>(mean)) * Vec<T>(rstd);
+          const Vec<T> normed = (load(from + i, n) - mean) * rstd;
           store(normed * load(scale + i, n), to + i, n);
         });
-
-        stats[2 * (row * s.heads + head)] = mean;
-        stats[2 * (row * s.heads + head) + 1] = rstd;
       }
 }
 
