@@ -18,9 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.native.library import find_function
-
-_SUFFIXES = {torch.float32: "float", torch.float64: "double"}
+from moxe_plugin.nn.native.library import SUFFIXES, find_function
 
 
 def causal_conv(
@@ -126,7 +124,7 @@ def _call(
     shape = (num_experts, num_runs, num_taps, dim, int(activates), *strides)
 
     function = find_function(
-        "causal_conv", f"moxe_conv_{direction}_{_SUFFIXES[flat.dtype]}"
+        "causal_conv", f"moxe_conv_{direction}_{SUFFIXES[flat.dtype]}"
     )
 
     # Each tensor lives until the call returns: the caller holds them.

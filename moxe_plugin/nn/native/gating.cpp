@@ -16,8 +16,6 @@ using moxe::Silu;
 using moxe::store;
 using moxe::Vec;
 
-constexpr int64_t kBlockRows = 32;
-
 struct Shape {
   int64_t experts, heads, dim;  // dim: channels of a head
   int64_t gate_stride;          // from a row of gates to the next
@@ -26,26 +24,11 @@ struct Shape {
   int64_t width() const { return heads * dim; }
 };
 
-struct Block {
-  int64_t expert, begin, end;
-};
-
-std::vector<Block> cut(const Shape& s) {
-  std::vector<Block> blocks;
-  int64_t row = 0;
-  for (int64_t expert = 0; expert < s.experts; ++expert) {
-    const int64_t end = row + s.counts[expert];
-    for (; row < end; row = blocks.back().end)
-      blocks.push_back({expert, row, std::min(row + kBlockRows, end)});
-  }
-  return blocks;
-}
-
 template <typename T>
 void output_forward(const Shape& s, double eps, int num_threads, const T* hidden,
                     const T* weight, const T* convolved, const T* skip, const T* gate,
                     T* out, T* stats) {
-  const std::vector<Block> blocks = cut(s);
+  const std::vector<moxe::RowBlock> blocks = moxe::cut_rows(s.experts, s.counts);
   const int64_t num_blocks = blocks.size(), width = s.width();
 
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_blocks > 1)
@@ -76,7 +59,7 @@ void output_backward(const Shape& s, int num_threads, const T* hidden, const T* 
                      const T* convolved, const T* skip, const T* gate, const T* stats,
                      const T* grad, T* grad_hidden, T* grad_weight, T* grad_convolved,
                      T* grad_skip, T* grad_gate) {
-  const std::vector<Block> blocks = cut(s);
+  const std::vector<moxe::RowBlock> blocks = moxe::cut_rows(s.experts, s.counts);
   const int64_t num_blocks = blocks.size(), width = s.width();
   // Of the norm's weight, then of the skip's.
   std::vector<T> parts(num_blocks * 2 * width);

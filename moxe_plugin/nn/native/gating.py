@@ -17,9 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.native.library import find_function
-
-_SUFFIXES = {torch.float32: "float", torch.float64: "double"}
+from moxe_plugin.nn.native.library import SUFFIXES, find_function
 
 
 class MLSTMOutput(NamedTuple):
@@ -171,4 +169,4 @@ def _call_silu(direction: str, joint: Tensor, *tensors: Tensor) -> None:
 
 
 def _find_function(name: str, direction: str, x: Tensor) -> Any:
-    return find_function("gating", f"moxe_{name}_{direction}_{_SUFFIXES[x.dtype]}")
+    return find_function("gating", f"moxe_{name}_{direction}_{SUFFIXES[x.dtype]}")

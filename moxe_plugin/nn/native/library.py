@@ -38,6 +38,9 @@ _CAPABILITY_FLAGS: Final[Mapping[str, Sequence[str]]] = {
     "AVX512": _AVX512,
 }
 
+SUFFIXES: Final = {torch.float32: "float", torch.float64: "double"}
+"""How the functions for each type end."""
+
 _TIMEOUT_S: Final = 300
 
 
@@ -54,6 +57,16 @@ def is_readable(x: Tensor) -> bool:
         has no memory to point to.
     """
     return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
+
+
+def int64_array(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """Copy numbers to where C++ can read them.
+
+    :param numbers: The numbers.
+
+    :returns: The array, which lives as long as it is held.
+    """
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 @cache

@@ -35,15 +35,13 @@ from moxe_plugin.nn.native.causal_squares import (
     multiply_into_lower,
     multiply_lower,
 )
-from moxe_plugin.nn.native.library import find_function
+from moxe_plugin.nn.native.library import SUFFIXES, find_function, int64_array
 from moxe_plugin.nn.native.mlstm_forms import CellGradients, NormalizerLimits
 from moxe_plugin.nn.padding import EMPTY
 from moxe_plugin.nn.ragged_products import multiply_parts
 
 _ROWS_AT_ONCE: Final = 32
 """Rows of memories that are decayed at a time."""
-
-_TYPES: Final = {torch.float32: "float", torch.float64: "double"}
 
 
 class MLSTMChunkwiseForm:
@@ -237,7 +235,9 @@ def _call(
     limits: NormalizerLimits,
     *tensors: Tensor,
 ) -> None:
-    function = find_function("mlstm_chunkwise", f"moxe_mlstm_{name}_{_TYPES[q.dtype]}")
+    function = find_function(
+        "mlstm_chunkwise", f"moxe_mlstm_{name}_{SUFFIXES[q.dtype]}"
+    )
 
     num_rows, num_heads, dim = q.shape
     num_seqs = len(chunks.firsts) - 1
@@ -245,16 +245,12 @@ def _call(
 
     # The tensors live until the call returns: the caller holds them.
     function(
-        _int64_array((num_seqs, num_heads, dim, num_rows, BLOCK, _ROWS_AT_ONCE)),
+        int64_array((num_seqs, num_heads, dim, num_rows, BLOCK, _ROWS_AT_ONCE)),
         (ctypes.c_double * len(constants))(*constants),
         ctypes.c_int(torch.get_num_threads()),
         *(
-            _int64_array(x)
+            int64_array(x)
             for x in (chunks.begins, chunks.lens, chunks.squares.offsets, chunks.firsts)
         ),
         *(ctypes.c_void_p(x.data_ptr()) for x in tensors),
     )
-
-
-def _int64_array(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(numbers))(*numbers)

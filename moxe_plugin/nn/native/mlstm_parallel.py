@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -24,11 +23,9 @@ from moxe_plugin.nn.native.causal_squares import (
     multiply_into_lower,
     multiply_lower,
 )
-from moxe_plugin.nn.native.library import find_function
+from moxe_plugin.nn.native.library import SUFFIXES, find_function, int64_array
 from moxe_plugin.nn.native.mlstm_forms import CellGradients, NormalizerLimits
 from moxe_plugin.nn.padding import EMPTY
-
-_SUFFIXES: Final = {torch.float32: "float", torch.float64: "double"}
 
 
 class MLSTMParallelForm:
@@ -84,7 +81,7 @@ class MLSTMParallelForm:
 
     def _call(self, name: str, q: Tensor, *tensors: Tensor) -> None:
         function = find_function(
-            "mlstm_parallel", f"moxe_mlstm_{name}_{_SUFFIXES[q.dtype]}"
+            "mlstm_parallel", f"moxe_mlstm_{name}_{SUFFIXES[q.dtype]}"
         )
 
         squares = self._squares
@@ -93,13 +90,9 @@ class MLSTMParallelForm:
 
         # The tensors live until the call returns: the caller holds them.
         function(
-            _int64_array((len(squares.lens), squares.num_heads, BLOCK)),
+            int64_array((len(squares.lens), squares.num_heads, BLOCK)),
             (ctypes.c_double * len(constants))(*constants),
             ctypes.c_int(torch.get_num_threads()),
-            *(_int64_array(x) for x in lists),
+            *(int64_array(x) for x in lists),
             *(ctypes.c_void_p(x.data_ptr()) for x in tensors),
         )
-
-
-def _int64_array(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(numbers))(*numbers)

@@ -1,12 +1,32 @@
-// Mean and deviation of the channels of a head, for the norms of moxe_plugin.nn.native.
+// What the norms of moxe_plugin.nn.native share: the mean and deviation of the channels of a
+// head, and blocks of rows.
 
 #pragma once
 
 #include "vector_math.h"
 
 #include <cmath>
+#include <vector>
 
 namespace moxe {
+
+// Rows of an expert that a thread takes at a time.
+struct RowBlock {
+  int64_t expert, begin, end;
+};
+
+// Blocks of up to 32 rows, whatever the number of threads. counts: rows of each expert.
+inline std::vector<RowBlock> cut_rows(int64_t experts, const int64_t* counts) {
+  constexpr int64_t block_rows = 32;
+  std::vector<RowBlock> blocks;
+  int64_t row = 0;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    const int64_t end = row + counts[expert];
+    for (; row < end; row = blocks.back().end)
+      blocks.push_back({expert, row, std::min(row + block_rows, end)});
+  }
+  return blocks;
+}
 
 // stats: the mean, and 1 / sqrt(variance + eps).
 template <typename T>

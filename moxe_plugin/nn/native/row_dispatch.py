@@ -9,14 +9,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.library import find_function
-
-_SUFFIXES: Final = {torch.float32: "float", torch.float64: "double"}
+from moxe_plugin.nn.native.library import SUFFIXES, find_function
 
 
 def sum_choices(
@@ -80,7 +77,7 @@ def _call(
     ends = accumulate(bank.size(0) for bank in banks)
 
     function = find_function(
-        "row_dispatch", f"moxe_{name}_choices_{_SUFFIXES[banks[0].dtype]}"
+        "row_dispatch", f"moxe_{name}_choices_{SUFFIXES[banks[0].dtype]}"
     )
 
     # Each tensor lives until the call returns: the caller holds them.

@@ -16,32 +16,15 @@ using moxe::store;
 using moxe::sum;
 using moxe::Vec;
 
-constexpr int64_t kBlockRows = 32;
-
 struct Shape {
   int64_t experts, heads, dim;  // dim: channels of a head
   const int64_t* counts;        // rows of each expert
 };
 
-struct Block {
-  int64_t expert, begin, end;
-};
-
-std::vector<Block> cut(const Shape& s) {
-  std::vector<Block> blocks;
-  int64_t row = 0;
-  for (int64_t expert = 0; expert < s.experts; ++expert) {
-    const int64_t end = row + s.counts[expert];
-    for (; row < end; row = blocks.back().end)
-      blocks.push_back({expert, row, std::min(row + kBlockRows, end)});
-  }
-  return blocks;
-}
-
 template <typename T>
 void norm_forward(const Shape& s, double eps, int num_threads, const T* x, const T* weight,
                   T* out, T* stats) {
-  const std::vector<Block> blocks = cut(s);
+  const std::vector<moxe::RowBlock> blocks = moxe::cut_rows(s.experts, s.counts);
   const int64_t num_blocks = blocks.size(), width = s.heads * s.dim;
 
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_blocks > 1)
@@ -66,7 +49,7 @@ void norm_forward(const Shape& s, double eps, int num_threads, const T* x, const
 template <typename T>
 void norm_backward(const Shape& s, int num_threads, const T* x, const T* weight,
                    const T* stats, const T* grad, T* grad_x, T* grad_weight) {
-  const std::vector<Block> blocks = cut(s);
+  const std::vector<moxe::RowBlock> blocks = moxe::cut_rows(s.experts, s.counts);
   const int64_t num_blocks = blocks.size(), width = s.heads * s.dim;
   std::vector<T> parts(num_blocks * width);
 

@@ -18,9 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.native.library import find_function
-
-_SUFFIXES = {torch.float32: "float", torch.float64: "double"}
+from moxe_plugin.nn.native.library import SUFFIXES, find_function
 
 
 def scale_norm(
@@ -93,7 +91,7 @@ def _call(
     shape = len(counts), num_heads, flat.size(1) // num_heads
 
     function = find_function(
-        "scale_norm", f"moxe_norm_{direction}_{_SUFFIXES[flat.dtype]}"
+        "scale_norm", f"moxe_norm_{direction}_{SUFFIXES[flat.dtype]}"
     )
 
     # Each tensor lives until the call returns: the caller holds them.

@@ -16,10 +16,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from moxe_plugin.nn.native.library import find_function
+from moxe_plugin.nn.native.library import SUFFIXES, find_function
 from moxe_plugin.nn.ragged_products import multiply_columns
-
-_SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 
 
 class RowScanInputs(NamedTuple):
@@ -184,7 +182,7 @@ def _call(
     shape = (num_experts, num_heads, num_seqs, bounds.padded_len, head_dim)
 
     function = find_function(
-        "slstm_scan", f"moxe_slstm_{direction}_{_SUFFIXES[c.dtype]}"
+        "slstm_scan", f"moxe_slstm_{direction}_{SUFFIXES[c.dtype]}"
     )
 
     # Each of `tensors` lives until the call returns: the caller holds them.
