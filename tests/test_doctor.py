@@ -132,22 +132,29 @@ def test_a_warning_is_shown_and_is_no_failure(
             None,
             {},
             "C++: sLSTM, convolution, norms, gates, dispatch, loss, float32 products, "
-            "mLSTM",
+            "mLSTM, products under autocast",
         ),
         (
             "they need AVX512",
             {},
             "C++: sLSTM, convolution, norms, gates, dispatch, loss; "
-            "torch: float32 products, mLSTM (they need AVX512)",
+            "torch: float32 products, mLSTM, products under autocast "
+            "(they need AVX512)",
+        ),
+        (
+            "bfloat16",
+            {},
+            "C++: sLSTM, convolution, norms, gates, dispatch, loss, float32 products, "
+            "mLSTM; torch: products under autocast (the processor has no AVX512_BF16)",
         ),
         (
             None,
             {"causal_conv": "'g++' failed:\n  line 1"},
-            "C++: sLSTM, norms, gates, dispatch, loss, float32 products, mLSTM; "
-            "torch: convolution ('g++' failed: line 1)",
+            "C++: sLSTM, norms, gates, dispatch, loss, float32 products, mLSTM, "
+            "products under autocast; torch: convolution ('g++' failed: line 1)",
         ),
     ],
-    ids=["all", "products", "convolution"],
+    ids=["all", "products", "bfloat16", "convolution"],
 )
 def test_what_runs_in_cpp_is_told_with_the_reason(
     product_obstacle: str | None,
@@ -155,7 +162,10 @@ def test_what_runs_in_cpp_is_told_with_the_reason(
     finding: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products, "why_torch", lambda: product_obstacle)
+    rounds = product_obstacle != "bfloat16"
+    reason = product_obstacle if rounds else None
+    monkeypatch.setattr(products, "why_torch", lambda: reason)
+    monkeypatch.setattr(products, "rounds_to_bfloat16", lambda: rounds)
     monkeypatch.setattr(library, "why_not_loaded", obstacles.get)
 
     assert probe_native() == finding

@@ -101,7 +101,7 @@ def probe_native() -> str:
     :returns: The finding; a shortcoming if there is no C++ at all, which is slow.
     """
     from moxe_plugin.nn.native.library import why_not_loaded
-    from moxe_plugin.nn.products import why_torch
+    from moxe_plugin.nn.products import rounds_to_bfloat16, why_torch
 
     products = why_torch()
 
@@ -119,7 +119,10 @@ def probe_native() -> str:
         # It multiplies by them.
         "mLSTM": products
         or why_not_loaded("mlstm_parallel")
-        or why_not_loaded("mlstm_chunkwise"),
+        or why_not_loaded("mlstm_chunkwise")
+        or why_not_loaded("mlstm_projections"),
+        "products under autocast": products
+        or (None if rounds_to_bfloat16() else "the processor has no AVX512_BF16"),
     }
     others: dict[str, list[str]] = {}
     for name, reason in reasons.items():

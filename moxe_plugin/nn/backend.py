@@ -26,6 +26,7 @@ from moxe_plugin.nn.native.library import (
     is_readable,
     why_not_loaded,
 )
+from moxe_plugin.nn.products import follows_autocast, runs_native
 
 ScanBackend: TypeAlias = Literal["auto", "torch", "native", "triton"]
 
@@ -114,8 +115,9 @@ def convolves_natively(backend: ScanBackend, *tensors: Tensor) -> bool:
     """Tell whether the causal convolution of some tensors runs in C++.
 
     It does with ``auto`` and ``native``, for plain tensors on a CPU that are all of one
-    type (16 bits are computed in 32), neither compiled nor under autocast. ``auto``
-    also needs a C++ compiler. Everything else is torch's.
+    type (16 bits are computed in 32), not compiled, and under no autocast but one that
+    products in C++ follow. ``auto`` also needs a C++ compiler. Everything else is
+    torch's.
 
     :param backend: The choice.
     :param tensors: What the convolution reads.
@@ -132,7 +134,7 @@ def convolves_natively(backend: ScanBackend, *tensors: Tensor) -> bool:
     if (
         backend not in ("auto", "native")
         or any(x.dtype != dtype or not is_readable(x) for x in tensors)
-        or torch.is_autocast_enabled("cpu")
+        or not follows_autocast()
         or torch.compiler.is_compiling()
     ):
         return False
@@ -187,16 +189,22 @@ def trains_on_rows(backend: ScanBackend, seqs: Tensor) -> bool:
     )
 
 
-def product_dtype(seqs: Tensor) -> torch.dtype:
-    """Tell in which type a block's products are.
+def product_dtype(seqs: Tensor, *others: Tensor) -> torch.dtype:
+    """Tell in which type the factors of a block's products are.
 
     :param seqs: What the block reads.
+    :param others: What else it multiplies.
 
-    :returns: That of autocast, or else of ``seqs``.
+    :returns: That of autocast, or else of ``seqs``. Products in C++ round float32
+        themselves.
     """
     device_type = seqs.device.type
 
-    if torch.is_autocast_enabled(device_type) and seqs.dtype != torch.float64:
+    if (
+        torch.is_autocast_enabled(device_type)
+        and seqs.dtype != torch.float64
+        and not runs_native(seqs, *others)
+    ):
         return torch.get_autocast_dtype(device_type)
 
     return seqs.dtype

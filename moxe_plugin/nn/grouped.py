@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
+from moxe_plugin.nn.autocast import recalls_autocast, remembers_autocast
 from moxe_plugin.nn.backend import product_dtype
 from moxe_plugin.nn.ragged_products import multiply_columns, multiply_rows
 
@@ -18,8 +19,9 @@ from moxe_plugin.nn.ragged_products import multiply_columns, multiply_rows
 def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
     """Multiply the rows of each expert by the expert's weight.
 
-    Under autocast it computes in autocast's type, as ``@`` does. The gradient of an
-    expert without a row is 0.
+    Under autocast it computes in autocast's type, see
+    :func:`~moxe_plugin.nn.products.matmul`. The gradient of an expert without a row is
+    0.
 
     :param rows: The rows of expert 0, of expert 1 and so on. *Shape:* ``(C,in)``.
     :param weight: *Shape:* ``(E,in,out)``.
@@ -54,7 +56,7 @@ def grouped_head_products(
     :returns: *Shape:* ``(C,G*out)`` each.
     """
     # As a product under autocast would
-    weight, *rows = [x.to(product_dtype(x)) for x in (weight, *rows)]
+    weight, *rows = [x.to(product_dtype(x, weight, *rows)) for x in (weight, *rows)]
 
     return list(_GroupedProducts.apply(tuple(counts), weight, *rows))  # type: ignore[no-untyped-call]  # torch
 
@@ -77,6 +79,7 @@ class _GroupedProducts(Function):
     # The gradients of the weights are parts of one tensor, which nothing has to join.
 
     @staticmethod
+    @remembers_autocast
     @override
     def forward(
         ctx: Any, counts: tuple[int, ...], weight: Tensor, *rows: Tensor
@@ -90,6 +93,7 @@ class _GroupedProducts(Function):
         )
 
     @staticmethod
+    @recalls_autocast
     @override
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

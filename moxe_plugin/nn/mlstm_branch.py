@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moxe_plugin.nn.layers import NORM_EPS
-from moxe_plugin.nn.mlstm_hidden import MLSTMProjections, mlstm_hidden_rows
+from moxe_plugin.nn.mlstm_hidden import mlstm_hidden_rows
 from moxe_plugin.nn.mlstm_parameters import MLSTMParameters
 from moxe_plugin.nn.mlstm_recurrence import MLSTMCellInputs, MLSTMRecurrence
 from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.gating import MLSTMOutput, gate_mlstm_output
+from moxe_plugin.nn.native.library import why_not_loaded
+from moxe_plugin.nn.native.mlstm_projections import MLSTMProjections, fits
 from moxe_plugin.nn.padding import widen
 from moxe_plugin.nn.passes import passes_natively
 from moxe_plugin.nn.products import runs_native
@@ -127,12 +129,7 @@ class MLSTMBranch(MLSTMParameters):
             *(self.input_gate_bias, self.forget_gate_bias),
         )
 
-        # Products would be of autocast's type.
-        if torch.is_autocast_enabled("cpu") or not runs_native(*inputs):
-            return None
-
-        form = self.recurrence.find_form(inputs, seqs)
-        if form is None:
+        if not runs_native(*inputs):
             return None
 
         # One block is that of one expert.
@@ -142,6 +139,13 @@ class MLSTMBranch(MLSTMParameters):
                 for x in (*inputs[2:5], *self._gate_parameters())
             )
         )
+        if not fits(projections) or why_not_loaded("mlstm_projections"):
+            return None
+
+        form = self.recurrence.find_form(inputs, seqs)
+        if form is None:
+            return None
+
         # ([E,]N,S,I) -> (C,I)
         flat_input, flat = (x.reshape(-1, self.inner_dim) for x in inputs[:2])
         if counts is None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moxe_plugin.nn.backend import ScanBackend
 from moxe_plugin.nn.native.library import NativeSource, is_readable, why_not_loaded
+from moxe_plugin.nn.products import follows_autocast
 
 
 def passes_natively(source: NativeSource, *tensors: Tensor) -> bool:
@@ -16,13 +17,13 @@ def passes_natively(source: NativeSource, *tensors: Tensor) -> bool:
     :param tensors: What the pass reads.
 
     :returns: Whether it can be compiled, and all are plain tensors on a CPU and of one
-        type, neither compiled nor under autocast.
+        type, not compiled, and autocast is off or what products in C++ follow.
     """
     dtype = tensors[0].dtype
 
     return (
         all(x.dtype == dtype and is_readable(x) for x in tensors)
-        and not torch.is_autocast_enabled("cpu")
+        and follows_autocast()
         and not torch.compiler.is_compiling()
         and why_not_loaded(source) is None
     )

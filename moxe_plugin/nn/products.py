@@ -5,6 +5,9 @@ The environment variable ``MOXE_PRODUCTS`` makes it. ``auto``, the default, take
 processors with AVX-512 that are not Intel's (whose MKL uses AVX-512 itself) if there is
 a C++ compiler; ``native`` asks for C++, ``torch`` for torch. It concerns float32 on
 CPUs; all else is torch's. Both compute the same up to rounding.
+
+Under autocast to bfloat16, torch rounds factors and results. In C++, where the
+processor multiplies bfloat16, factors alone are rounded, and results are float32.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import override
 
+from moxe_plugin.nn.autocast import recalls_autocast, remembers_autocast
 from moxe_plugin.nn.native import products as native
 from moxe_plugin.nn.native.library import (
     NativeLibraryError,
@@ -40,14 +44,15 @@ _log: Final = logging.getLogger(__name__)
 def matmul(lhs: Tensor, rhs: Tensor) -> Tensor:
     """Multiply matrices, with a gradient.
 
-    Under autocast it computes in autocast's type, as ``@`` does.
+    Under autocast it computes in autocast's type, as ``@`` does; in C++, the result is
+    float32 nevertheless.
 
     :param lhs: *Shape:* ``(…,m,k)``.
     :param rhs: With the same leading dimensions. *Shape:* ``(…,k,n)``.
 
     :returns: *Shape:* ``(…,m,n)``.
     """
-    if not runs_native(lhs, rhs) or torch.is_autocast_enabled("cpu"):
+    if not runs_native(lhs, rhs):
         return lhs @ rhs
 
     return _Matmul.apply(lhs, rhs)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
@@ -148,6 +153,28 @@ def runs_native(*tensors: Tensor) -> bool:
         # It counts FLOPs, or fakes tensors: it must see what is computed.
         and not is_in_torch_dispatch_mode()
         and why_torch() is None
+        and follows_autocast()
+    )
+
+
+def rounds_factors(*tensors: Tensor) -> bool:
+    """Tell whether the product of some tensors runs in C++, rounded to bfloat16.
+
+    :param tensors: The factors.
+
+    :returns: Whether it does: under autocast, as far as that is possible.
+    """
+    return torch.is_autocast_enabled("cpu") and runs_native(*tensors)
+
+
+def follows_autocast() -> bool:
+    """Tell whether products in C++ do what autocast on the CPU asks for.
+
+    :returns: Whether it is off, or asks for bfloat16, which the processor multiplies,
+        where products run in C++ at all.
+    """
+    return not torch.is_autocast_enabled("cpu") or (
+        torch.get_autocast_dtype("cpu") == torch.bfloat16 and rounds_to_bfloat16()
     )
 
 
@@ -194,6 +221,18 @@ def why_torch() -> str | None:
     return reason
 
 
+@cache
+def rounds_to_bfloat16() -> bool:
+    """Tell whether products in C++ round factors under autocast to bfloat16.
+
+    :returns: Whether products run in C++, and the processor multiplies bfloat16.
+
+    :raises NativeLibraryError: As :func:`why_torch`.
+    :raises ValueError: As :func:`why_torch`.
+    """
+    return why_torch() is None and native.rounds_to_bfloat16()
+
+
 def _find_vendor() -> str | None:
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
@@ -208,6 +247,7 @@ def _find_vendor() -> str | None:
 
 class _Matmul(Function):
     @staticmethod
+    @remembers_autocast
     @override
     def forward(ctx: Any, lhs: Tensor, rhs: Tensor) -> Tensor:
         ctx.save_for_backward(lhs, rhs)
@@ -215,6 +255,7 @@ class _Matmul(Function):
         return multiply(lhs, rhs)
 
     @staticmethod
+    @recalls_autocast
     @override
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

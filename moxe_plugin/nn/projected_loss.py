@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from moxe_plugin.nn.products import (
     multiply,
     multiply_all,
     multiply_widely,
+    runs_native,
 )
 
 CHUNK_SIZE = 1024
@@ -49,13 +51,22 @@ def projected_cross_entropy(
 
     :returns: The sum, in nats. *Shape:* ``()``.
     """
-    dtype = torch.promote_types(product_dtype(hidden), product_dtype(weight))
+    dtype = torch.promote_types(
+        product_dtype(hidden, weight), product_dtype(weight, hidden)
+    )
 
     wants_grad = torch.is_grad_enabled() and (
         hidden.requires_grad or weight.requires_grad
     )
 
-    with torch.autocast(hidden.device.type, enabled=False):
+    # Products in C++ follow autocast, of float32 factors.
+    keeps_autocast = runs_native(hidden, weight)
+
+    with (
+        nullcontext()
+        if keeps_autocast
+        else torch.autocast(hidden.device.type, enabled=False)
+    ):
         return _ProjectedCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
             hidden, weight, targets, target_weights, dtype, wants_grad
         )

@@ -70,7 +70,7 @@ def project_in_halves(
 
     :returns: *Shape:* ``([E,]N,S,out)`` each, or ``(C,out)``.
     """
-    if not runs_native(seqs, weight) or torch.is_autocast_enabled("cpu"):
+    if not runs_native(seqs, weight):
         first, second = project(seqs, weight, counts).chunk(2, dim=-1)
 
         return first, second

@@ -11,6 +11,7 @@ from fairseq2.nn import Embedding
 from torch import Tensor, nn
 
 from moxe_plugin.nn import products
+from moxe_plugin.nn.products import rounds_to_bfloat16
 from moxe_plugin.speed.clock import measure_copy, measure_matmul, measure_new_memory
 from moxe_plugin.speed.options import MeasureOptions
 
@@ -42,14 +43,7 @@ def measure_limits(options: MeasureOptions) -> dict[str, Any]:
     """
     device = options.device
 
-    by_library = {
-        name: {
-            library: measure_matmul(dtype, options.matmul_size, device, product)
-            for library, product in list_products(dtype, device).items()
-        }
-        for name in MATMUL_DTYPES
-        for dtype in [getattr(torch, name)]
-    }
+    by_library = {name: _measure_products(name, options) for name in MATMUL_DTYPES}
 
     num_bytes = min(options.copy_bytes, _count_memory(device) // _MEMORY_SHARE)
 
@@ -65,6 +59,23 @@ def measure_limits(options: MeasureOptions) -> dict[str, Any]:
         # Pages that the system must first find are some 30 times slower than a copy.
         "new_memory_gb_per_s": measure_new_memory(max(1, num_bytes // 4), device),
     }
+
+
+def _measure_products(dtype_name: str, options: MeasureOptions) -> dict[str, float]:
+    dtype, device = getattr(torch, dtype_name), options.device
+    rates = {
+        library: measure_matmul(dtype, options.matmul_size, device, product)
+        for library, product in list_products(dtype, device).items()
+    }
+
+    if (dtype, device.type) == (torch.bfloat16, "cpu") and rounds_to_bfloat16():
+        # Ours are of float32, rounded under autocast.
+        with torch.autocast("cpu", dtype):
+            rates["moxe_plugin"] = measure_matmul(
+                torch.float32, options.matmul_size, device, products.multiply
+            )
+
+    return rates
 
 
 def list_products(dtype: torch.dtype, device: torch.device) -> dict[str, Product]:

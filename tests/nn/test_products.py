@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 import torch
-from torch import Tensor, bfloat16, float32, float64
+from torch import Tensor, bfloat16, float16, float32, float64
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,6 +24,8 @@ from moxe_plugin.nn.products import (
     matmul,
     multiply,
     multiply_all,
+    rounds_factors,
+    rounds_to_bfloat16,
     runs_native,
     why_torch,
 )
@@ -48,12 +50,12 @@ ERROR_OF_NATIVE: Final = "`MOXE_PRODUCTS` must be 'auto' or 'torch' on this mach
 @pytest.fixture
 def chooses() -> Iterator[None]:
     """Let what is chosen be chosen again, in the test and after it."""
-    for function in (why_torch, load_library, why_not_loaded):
+    for function in (why_torch, rounds_to_bfloat16, load_library, why_not_loaded):
         function.cache_clear()
 
     yield
 
-    for function in (why_torch, load_library, why_not_loaded):
+    for function in (why_torch, rounds_to_bfloat16, load_library, why_not_loaded):
         function.cache_clear()
 
 
@@ -217,14 +219,44 @@ def test_modes_of_torch_see_what_is_computed(
     assert native_calls == []
 
 
-def test_autocast_chooses_the_type(native_calls: list[Sequence[Product]]) -> None:
+@pytest.mark.parametrize("dtype", [bfloat16, float16], ids=str)
+def test_autocast_that_cpp_does_not_follow_is_torchs(
+    dtype: torch.dtype,
+    native_calls: list[Sequence[Product]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "rounds_to_bfloat16", lambda: dtype == float16)
     lhs, rhs = torch.randn(3, 5), torch.randn(5, 4)
 
-    with torch.autocast("cpu", dtype=bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         actual = matmul(lhs, rhs)
 
-    assert_close(actual, lhs.bfloat16() @ rhs.bfloat16())
+    assert_close(actual, lhs.to(dtype) @ rhs.to(dtype))
     assert native_calls == []
+
+
+def test_gradients_are_computed_under_the_autocast_of_their_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "why_torch", lambda: None)
+    monkeypatch.setattr(products, "rounds_to_bfloat16", lambda: True)
+    rounded: list[bool] = []
+
+    def record(wanted: Sequence[Product], **_: bool) -> None:
+        for lhs, rhs, out in wanted:
+            rounded.append(rounds_factors(lhs, rhs))
+            with torch.autocast("cpu", enabled=False):
+                torch.matmul(lhs, rhs, out=out)
+
+    monkeypatch.setattr("moxe_plugin.nn.native.products.multiply_all", record)
+    lhs, rhs = torch.randn(3, 5, requires_grad=True), torch.randn(5, 4)
+
+    with torch.autocast("cpu", dtype=bfloat16):
+        out = matmul(lhs, rhs.requires_grad_())
+    differentiate(lambda *_: out, lhs, rhs)
+
+    assert rounded == [True, True, True]
+    assert not rounds_factors(lhs, rhs)
 
 
 def test_compiled_code_is_torchs(native_calls: list[Sequence[Product]]) -> None:

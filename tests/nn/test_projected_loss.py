@@ -98,7 +98,8 @@ def test_autocast_projects_in_its_precision(device: torch.device) -> None:
     nll = cross_entropy(logits, targets, reduction="none")
     expected = (nll * target_weights).sum().float()
 
-    assert_close(actual, expected)
+    # Products in C++ round no logits.
+    assert_close(actual, expected, rtol=2**-9, atol=0)
     # bfloat16 has 8 bits of precision, of softmax and of the product's inputs.
     assert_close(grad(actual, weight), grad(expected, weight), rtol=2**-5, atol=2**-5)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from moxe_plugin.nn.ragged_products import multiply_parts
 
 BLOCK: Final = 56
-"""Rows of the squares that are multiplied at a time."""
+"""The most rows of the squares that are multiplied at a time."""
 
 
 class Sequences(NamedTuple):
@@ -64,8 +64,10 @@ class Squares:
             from where to where some of its rows go. What they read ends where they do.
         """
         for first, n, offset in zip(self.begins, self.lens, self.offsets, strict=True):
-            for begin in range(0, n, BLOCK):
-                yield first, n, offset, begin, min(begin + BLOCK, n)
+            # Equal ones, which are as few, and compute less above the diagonal.
+            size = -(-n // -(-n // BLOCK))
+            for begin in range(0, n, size):
+                yield first, n, offset, begin, min(begin + size, n)
 
 
 def multiply_into_lower(

@@ -21,6 +21,7 @@ NativeSource: TypeAlias = Literal[
     "gating",
     "mlstm_chunkwise",
     "mlstm_parallel",
+    "mlstm_projections",
     "products",
     "row_dispatch",
     "scale_norm",
@@ -140,6 +141,7 @@ def _flags() -> list[str]:
         *("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp"),
         f"-DCPU_CAPABILITY={capability}",
         *_CAPABILITY_FLAGS.get(capability, ()),
+        *(("-mavx512bf16",) if torch.cpu._is_avx512_bf16_supported() else ()),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-isystem{directory}" for directory in include_paths("cpu")),
     ]

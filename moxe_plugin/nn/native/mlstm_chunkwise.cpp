@@ -4,6 +4,8 @@
 // A chunk of length L has for each head a square (L,L) of weights, as in mlstm_parallel.cpp. Of
 // the J memories, number j lies between chunks j + s and j + s + 1 of sequence s.
 
+#include "causal_squares.h"
+
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
@@ -225,7 +227,7 @@ void replace_row(const Shape& s, const Constants<T>& k, const Position& p, const
     f(decayed, load(x + i, n), n).store(x + i, n);
   });
 
-  const int64_t end = std::min(s.lens[p.chunk], (p.index / s.block + 1) * s.block);
+  const int64_t end = moxe::end_of_block(p.index, s.lens[p.chunk], s.block);
   std::fill(x + p.index + 1, x + end, T(0));
 }
 

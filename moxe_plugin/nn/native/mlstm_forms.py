@@ -10,6 +10,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
+from moxe_plugin.nn.autocast import recalls_autocast, remembers_autocast
+
 
 class NormalizerLimits(NamedTuple):
     """The numbers of the cell's normaliser, see :mod:`moxe_plugin.nn.mlstm_cell`."""
@@ -85,6 +87,7 @@ def run_form(form: MLSTMForm, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) ->
 
 class _Form(Function):
     @staticmethod
+    @remembers_autocast
     @override
     def forward(ctx: Any, form: MLSTMForm, *inputs: Tensor) -> Tensor:
         q, k, v, gates = (x.contiguous() for x in inputs)
@@ -96,6 +99,7 @@ class _Form(Function):
         return hidden
 
     @staticmethod
+    @recalls_autocast
     @override
     @once_differentiable
     def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor | None, ...]:

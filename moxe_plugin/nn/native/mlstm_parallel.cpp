@@ -4,6 +4,7 @@
 // A sequence of length S has for each head a square (S,S) of weights, of which the rows above
 // the diagonal are not read beyond the block that the diagonal cuts.
 
+#include "causal_squares.h"
 #include "vector_math.h"
 
 #include <cmath>
@@ -12,6 +13,7 @@
 namespace {
 
 using moxe::for_each_vector;
+using moxe::end_of_block;
 using moxe::load;
 using moxe::store;
 using moxe::Vec;
@@ -26,10 +28,6 @@ template <typename T>
 struct Constants {
   T scale, empty, max_exponent, eps;
 };
-
-int64_t end_of_block(int64_t t, int64_t len, int64_t block) {
-  return std::min(len, (t / block + 1) * block);
-}
 
 // ln(sigmoid(x))
 template <typename T>

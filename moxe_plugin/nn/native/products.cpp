@@ -1,4 +1,6 @@
 // Products of float32 matrices for CPUs with AVX-512; see products.py for what it computes.
+// Where the processor multiplies bfloat16, panels may hold factors rounded to it, two in place
+// of one; their products and sums are float32.
 //
 // As in Goto's algorithm, blocks of both factors of large products are copied into panels that
 // the innermost loop reads one after the other, whatever the factors' layout is, and the sums of
@@ -6,6 +8,8 @@
 // products of a call share the threads, so that many small ones (experts, heads) are as fast as
 // one large one. Each element is summed in an order that depends on nothing but the inner
 // dimension.
+
+#include "bfloat16.h"
 
 #include <immintrin.h>
 #include <omp.h>
@@ -24,6 +28,11 @@
 
 namespace {
 
+using moxe::add_products;
+using moxe::Factors;
+using moxe::first_floats;
+using moxe::num_places;
+
 constexpr int kWidth = 16;              // floats of a vector
 constexpr int kRows = 14;               // rows of a tile,
 constexpr int kVecs = 2;                // and its vectors: 28 of 32 registers hold sums
@@ -31,11 +40,11 @@ constexpr int kCols = kVecs * kWidth;
 constexpr int64_t kBlockRows = 5 * kRows;   // of the left factor, which fit the second cache
 constexpr int64_t kMaxCols = 128;       // of a block of the right factor, which fits it too
 constexpr int64_t kMinCols = 2 * kCols;
-constexpr int64_t kMaxInner = 1024;     // of the inner dimension at a time, to add seldom
+constexpr int64_t kMaxDepth = 1024;     // rows of a panel, to add seldom
 constexpr int64_t kMaxPacked = 1 << 20;  // floats of left factors that are packed at a time
 constexpr int64_t kPanelsAtOnce = 8;
 constexpr int64_t kPackedAhead = 8;     // rows that a copy into panels fetches ahead
-constexpr int64_t kInnerAtOnce = 32;    // of the inner dimension, after which tiles fetch
+constexpr int64_t kDepthAtOnce = 32;    // rows of a panel, after which tiles fetch
 constexpr int64_t kLine = 64;           // bytes that are fetched at once
 constexpr int64_t kDirect = 64;         // up to which a size is small
 constexpr int64_t kMaxWeights = 1 << 16;    // of small right factors that lie side by side
@@ -62,11 +71,12 @@ struct Product {
   float* out;
   int64_t out_next, out_row;
 
-  Kind kind() const {
+  Kind kind(Factors factors) const {
     if (m <= kThinRows && rhs_col == 1) return Kind::kThin;
-    // The right factor is small, or few rows read it.
-    if (n % kCols == 0 &&
-        ((n <= kDirect && k <= kDirect) || (m <= kDirect && rhs_col == 1)))
+    // The right factor is small, or few rows read it, and panels of pairs would not halve what
+    // is left to do.
+    if (n % kCols == 0 && ((n <= kDirect && k <= kDirect) ||
+                           (m <= kDirect && rhs_col == 1 && factors == Factors::kFloat)))
       return Kind::kDirect;
     if (n <= kNarrow && rhs_col == 1 && lhs_col == 1) return Kind::kNarrow;
     if (n <= kFlipped && lhs_row == 1) return Kind::kFlipped;
@@ -74,19 +84,17 @@ struct Product {
   }
 
   // How many pieces the inner dimension is cut into.
-  int64_t num_pieces() const { return std::max<int64_t>(1, divide_up(k, kMaxInner)); }
+  int64_t num_pieces(Factors factors) const {
+    return std::max<int64_t>(1, divide_up(num_places(k, factors), kMaxDepth));
+  }
 
   // Whether small products lie side by side. Together, they read and write whole rows.
-  bool is_side_by_side() const {
-    return kind() == Kind::kDirect && n <= kDirect && k <= kDirect &&
+  bool is_side_by_side(Factors factors) const {
+    return kind(factors) == Kind::kDirect && n <= kDirect && k <= kDirect &&
            count * n * k <= kMaxWeights && lhs_next > 0 && count * lhs_next <= lhs_row;
   }
 };
 static_assert(sizeof(Product) == 15 * sizeof(int64_t), "a product is 15 numbers");
-
-ALWAYS_INLINE __mmask16 first(int64_t count) {
-  return count >= kWidth ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
-}
 
 // What becomes of a result: it is written, added to, or written past the caches.
 enum class Into { kOut, kSum, kMemory };
@@ -123,7 +131,7 @@ class Ahead {
 };
 
 // out (Rows,kCols) = or += lhs (depth,kRows)^T @ rhs (depth,kCols), Rows of its rows
-template <int Rows>
+template <Factors factors, int Rows>
 void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __restrict rhs,
                    float* __restrict out, int64_t out_row, Into into, Ahead& ahead) {
   __m512 sums[Rows][kVecs];
@@ -133,10 +141,10 @@ void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __re
       if (into != Into::kMemory) __builtin_prefetch(out + r * out_row + v * kWidth, 1);
     }
 
-  for (int64_t begin = 0; begin < depth; begin += kInnerAtOnce) {
+  for (int64_t begin = 0; begin < depth; begin += kDepthAtOnce) {
     ahead.fetch();
 
-    const int64_t end = std::min(begin + kInnerAtOnce, depth);
+    const int64_t end = std::min(begin + kDepthAtOnce, depth);
     for (int64_t i = begin; i < end; ++i) {
       __m512 weights[kVecs];
       for (int v = 0; v < kVecs; ++v)
@@ -144,7 +152,7 @@ void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __re
       for (int r = 0; r < Rows; ++r) {
         const __m512 value = _mm512_set1_ps(lhs[i * kRows + r]);
         for (int v = 0; v < kVecs; ++v)
-          sums[r][v] = _mm512_fmadd_ps(value, weights[v], sums[r][v]);
+          sums[r][v] = add_products<factors>(sums[r][v], value, weights[v]);
       }
     }
   }
@@ -205,7 +213,7 @@ void multiply_thin(const float* lhs, int64_t lhs_row, int64_t lhs_col, const flo
     __mmask16 masks[vecs];
     __m512 sums[Rows][vecs];
     for (int v = 0; v < vecs; ++v) {
-      masks[v] = first(num_cols - col - v * kWidth);
+      masks[v] = first_floats(num_cols - col - v * kWidth);
       for (int r = 0; r < Rows; ++r) sums[r][v] = _mm512_setzero_ps();
     }
 
@@ -251,7 +259,7 @@ template <int Rows>
 void multiply_narrow(int64_t depth, const float* lhs, int64_t lhs_row, const float* rhs,
                      int64_t rhs_row, int64_t num_cols, float* out, int64_t out_row,
                      bool adds) {
-  const __mmask16 mask = first(num_cols);
+  const __mmask16 mask = first_floats(num_cols);
   __m512 sums[Rows];
   for (int r = 0; r < Rows; ++r) sums[r] = _mm512_setzero_ps();
 
@@ -294,11 +302,14 @@ constexpr MultiplyNarrow kMultiplyNarrow[kRows + 1] = {
 
 using MultiplyTile = void (*)(int64_t, const float*, const float*, float*, int64_t, Into,
                               Ahead&);
+template <Factors factors>
 constexpr MultiplyTile kMultiplyTile[kRows + 1] = {
-    nullptr,           multiply_tile<1>,  multiply_tile<2>,  multiply_tile<3>,
-    multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,  multiply_tile<7>,
-    multiply_tile<8>,  multiply_tile<9>,  multiply_tile<10>, multiply_tile<11>,
-    multiply_tile<12>, multiply_tile<13>, multiply_tile<14>};
+    nullptr,
+    multiply_tile<factors, 1>,  multiply_tile<factors, 2>,  multiply_tile<factors, 3>,
+    multiply_tile<factors, 4>,  multiply_tile<factors, 5>,  multiply_tile<factors, 6>,
+    multiply_tile<factors, 7>,  multiply_tile<factors, 8>,  multiply_tile<factors, 9>,
+    multiply_tile<factors, 10>, multiply_tile<factors, 11>, multiply_tile<factors, 12>,
+    multiply_tile<factors, 13>, multiply_tile<factors, 14>};
 
 using MultiplyDirect = void (*)(int64_t, const float*, int64_t, int64_t, const float*,
                                 int64_t, float*, int64_t, bool);
@@ -308,25 +319,59 @@ constexpr MultiplyDirect kMultiplyDirect[kRows + 1] = {
     multiply_direct<8>,  multiply_direct<9>,  multiply_direct<10>, multiply_direct<11>,
     multiply_direct<12>, multiply_direct<13>, multiply_direct<14>};
 
-// Stores 16 numbers of row i, of `depth` that are `Stride` apart. Of rows of fewer, all but the
-// last one may reach into the next, which comes later: a masked store is slow.
+// Stores a row of 16 numbers of panel row i, of `depth` that are `Stride` apart. Of rows of fewer,
+// all but the last one may reach into the next, which comes later: a masked store is slow.
 template <int Stride>
 ALWAYS_INLINE void store(float* row, int64_t i, int64_t depth, __m512 x) {
   if (Stride >= kWidth || i + 1 < depth)
     _mm512_storeu_ps(row, x);
   else
-    _mm512_mask_storeu_ps(row, first(Stride), x);
+    _mm512_mask_storeu_ps(row, first_floats(Stride), x);
 }
 
-// Stores column c of the matrix (num_rows,num_cols), both at most 16, as row i + c.
-template <int Stride>
+// How many of the inner dimension are in a row of a panel.
+template <Factors factors>
+constexpr int64_t kPerRow = factors == Factors::kFloat ? 1 : 2;
+
+// The next `count` numbers of the inner dimension, which follow each other, as panels hold them:
+// 16 floats or 16 pairs; 0 beyond them.
+template <Factors factors>
+ALWAYS_INLINE __m512 load_inner(const float* from, int64_t count) {
+  const __m512 low = _mm512_maskz_loadu_ps(first_floats(count), from);
+  if (factors == Factors::kFloat) return low;
+
+  return moxe::pair_neighbours(
+      low, _mm512_maskz_loadu_ps(first_floats(count - kWidth), from + kWidth));
+}
+
+// 16 numbers of a panel's row, each of a column: of pairs, the other half is `next` further, or
+// 0 if there is none.
+template <Factors factors>
+ALWAYS_INLINE __m512 load_columns(const float* from, __mmask16 mask, int64_t next,
+                                  bool has_next) {
+  const __m512 low = _mm512_maskz_loadu_ps(mask, from);
+  if (factors == Factors::kFloat) return low;
+
+  return moxe::pair_places(low, _mm512_maskz_loadu_ps(has_next ? mask : 0, from + next));
+}
+
+// One of these.
+template <Factors factors>
+float load_one(const float* from, int64_t next, bool has_next) {
+  float x;
+  _mm_store_ss(&x, _mm512_castps512_ps128(load_columns<factors>(from, 1, next, has_next)));
+  return x;
+}
+
+// Stores column c of a matrix of `num_rows`, at most 16, and 16 columns as row i + c. A row of
+// it holds `inner` of the inner dimension.
+template <Factors factors, int Stride>
 ALWAYS_INLINE void transpose(const float* from, int64_t next_row, int64_t num_rows,
-                             int64_t num_cols, float* out, int64_t i, int64_t depth) {
-  const __mmask16 mask = first(num_cols);
+                             int64_t inner, float* out, int64_t i, int64_t depth) {
   __m512 a[16], b[16];
   // Rows that there are not are the last one again.
   for (int64_t r = 0; r < 16; ++r)
-    a[r] = _mm512_maskz_loadu_ps(mask, from + std::min(r, num_rows - 1) * next_row);
+    a[r] = load_inner<factors>(from + std::min(r, num_rows - 1) * next_row, inner);
   for (int r = 0; r < 16; r += 2) {
     b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
     b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
@@ -348,16 +393,18 @@ ALWAYS_INLINE void transpose(const float* from, int64_t next_row, int64_t num_ro
     a[8 + c] = _mm512_shuffle_f32x4(b[c], b[8 + c], 0xdd);
   }
   for (int c = 0; c < 16; ++c)
-    if (c < num_cols) store<Stride>(out + c * Stride, i + c, depth, a[c]);
+    if (i + c < depth) store<Stride>(out + c * Stride, i + c, depth, a[c]);
 }
 
-// Panels: out[i * Stride + j] = from[i * outer + j * inner] for `depth` i and `width` j, at
-// most Stride; up to Stride, finite numbers. Panels follow each other in `out`, the `count` j of
-// all of them in `from`.
-template <int Stride>
-void pack(const float* from, int64_t outer, int64_t inner, int64_t depth, int64_t count,
-          int64_t width, float* out) {
+// Panels: out[i * Stride + j] = from[i * outer + j * inner] for all i below `num_outer` and
+// `width` j, at most Stride; up to Stride, finite numbers. Pairs hold i and i + 1. Panels follow
+// each other in `out`, the `count` j of all of them in `from`.
+template <Factors factors, int Stride>
+void pack(const float* from, int64_t outer, int64_t inner, int64_t num_outer,
+          int64_t count, int64_t width, float* out) {
   const int64_t num_panels = divide_up(count, width);
+  const int64_t depth = num_places(num_outer, factors);
+  constexpr int64_t per_row = kPerRow<factors>;
 
   if (inner == 1) {
     // Rows of several panels, as the next row is on another page of memory.
@@ -365,10 +412,14 @@ void pack(const float* from, int64_t outer, int64_t inner, int64_t depth, int64_
       for (int64_t i = 0; i < depth; ++i)
         for (int64_t p = begin; p < std::min(begin + kPanelsAtOnce, num_panels); ++p)
           for (int64_t j = 0; j < width; j += kWidth) {
-            const float* at = from + i * outer + p * width + j;
-            if (i + kPackedAhead < depth) __builtin_prefetch(at + kPackedAhead * outer);
-            store<Stride>(out + (p * depth + i) * Stride + j, i, depth,
-                          _mm512_maskz_loadu_ps(first(count - p * width - j), at));
+            const float* at = from + i * per_row * outer + p * width + j;
+            for (int64_t ahead = 0; ahead < per_row; ++ahead)
+              if (i * per_row + kPackedAhead + ahead < num_outer)
+                __builtin_prefetch(at + (kPackedAhead + ahead) * outer);
+            store<Stride>(
+                out + (p * depth + i) * Stride + j, i, depth,
+                load_columns<factors>(at, first_floats(count - p * width - j), outer,
+                                   (i + 1) * per_row <= num_outer));
           }
     return;
   }
@@ -381,23 +432,33 @@ void pack(const float* from, int64_t outer, int64_t inner, int64_t depth, int64_
     if (outer == 1) {
       for (int64_t i = 0; i < depth; i += kWidth)
         for (int64_t j = 0; j < num_filled; j += kWidth) {
+          const int64_t at = i * per_row;
           // Of short rows on many pages the processor foresees nothing.
           if (p + 1 < num_panels)
             for (int64_t r = j; r < std::min(width, j + kWidth); ++r)
-              __builtin_prefetch(panel_from + i + (width + r) * inner);
+              for (int64_t line = 0; line < per_row; ++line)
+                __builtin_prefetch(panel_from + at + line * kWidth + (width + r) * inner);
           if (j == 0)
             for (int64_t l = 0; l < Stride; ++l)
               __builtin_prefetch(panel + (i + 3 * kWidth) * Stride + l * kWidth, 1);
-          transpose<Stride>(panel_from + i + j * inner, inner, num_filled - j,
-                            std::min<int64_t>(kWidth, depth - i), panel + i * Stride + j, i,
-                            depth);
+          transpose<factors, Stride>(panel_from + at + j * inner, inner, num_filled - j,
+                                  num_outer - at, panel + i * Stride + j, i, depth);
         }
     } else {
       for (int64_t i = 0; i < depth; ++i)
         for (int64_t j = 0; j < num_filled; ++j)
-          panel[i * Stride + j] = panel_from[i * outer + j * inner];
+          panel[i * Stride + j] =
+              load_one<factors>(panel_from + i * per_row * outer + j * inner, outer,
+                             (i + 1) * per_row <= num_outer);
     }
   }
+}
+
+template <int Stride>
+void pack(Factors factors, const float* from, int64_t outer, int64_t inner, int64_t num_outer,
+          int64_t count, int64_t width, float* out) {
+  (factors == Factors::kFloat ? pack<Factors::kFloat, Stride> : pack<Factors::kBFloat16, Stride>)(
+      from, outer, inner, num_outer, count, width, out);
 }
 
 // Memory that is kept for the next call.
@@ -429,15 +490,19 @@ class Buffer {
 struct Part {
   const Product* product;
   int64_t index, num_indices, row, num_rows, first, inner, panel_rows;
+  Kind kind;
+  Factors factors;  // of panels
   float* packed;
 
   int64_t num_panels() const { return divide_up(num_rows, panel_rows); }
   int64_t rows_of(int64_t panel) const {
     return std::min(panel_rows, num_rows - panel * panel_rows);
   }
-  bool packs() const { return product->kind() == Kind::kPacked; }
+  bool packs() const { return kind == Kind::kPacked; }
+  // Rows of panels.
+  int64_t depth() const { return num_places(inner, factors); }
   // What it packs.
-  int64_t size() const { return packs() ? num_panels() * kRows * inner : 0; }
+  int64_t size() const { return packs() ? num_panels() * kRows * depth() : 0; }
 
   // Where a row is, of its own or of a product beside it.
   const float* lhs(int64_t r, int64_t i = 0) const {
@@ -466,7 +531,7 @@ struct Task {
 
   // Panels of the right factor, and a tile.
   int64_t size() const {
-    return (part->inner * divide_up(num_cols, kCols) + kRows) * kCols * part->num_indices;
+    return (part->depth() * divide_up(num_cols, kCols) + kRows) * kCols * part->num_indices;
   }
 };
 
@@ -476,8 +541,9 @@ void run(const PackTask& task) {
   const int64_t num_rows =
       std::min(kPanelsAtOnce * part.panel_rows, part.num_rows - row);
 
-  pack<kRows>(part.lhs(row), part.product->lhs_col, part.product->lhs_row, part.inner,
-              num_rows, part.panel_rows, part.packed + task.panel * kRows * part.inner);
+  pack<kRows>(part.factors, part.lhs(row), part.product->lhs_col, part.product->lhs_row,
+              part.inner, num_rows, part.panel_rows,
+              part.packed + task.panel * kRows * part.depth());
 }
 
 void run_direct(const Task& task, bool adds, float* panels) {
@@ -486,7 +552,7 @@ void run_direct(const Task& task, bool adds, float* panels) {
   const bool packs = p.rhs_col != 1;
 
   for (int64_t i = 0; packs && i < part.num_indices; ++i)
-    pack<kCols>(part.rhs(0, i), p.rhs_row, p.rhs_col, part.inner, p.n, kCols,
+    pack<kCols>(part.factors, part.rhs(0, i), p.rhs_row, p.rhs_col, part.inner, p.n, kCols,
                 panels + i * p.n * part.inner);
 
   const auto multiply = [&](int64_t panel, int64_t i, int64_t col) {
@@ -530,7 +596,7 @@ void run_packed(const Task& task, const Task* next, bool adds, bool streams,
   const Product& p = *part.product;
   const int64_t num_col_panels = divide_up(task.num_cols, kCols);
 
-  float* edge = panels + part.inner * num_col_panels * kCols;
+  float* edge = panels + part.depth() * num_col_panels * kCols;
   float* out = part.out(0) + task.col;
 
   // Only what is complete at once, and in whole cache lines.
@@ -538,29 +604,32 @@ void run_packed(const Task& task, const Task* next, bool adds, bool streams,
             reinterpret_cast<uintptr_t>(out) % (kWidth * sizeof(float)) == 0;
   const Into into = streams ? Into::kMemory : adds ? Into::kSum : Into::kOut;
 
-  pack<kCols>(part.rhs(task.col), p.rhs_row, p.rhs_col, part.inner, task.num_cols, kCols,
-              panels);
+  pack<kCols>(part.factors, part.rhs(task.col), p.rhs_row, p.rhs_col, part.inner,
+              task.num_cols, kCols, panels);
 
   Ahead ahead = look_ahead(next, part.num_panels() * num_col_panels *
-                                     divide_up(part.inner, kInnerAtOnce));
+                                     divide_up(part.depth(), kDepthAtOnce));
 
+  const MultiplyTile* multiply = part.factors == Factors::kFloat
+                                     ? kMultiplyTile<Factors::kFloat>
+                                     : kMultiplyTile<Factors::kBFloat16>;
   const int64_t block = std::max<int64_t>(1, kBlockRows / part.panel_rows);
   for (int64_t first = 0; first < part.num_panels(); first += block)
     for (int64_t j = 0; j < num_col_panels; ++j) {
       const int64_t cols = std::min<int64_t>(kCols, task.num_cols - j * kCols);
-      const float* right = panels + j * kCols * part.inner;
+      const float* right = panels + j * kCols * part.depth();
 
       for (int64_t i = first; i < std::min(first + block, part.num_panels()); ++i) {
         const int64_t row = i * part.panel_rows, rows = part.rows_of(i);
-        const float* left = part.packed + i * kRows * part.inner;
+        const float* left = part.packed + i * kRows * part.depth();
         float* to = out + row * p.out_row + j * kCols;
 
         if (cols == kCols) {
-          kMultiplyTile[rows](part.inner, left, right, to, p.out_row, into, ahead);
+          multiply[rows](part.depth(), left, right, to, p.out_row, into, ahead);
           continue;
         }
 
-        kMultiplyTile[rows](part.inner, left, right, edge, kCols, Into::kOut, ahead);
+        multiply[rows](part.depth(), left, right, edge, kCols, Into::kOut, ahead);
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t c = 0; c < cols; ++c) {
             float& x = to[r * p.out_row + c];
@@ -581,7 +650,7 @@ void run(const Task& task, const Task* next, bool adds, bool streams, float* pan
 
   adds = adds || part.first > 0;
 
-  switch (p.kind()) {
+  switch (part.kind) {
     case Kind::kPacked:
       run_packed(task, next, adds, streams, panels);
       break;
@@ -608,14 +677,15 @@ void run(const Task& task, const Task* next, bool adds, bool streams, float* pan
 
 // The products, cut into parts, for one of several equal pieces of their inner dimensions;
 // `num_col_blocks` gets what each part is divided into.
-std::vector<Part> cut(int64_t num_products, const Product* products, int64_t piece,
-                      int num_threads, std::vector<int64_t>& num_col_blocks) {
+std::vector<Part> cut(int64_t num_products, const Product* products, Factors factors,
+                      int64_t piece, int num_threads,
+                      std::vector<int64_t>& num_col_blocks) {
   // Depends on k alone, as the order of sums does.
-  const auto first_of = [](const Product& p, int64_t piece) {
-    return p.k == 0 ? 0 : piece * divide_up(p.k, p.num_pieces());
+  const auto first_of = [factors](const Product& p, int64_t piece) {
+    return p.k == 0 ? 0 : piece * divide_up(p.k, p.num_pieces(factors));
   };
   const auto inner_of = [&](const Product& p) {
-    return p.m == 0 || p.n == 0 || piece >= p.num_pieces()
+    return p.m == 0 || p.n == 0 || piece >= p.num_pieces(factors)
                ? int64_t(-1)
                : std::min(first_of(p, piece + 1), p.k) - first_of(p, piece);
   };
@@ -635,7 +705,8 @@ std::vector<Part> cut(int64_t num_products, const Product* products, int64_t pie
     const int64_t inner = inner_of(p);
     if (inner < 0) continue;
 
-    const int64_t num_indices = p.is_side_by_side() ? p.count : 1;
+    const Kind kind = p.kind(factors);
+    const int64_t num_indices = p.is_side_by_side(factors) ? p.count : 1;
     const int64_t num_tasks = 1 + int64_t(double(num_indices) * p.m * p.n * inner / limit);
     const int64_t cols = std::max(std::min(num_tasks, divide_up(p.n, kMinCols)),
                                   divide_up(p.n, kMaxCols));
@@ -649,7 +720,8 @@ std::vector<Part> cut(int64_t num_products, const Product* products, int64_t pie
         // Even, since a panel of few rows is slow.
         const int64_t panel_rows = divide_up(num_rows, divide_up(num_rows, kRows));
         parts.push_back({&p, index, num_indices, row, num_rows, first_of(p, piece), inner,
-                         panel_rows, nullptr});
+                         panel_rows, kind, kind == Kind::kPacked ? factors : Factors::kFloat,
+                         nullptr});
         num_col_blocks.push_back(cols);
       }
   }
@@ -739,16 +811,16 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
   return done;
 }
 
-bool multiply_all(int64_t num_products, const Product* products, bool adds,
+bool multiply_all(int64_t num_products, const Product* products, Factors factors, bool adds,
                   bool streams, int num_threads) {
   int64_t num_pieces = 0;
   for (int64_t i = 0; i < num_products; ++i)
-    num_pieces = std::max(num_pieces, products[i].num_pieces());
+    num_pieces = std::max(num_pieces, products[i].num_pieces(factors));
 
   std::vector<int64_t> num_col_blocks;
   for (int64_t piece = 0; piece < num_pieces; ++piece) {
     std::vector<Part> parts =
-        cut(num_products, products, piece, num_threads, num_col_blocks);
+        cut(num_products, products, factors, piece, num_threads, num_col_blocks);
 
     // Groups of equal size, as the threads wait for each other after each.
     int64_t total = 0;
@@ -774,12 +846,20 @@ bool multiply_all(int64_t num_products, const Product* products, bool adds,
 
 }  // namespace
 
-// Returns 0, or 1 if there is no memory for copies of the factors.
-extern "C" int moxe_multiply(int64_t num_products, const Product* products, int adds,
-                             int streams, int num_threads) {
+// Returns 1 if products can be computed of factors rounded to bfloat16, else 0.
+extern "C" int moxe_multiplies_bfloat16() {
+  return moxe::kHasBFloat16;
+}
+
+// Returns 0, or 1 if there is no memory for copies of the factors. Which are rounded to bfloat16
+// with `rounds`, where that is possible.
+extern "C" int moxe_multiply(int64_t num_products, const Product* products, int rounds,
+                             int adds, int streams, int num_threads) {
+  const Factors factors = rounds ? Factors::kBFloat16 : Factors::kFloat;
   try {
-    return multiply_all(num_products, products, adds != 0, streams != 0, num_threads) ? 0
-                                                                                      : 1;
+    return multiply_all(num_products, products, factors, adds != 0, streams != 0, num_threads)
+               ? 0
+               : 1;
   } catch (const std::bad_alloc&) {
     return 1;
   }

@@ -5,6 +5,10 @@ of half the width. Beyond that, all products of a call share the threads, factor
 results may lie in rows of larger matrices, and each element is summed in an order that
 depends on the inner dimension alone: not on how many rows there are, nor on the number
 of threads.
+
+Under autocast to bfloat16, factors are rounded to it where they are copied, if the
+processor can multiply it; products, sums and results stay float32. Small products,
+whose factors are not copied, round nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from functools import cache
 from typing import Final, NamedTuple
 
 import torch
@@ -89,6 +94,7 @@ def multiply_described(
     is_out_of_memory = find_function("products", "moxe_multiply")(
         ctypes.c_int64(len(numbers) // NUM_NUMBERS),
         ctypes.c_void_p(numbers.buffer_info()[0]),
+        ctypes.c_int(torch.is_autocast_enabled("cpu")),
         ctypes.c_int(adds),
         ctypes.c_int(streams),
         ctypes.c_int(torch.get_num_threads()),
@@ -96,6 +102,17 @@ def multiply_described(
 
     if is_out_of_memory:
         raise MemoryError("There is no memory for copies of the factors of a product.")
+
+
+@cache
+def rounds_to_bfloat16() -> bool:
+    """Tell whether factors can be rounded to bfloat16 here.
+
+    :returns: Whether the processor can multiply it.
+
+    :raises NativeLibraryError: The C++ code cannot be compiled here.
+    """
+    return bool(find_function("products", "moxe_multiplies_bfloat16")())
 
 
 def multiply_rows(

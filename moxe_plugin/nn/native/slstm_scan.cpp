@@ -4,13 +4,16 @@
 // the batch through all steps: the head's recurrent matrix then stays in the thread's cache,
 // where a loop over time with all heads in each step would read them all anew every time.
 
+#include "bfloat16.h"
 #include "vector_math.h"
 
 #include <vector>
 
 namespace {
 
+using moxe::Factors;
 using moxe::load;
+using moxe::num_places;
 using moxe::Sigmoid;
 using moxe::store;
 using moxe::Vec;
@@ -21,8 +24,62 @@ constexpr int kRows = 4;
 // of a sum.
 constexpr int64_t kSummedSteps = 32;
 
-// out[r,:] += x[r,:] @ weight for `Rows` rows, for `Vecs` vectors of columns.
-template <typename T, int Rows, int Vecs>
+// The factors of the recurrent products: copies of floats as pairs of bfloat16, or floats as
+// they are.
+template <typename T, Factors factors>
+class Rounded {
+ public:
+  // Rows of `count` numbers.
+  void set_rows(const T* from, int64_t num_rows, int64_t count) {
+    data_ = from;
+#ifdef __AVX512BF16__
+    if constexpr (factors == Factors::kBFloat16) {
+      const int64_t places = num_places(count, factors);
+      pairs_.resize(num_rows * places);
+      for (int64_t i = 0; i < num_rows; ++i)
+        moxe::pair_row(from + i * count, count, &pairs_[i * places]);
+      data_ = pairs_.data();
+    }
+#endif
+  }
+
+  // A matrix of which a column is multiplied, (num_in,num_out).
+  void set_columns(const T* from, int64_t num_in, int64_t num_out) {
+    data_ = from;
+#ifdef __AVX512BF16__
+    if constexpr (factors == Factors::kBFloat16) {
+      pairs_.resize(num_places(num_in, factors) * num_out);
+      for (int64_t i = 0; i < num_in; i += 2)
+        moxe::pair_rows(from + i * num_out,
+                        i + 1 < num_in ? from + (i + 1) * num_out : nullptr, num_out,
+                        &pairs_[i / 2 * num_out]);
+      data_ = pairs_.data();
+    }
+#endif
+  }
+
+  // Takes what has been rounded already.
+  void refer_to(const T* places) { data_ = places; }
+
+  const T* data() const { return data_; }
+
+ private:
+  const T* data_ = nullptr;
+  std::vector<T> pairs_;
+};
+
+template <typename T, Factors factors>
+inline Vec<T> add_products(const Vec<T>& sum, const Vec<T>& x, const Vec<T>& y) {
+#ifdef __AVX512BF16__
+  if constexpr (factors == Factors::kBFloat16)
+    return Vec<T>(moxe::add_products<factors>(sum, x, y));
+#endif
+  return at::vec::fmadd(x, y, sum);
+}
+
+// out[r,:] += x[r,:] @ weight for `Rows` rows, for `Vecs` vectors of columns. `num_in` are
+// places of what is multiplied.
+template <typename T, Factors factors, int Rows, int Vecs>
 void multiply_columns(const T* weight, int64_t num_in, int64_t num_out, const T* x,
                       T* out, int64_t column, int64_t count) {
   constexpr int64_t width = Vec<T>::size();
@@ -44,7 +101,7 @@ void multiply_columns(const T* weight, int64_t num_in, int64_t num_out, const T*
     for (int r = 0; r < Rows; ++r) {
       const Vec<T> value(x[r * num_in + i]);
       for (int v = 0; v < Vecs; ++v)
-        sums[r][v] = at::vec::fmadd(value, weights[v], sums[r][v]);
+        sums[r][v] = add_products<T, factors>(sums[r][v], value, weights[v]);
     }
   }
 
@@ -58,7 +115,7 @@ void multiply_columns(const T* weight, int64_t num_in, int64_t num_out, const T*
     }
 }
 
-template <typename T, int Rows>
+template <typename T, Factors factors, int Rows>
 void multiply_rows(const T* weight, int64_t num_in, int64_t num_out, const T* x, T* out) {
   constexpr int64_t width = Vec<T>::size();
   // As many sums as there are registers for.
@@ -66,24 +123,27 @@ void multiply_rows(const T* weight, int64_t num_in, int64_t num_out, const T* x,
 
   int64_t column = 0;
   for (; column + vecs * width <= num_out; column += vecs * width)
-    multiply_columns<T, Rows, vecs>(weight, num_in, num_out, x, out, column,
-                                    vecs * width);
+    multiply_columns<T, factors, Rows, vecs>(weight, num_in, num_out, x, out, column,
+                                             vecs * width);
   for (; column + 2 * width <= num_out; column += 2 * width)
-    multiply_columns<T, Rows, 2>(weight, num_in, num_out, x, out, column, 2 * width);
+    multiply_columns<T, factors, Rows, 2>(weight, num_in, num_out, x, out, column,
+                                          2 * width);
   for (; column < num_out; column += width)
-    multiply_columns<T, Rows, 1>(weight, num_in, num_out, x, out, column,
-                                 std::min<int64_t>(width, num_out - column));
+    multiply_columns<T, factors, Rows, 1>(weight, num_in, num_out, x, out, column,
+                                          std::min<int64_t>(width, num_out - column));
 }
 
-// out (rows,num_out) += x (rows,num_in) @ weight (num_in,num_out)
-template <typename T>
-void multiply(const T* weight, int64_t num_in, int64_t num_out, const T* x, T* out,
-              int rows) {
+// out (rows,num_out) += x (rows,num_in) @ weight (num_in,num_out), of factors (rows,num_in)
+template <typename T, Factors factors>
+void multiply(const Rounded<T, factors>& weight, int64_t num_in, int64_t num_out,
+              const Rounded<T, factors>& x, T* out, int rows) {
+  const T *w = weight.data(), *from = x.data();
+  const int64_t places = num_places(num_in, factors);
   switch (rows) {
-    case 1: return multiply_rows<T, 1>(weight, num_in, num_out, x, out);
-    case 2: return multiply_rows<T, 2>(weight, num_in, num_out, x, out);
-    case 3: return multiply_rows<T, 3>(weight, num_in, num_out, x, out);
-    default: return multiply_rows<T, 4>(weight, num_in, num_out, x, out);
+    case 1: return multiply_rows<T, factors, 1>(w, places, num_out, from, out);
+    case 2: return multiply_rows<T, factors, 2>(w, places, num_out, from, out);
+    case 3: return multiply_rows<T, factors, 3>(w, places, num_out, from, out);
+    default: return multiply_rows<T, factors, 4>(w, places, num_out, from, out);
   }
 }
 
@@ -144,7 +204,7 @@ struct Task {
   int64_t max_len = 0;
 };
 
-template <typename T>
+template <typename T, Factors factors>
 void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
                   const T* bias, const T* weight, const T* c0,
                   const T* log_n0, const T* y0, T* outputs, T* activations, T* cs,
@@ -158,6 +218,8 @@ void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
     const Task<T> task(s, id);
     std::vector<T> gates(kRows * 4 * dim), y(kRows * dim, T(0)), c(kRows * dim),
         log_n(kRows * dim);
+    Rounded<T, factors> recurrent, old_y;
+    recurrent.set_columns(weight + task.head * 4 * dim * dim, dim, 4 * dim);
 
     for (int r = 0; r < task.rows; ++r) {
       const int64_t from = task.state(s, r);
@@ -180,8 +242,8 @@ void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
         });
       }
 
-      multiply(weight + task.head * 4 * dim * dim, dim, 4 * dim, y.data(), gates.data(),
-               task.rows);
+      old_y.set_rows(y.data(), task.rows, dim);
+      multiply(recurrent, dim, 4 * dim, old_y, gates.data(), task.rows);
 
       for (int r = 0; r < task.rows; ++r) {
         if (t >= task.len[r]) continue;
@@ -235,7 +297,7 @@ void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
   }
 }
 
-template <typename T>
+template <typename T, Factors factors>
 void scan_backward(const Shape& s, const T* weight, const T* c0,
                    const T* outputs, const T* activations, const T* cs,
                    const T* grad_outputs, const T* grad_c_last, const T* grad_log_n_last,
@@ -250,8 +312,12 @@ void scan_backward(const Shape& s, const T* weight, const T* c0,
     const Task<T> task(s, id);
     std::vector<T> gates(kRows * 4 * dim, T(0)), grad_y(kRows * dim, T(0)),
         grad_c(kRows * dim), grad_log_n(kRows * dim), of_bias(4 * dim, T(0)),
-        transposed(4 * dim * dim);
-    transpose(weight + task.head * 4 * dim * dim, dim, 4 * dim, transposed.data());
+        transposed(num_places(4 * dim, factors) * dim);
+    Rounded<T, factors> recurrent, of_gates, of_columns;
+    // A place holds what is multiplied, before and after.
+    recurrent.set_rows(weight + task.head * 4 * dim * dim, dim, 4 * dim);
+    transpose(recurrent.data(), dim, num_places(4 * dim, factors), transposed.data());
+    of_columns.refer_to(transposed.data());
     std::fill_n(grad_bias + id * 4 * dim, 4 * dim, T(0));
 
     for (int r = 0; r < task.rows; ++r) {
@@ -309,7 +375,8 @@ void scan_backward(const Shape& s, const T* weight, const T* c0,
       if (t % kSummedSteps == 0) flush(of_bias, grad_bias + id * 4 * dim);
 
       std::fill_n(grad_y.data(), task.rows * dim, T(0));
-      multiply(transposed.data(), 4 * dim, dim, gates.data(), grad_y.data(), task.rows);
+      of_gates.set_rows(gates.data(), task.rows, 4 * dim);
+      multiply(of_columns, 4 * dim, dim, of_gates, grad_y.data(), task.rows);
     }
 
     for (int r = 0; r < task.rows; ++r) {
@@ -325,29 +392,34 @@ void scan_backward(const Shape& s, const T* weight, const T* c0,
 }  // namespace
 
 // grad_bias: a row for each task of the way back: experts, heads, kRows rows each.
-#define MOXE_SLSTM_SCAN(T, SUFFIX)                                                       \
+#define MOXE_SLSTM_SCAN(T, FACTORS, SUFFIX)                                              \
   extern "C" void moxe_slstm_forward_##SUFFIX(                                           \
       const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \
       const T* gates_if, const T* gates_zo, const T* bias, const T* weight, const T* c0, \
       const T* log_n0, const T* y0, T* outputs, T* activations, T* cs, T* c_last,        \
       T* log_n_last, T* y_last) {                                                        \
-    scan_forward<T>({shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens},    \
-                    gates_if, gates_zo, bias, weight, c0, log_n0, y0, outputs,           \
-                    activations, cs, c_last, log_n_last, y_last, num_threads);           \
+    scan_forward<T, FACTORS>(                                                            \
+        {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, gates_if,      \
+        gates_zo, bias, weight, c0, log_n0, y0, outputs, activations, cs, c_last,        \
+        log_n_last, y_last, num_threads);                                                \
   }                                                                                      \
   extern "C" void moxe_slstm_backward_##SUFFIX(                                          \
       const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \
       const T* weight, const T* c0, const T* outputs, const T* activations, const T* cs, \
-      const T* grad_outputs, const T* grad_c_last,                                       \
-      const T* grad_log_n_last, const T* grad_y_last, T* grad_if, T* grad_zo,            \
-      T* grad_bias, T* grad_c0, T* grad_log_n0, T* grad_y0) {                            \
-    scan_backward<T>({shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens},   \
-                     weight, c0, outputs, activations, cs, grad_outputs, grad_c_last,    \
-                     grad_log_n_last, grad_y_last, grad_if, grad_zo, grad_bias, grad_c0, \
-                     grad_log_n0, grad_y0, num_threads);                                 \
+      const T* grad_outputs, const T* grad_c_last, const T* grad_log_n_last,             \
+      const T* grad_y_last, T* grad_if, T* grad_zo, T* grad_bias, T* grad_c0,            \
+      T* grad_log_n0, T* grad_y0) {                                                      \
+    scan_backward<T, FACTORS>(                                                           \
+        {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, weight, c0,    \
+        outputs, activations, cs, grad_outputs, grad_c_last, grad_log_n_last,            \
+        grad_y_last, grad_if, grad_zo, grad_bias, grad_c0, grad_log_n0, grad_y0,         \
+        num_threads);                                                                    \
   }
 
-MOXE_SLSTM_SCAN(float, float)
-MOXE_SLSTM_SCAN(double, double)
+MOXE_SLSTM_SCAN(float, Factors::kFloat, float)
+MOXE_SLSTM_SCAN(double, Factors::kFloat, double)
+#ifdef __AVX512BF16__
+MOXE_SLSTM_SCAN(float, Factors::kBFloat16, rounded)
+#endif
 
 extern "C" int moxe_slstm_rows_of_task() { return kRows; }

@@ -2,7 +2,8 @@
 
 The same function as :func:`~moxe_plugin.nn.slstm_cell.slstm_sequence`, whose docstrings
 have the equations, but on rows without padding, which the products around it make and
-read as they are.
+read as they are. Under autocast, its products are as those of
+:mod:`moxe_plugin.nn.products`: of factors rounded to bfloat16, where that is possible.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moxe_plugin.nn.autocast import recalls_autocast, remembers_autocast
 from moxe_plugin.nn.native.library import SUFFIXES, find_function
+from moxe_plugin.nn.products import rounds_factors
 from moxe_plugin.nn.ragged_products import multiply_columns
 
 
@@ -80,6 +83,7 @@ def slstm_scan(
 
 class _SLSTMScan(Function):
     @staticmethod
+    @remembers_autocast
     def forward(ctx: Any, bounds: RowBounds, *args: Tensor) -> tuple[Tensor, ...]:
         gates_if, gates_zo, bias, weight, *memory = (x.contiguous() for x in args)
         num_rows = gates_if.size(0)
@@ -108,6 +112,7 @@ class _SLSTMScan(Function):
         return outputs, *last
 
     @staticmethod
+    @recalls_autocast
     @once_differentiable
     def backward(
         ctx: Any,
@@ -181,9 +186,8 @@ def _call(
     num_experts, num_seqs, num_heads, head_dim = c.shape
     shape = (num_experts, num_heads, num_seqs, bounds.padded_len, head_dim)
 
-    function = find_function(
-        "slstm_scan", f"moxe_slstm_{direction}_{SUFFIXES[c.dtype]}"
-    )
+    suffix = "rounded" if rounds_factors(c) else SUFFIXES[c.dtype]
+    function = find_function("slstm_scan", f"moxe_slstm_{direction}_{suffix}")
 
     # Each of `tensors` lives until the call returns: the caller holds them.
     pointers = [

@@ -21,6 +21,7 @@ from moxe_plugin.nn.native.library import (
     load_library,
     why_not_loaded,
 )
+from moxe_plugin.nn.products import follows_autocast
 from moxe_plugin.nn.rows import find_rows
 from moxe_plugin.nn.slstm import SLSTMBlock
 
@@ -188,6 +189,8 @@ def test_only_plain_tensors_of_one_precision_are_convolved_in_cpp(
     with FakeTensorMode():
         assert not convolves_natively("auto", torch.zeros(1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert convolves_natively("auto", x) == follows_autocast()
+    with torch.autocast("cpu", dtype=torch.float16):
         assert not convolves_natively("auto", x)
 
     with pytest.raises(ValueError, match=r"`backend` must be one of auto, .* 'cuda'"):

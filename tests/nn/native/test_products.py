@@ -15,7 +15,11 @@ from torch.testing import assert_close
 
 from moxe_plugin.nn.native import products
 from moxe_plugin.nn.native.library import why_not_loaded
-from moxe_plugin.nn.native.products import Product, multiply_all
+from moxe_plugin.nn.native.products import (
+    Product,
+    multiply_all,
+    rounds_to_bfloat16,
+)
 
 # Around the vectors, tiles, panels and blocks of the C++ code.
 SIZES: Final = (0, 1, 13, 14, 15, 16, 17, 31, 32, 33, 64, 255, 256, 257, 513)
@@ -395,3 +399,76 @@ def test_lack_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(MemoryError, match="factors of a product"):
         multiply(torch.zeros(2, 3), torch.zeros(3, 5))
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    find_obstacle() is not None or not rounds_to_bfloat16(),
+    reason="no products of bfloat16 in C++ here",
+)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("adds", [False, True], ids=["sets", "adds"])
+@pytest.mark.parametrize("right", LAYOUTS)
+@pytest.mark.parametrize("left", LAYOUTS)
+def test_autocast_rounds_factors_that_are_copied_and_nothing_else(
+    left: str, right: str, adds: bool
+) -> None:
+    # More rows and columns than are read as they lie; the last is summed in pieces.
+    sizes = [(65, 33, k) for k in (1, 2, 15, 16, 17, 31, 32, 33, 640)]
+    for m, n, k in [*sizes, (70, 96, 31), (66, 65, 4200)]:
+        lhs, rhs = LAYOUTS[left](m, k), LAYOUTS[right](k, n)
+        old = torch.randn(m, n)
+        out = old.clone() if adds else torch.full((m, n), nan)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            multiply_all([Product(lhs, rhs, out)], adds=adds)
+
+        # The bound of sums in float32 holds for the rounded factors.
+        check_product(lhs.bfloat16(), rhs.bfloat16(), out, old if adds else None)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        pytest.param(3, 70, 90, id="few-rows"),
+        pytest.param(70, 9, 90, id="few-columns"),
+        pytest.param(70, 32, 32, id="small"),
+    ],
+)
+def test_small_products_round_nothing_under_autocast(m: int, n: int, k: int) -> None:
+    lhs, rhs = torch.randn(m, k), torch.randn(k, n)
+    expected = multiply(lhs, rhs)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(multiply(lhs, rhs), expected)
+
+
+@needs_bfloat16
+@pytest.mark.usefixtures("_restored_threads")
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_rounded_sums_do_not_depend_on_threads_or_rows(num_threads: int) -> None:
+    lhs, rhs = torch.randn(500, 2100), torch.randn(2100, 147)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.set_num_threads(2)
+        expected = multiply(lhs, rhs)
+
+        torch.set_num_threads(num_threads)
+        assert torch.equal(multiply(lhs, rhs), expected)
+        assert torch.equal(multiply(lhs[37:330], rhs), expected[37:330])
+
+
+@needs_bfloat16
+def test_rounded_products_write_past_the_caches_and_keep_what_is_not_finite() -> None:
+    lhs, rhs = torch.randn(70, 65), torch.randn(65, 96)
+    lhs[7, 64], rhs[3, 44] = inf, nan
+    plain, streamed = torch.empty(70, 96), torch.empty(70, 96)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        multiply_all([Product(lhs, rhs, plain)])
+        multiply_all([Product(lhs, rhs, streamed)], streams=True)
+
+    assert_close(streamed, plain, rtol=0, atol=0, equal_nan=True)
+    keeps_row, keeps_column = torch.arange(70) != 7, torch.arange(96) != 44
+    assert plain.isfinite().equal(keeps_row.unsqueeze(1) & keeps_column)

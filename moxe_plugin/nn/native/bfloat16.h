@@ -1,0 +1,83 @@
+// Products of pairs of bfloat16, to which floats are rounded. A pair is as large as a float, and
+// is kept in place of one.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace moxe {
+
+#ifdef __AVX512BF16__
+constexpr bool kHasBFloat16 = true;
+#else
+constexpr bool kHasBFloat16 = false;
+#endif
+
+// What is multiplied: floats, or pairs of bfloat16.
+enum class Factors { kFloat, kBFloat16 };
+
+// How many places hold `count` numbers.
+inline int64_t num_places(int64_t count, Factors factors) {
+  return factors == Factors::kFloat ? count : (count + 1) / 2;
+}
+
+#ifdef __AVX512F__
+
+inline __mmask16 first_floats(int64_t count) {
+  return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
+}
+
+// Pairs of numbers that follow each other, of which `high` are the last ones.
+inline __m512 pair_neighbours(__m512 low, __m512 high) {
+#ifdef __AVX512BF16__
+  return (__m512)_mm512_cvtne2ps_pbh(high, low);
+#else
+  return low;
+#endif
+}
+
+// Pairs of a number of `low` and that of `high` in the same place.
+inline __m512 pair_places(__m512 low, __m512 high) {
+  alignas(64) static constexpr int16_t order[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_castsi512_ps(
+      _mm512_permutexvar_epi16(_mm512_load_si512(order),
+                               _mm512_castps_si512(pair_neighbours(low, high))));
+}
+
+// sum + x y, or the sum of that of both numbers of pairs.
+template <Factors factors>
+inline __attribute__((always_inline)) __m512 add_products(__m512 sum, __m512 x, __m512 y) {
+#ifdef __AVX512BF16__
+  if (factors == Factors::kBFloat16)
+    return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
+#endif
+  return _mm512_fmadd_ps(x, y, sum);
+}
+
+// Writes pairs of the `count` numbers of a row.
+inline void pair_row(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += 32)
+    _mm512_mask_storeu_ps(
+        to + i / 2, first_floats((count - i + 1) / 2),
+        pair_neighbours(_mm512_maskz_loadu_ps(first_floats(count - i), from + i),
+                        _mm512_maskz_loadu_ps(first_floats(count - i - 16), from + i + 16)));
+}
+
+// Writes pairs of the numbers of two rows of `count`; of one row and 0 if the second is null.
+inline void pair_rows(const float* low, const float* high, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = first_floats(count - i);
+    _mm512_mask_storeu_ps(
+        to + i, mask,
+        pair_places(_mm512_maskz_loadu_ps(mask, low + i),
+                    _mm512_maskz_loadu_ps(high ? mask : 0, high ? high + i : low + i)));
+  }
+}
+
+#endif  // __AVX512F__
+
+}  // namespace moxe

@@ -1,0 +1,440 @@
+// Queries, keys, values and gates of an mLSTM's rows, and the gradients of what they are made
+// of, for CPUs with AVX-512; see mlstm_projections.py for what it computes.
+//
+// Products here are so small that reading and writing rows takes as long as they do: all that
+// is made of a row, or of some rows of a group of channels, is made while they are in the first
+// cache. Results do not depend on the number of threads.
+
+#include "bfloat16.h"
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using moxe::add_products;
+using moxe::Factors;
+using moxe::num_places;
+
+constexpr int kFloats = 16;     // of a vector
+constexpr int kWidth = 32;      // channels of a group
+constexpr int kRows = 14;       // of a tile: its sums take 28 of 32 registers
+constexpr int kBlockRows = 4 * kRows;   // that are read at a time
+constexpr int64_t kGroupsOfTask = 4;
+constexpr int64_t kGroupsAhead = 1;     // what is fetched ahead
+constexpr int kKinds = 3;       // queries, keys and values
+constexpr int kMaxGates = 16;
+
+struct Shape {
+  int64_t experts, groups, gates;  // `gates` of a row
+  int64_t input_row;               // floats from one row of values' inputs to the next
+  const int64_t* counts;           // rows of each expert
+
+  int64_t width() const { return groups * kWidth; }
+};
+
+// Asks for what is read, or written, of a group of some rows: the processor does not foresee so
+// many rows at once.
+template <bool writes>
+void fetch(const float* from, int64_t num_rows, int64_t next_row) {
+  for (int64_t r = 0; r < num_rows; ++r)
+    for (int64_t i = 0; i < kWidth; i += kFloats)
+      __builtin_prefetch(from + r * next_row + i, writes);
+}
+
+// Some rows of an expert.
+struct Rows {
+  int64_t expert, begin, end;
+};
+
+// out (Rows,kWidth) = or += x (Rows,places) @ weight (places,kWidth)
+template <Factors factors, int Rows>
+void multiply_tile(int64_t places, const float* x, int64_t next_row, int64_t next_place,
+                   const float* weight, float* out, int64_t out_row, bool adds) {
+  __m512 sums[Rows][2];
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < 2; ++v)
+      sums[r][v] = adds ? _mm512_loadu_ps(out + r * out_row + v * kFloats)
+                        : _mm512_setzero_ps();
+
+  for (int64_t i = 0; i < places; ++i) {
+    const __m512 low = _mm512_loadu_ps(weight + i * kWidth),
+                 high = _mm512_loadu_ps(weight + i * kWidth + kFloats);
+    for (int r = 0; r < Rows; ++r) {
+      const __m512 value = _mm512_set1_ps(x[r * next_row + i * next_place]);
+      sums[r][0] = add_products<factors>(sums[r][0], value, low);
+      sums[r][1] = add_products<factors>(sums[r][1], value, high);
+    }
+  }
+
+  for (int r = 0; r < Rows; ++r)
+    for (int v = 0; v < 2; ++v)
+      _mm512_storeu_ps(out + r * out_row + v * kFloats, sums[r][v]);
+}
+
+// sums (Rows,16) += x (Rows,kWidth) @ weight: columns of even places, and of odd ones, in turn.
+template <Factors factors, int Rows>
+void add_gates(const float* x, const float* weight, int64_t next_place, float* sums,
+               int64_t next_row) {
+  constexpr int places = factors == Factors::kFloat ? kWidth : kWidth / 2;
+  __m512 of_rows[Rows];
+  for (int r = 0; r < Rows; ++r) of_rows[r] = _mm512_loadu_ps(sums + r * next_row);
+
+  for (int i = 0; i < places; i += 2) {
+    const __m512 weights = _mm512_loadu_ps(weight + i / 2 * next_place);
+    for (int r = 0; r < Rows; ++r) {
+      double two;
+      std::memcpy(&two, x + r * places + i, sizeof(two));
+      of_rows[r] = add_products<factors>(of_rows[r], _mm512_castpd_ps(_mm512_set1_pd(two)),
+                                         weights);
+    }
+  }
+
+  for (int r = 0; r < Rows; ++r) _mm512_storeu_ps(sums + r * next_row, of_rows[r]);
+}
+
+using MultiplyTile = void (*)(int64_t, const float*, int64_t, int64_t, const float*, float*,
+                              int64_t, bool);
+template <Factors factors>
+constexpr MultiplyTile kMultiplyTile[kRows + 1] = {
+    nullptr,
+    multiply_tile<factors, 1>,  multiply_tile<factors, 2>,  multiply_tile<factors, 3>,
+    multiply_tile<factors, 4>,  multiply_tile<factors, 5>,  multiply_tile<factors, 6>,
+    multiply_tile<factors, 7>,  multiply_tile<factors, 8>,  multiply_tile<factors, 9>,
+    multiply_tile<factors, 10>, multiply_tile<factors, 11>, multiply_tile<factors, 12>,
+    multiply_tile<factors, 13>, multiply_tile<factors, 14>};
+
+using AddGates = void (*)(const float*, const float*, int64_t, float*, int64_t);
+template <Factors factors>
+constexpr AddGates kAddGates[kRows + 1] = {
+    nullptr,
+    add_gates<factors, 1>,  add_gates<factors, 2>,  add_gates<factors, 3>,
+    add_gates<factors, 4>,  add_gates<factors, 5>,  add_gates<factors, 6>,
+    add_gates<factors, 7>,  add_gates<factors, 8>,  add_gates<factors, 9>,
+    add_gates<factors, 10>, add_gates<factors, 11>, add_gates<factors, 12>,
+    add_gates<factors, 13>, add_gates<factors, 14>};
+
+// Copies `count` numbers that are multiplied by others in the same row.
+template <Factors factors>
+void set_row(const float* from, int64_t count, float* to) {
+  if (factors == Factors::kFloat)
+    std::copy_n(from, count, to);
+  else
+    moxe::pair_row(from, count, to);
+}
+
+// Copies rows of `count` numbers, each of which is multiplied by others of its column.
+template <Factors factors>
+void set_columns(const float* from, int64_t num_rows, int64_t next_row, int64_t count,
+                 float* to) {
+  if (factors == Factors::kFloat) {
+    for (int64_t r = 0; r < num_rows; ++r)
+      std::copy_n(from + r * next_row, count, to + r * count);
+    return;
+  }
+  for (int64_t r = 0; r < num_rows; r += 2)
+    moxe::pair_rows(from + r * next_row,
+                    r + 1 < num_rows ? from + (r + 1) * next_row : nullptr, count,
+                    to + r / 2 * count);
+}
+
+// The same of the transposed matrix, (count,num_rows).
+template <Factors factors>
+void set_transposed(const float* from, int64_t num_rows, int64_t next_row, int64_t count,
+                    float* to) {
+  const int64_t places = num_places(count, factors);
+  std::vector<float> row(places);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    set_row<factors>(from + r * next_row, count, row.data());
+    for (int64_t i = 0; i < places; ++i) to[i * num_rows + r] = row[i];
+  }
+}
+
+std::vector<Rows> cut_rows(const Shape& s) {
+  std::vector<Rows> blocks;
+  int64_t row = 0;
+  for (int64_t expert = 0; expert < s.experts; ++expert)
+    for (const int64_t end = row + s.counts[expert]; row < end; row = blocks.back().end)
+      blocks.push_back({expert, row, std::min(row + kBlockRows, end)});
+  return blocks;
+}
+
+// Weights as tiles read them, of all experts and groups.
+template <Factors factors>
+struct Weights {
+  static constexpr int64_t kPlaces = factors == Factors::kFloat ? kWidth : kWidth / 2;
+  static constexpr int64_t kSize = kPlaces * kWidth;
+
+  Weights(const Shape& s, const std::array<const float*, kKinds>& weights,
+          const float* gate_weight, int num_threads)
+      : groups(s.groups),
+        num_vectors((2 * s.gates + kFloats - 1) / kFloats),
+        gate_size(kPlaces / 2 * num_vectors * kFloats),
+        projections(kKinds * s.experts * groups * kSize),
+        gates(kKinds * s.experts * groups * gate_size, 0.0f) {
+#pragma omp parallel for num_threads(num_threads)
+    for (int64_t i = 0; i < kKinds * s.experts * groups; ++i) {
+      const int64_t kind = i / (s.experts * groups), rest = i % (s.experts * groups);
+      set_columns<factors>(weights[kind] + rest * kWidth * kWidth, kWidth, kWidth, kWidth,
+                           &projections[i * kSize]);
+
+      const int64_t expert = rest / groups, group = rest % groups;
+      const float* from =
+          gate_weight + ((expert * kKinds + kind) * groups + group) * kWidth * s.gates;
+      float columns[kWidth * kMaxGates];
+      set_columns<factors>(from, kWidth, s.gates, s.gates, columns);
+      for (int64_t place = 0; place < kPlaces; ++place)
+        for (int64_t gate = 0; gate < s.gates; ++gate)
+          gates[i * gate_size + place / 2 * num_vectors * kFloats + 2 * gate + place % 2] =
+              columns[place * s.gates + gate];
+    }
+  }
+
+  int64_t index(int64_t kind, int64_t num_experts, int64_t expert, int64_t group) const {
+    return (kind * num_experts + expert) * groups + group;
+  }
+
+  int64_t groups, num_vectors, gate_size;
+  std::vector<float> projections, gates;
+};
+
+template <Factors factors>
+void project(const Shape& s, int num_threads, const float* conv_input,
+             const float* convolved, const std::array<const float*, kKinds>& weights,
+             const float* gate_weight, const float* gate_bias,
+             const std::array<float*, kKinds>& outs, float* gates) {
+  using Packed = Weights<factors>;
+  constexpr int64_t places = Packed::kPlaces;
+  const Packed packed(s, weights, gate_weight, num_threads);
+  const std::vector<Rows> blocks = cut_rows(s);
+  const int64_t num_blocks = blocks.size(), width = s.width(),
+                num_sums = packed.num_vectors * kFloats;
+
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const Rows& rows = blocks[block];
+    float inputs[kRows * kWidth], outputs[kRows * kWidth], sums[kRows * 2 * kMaxGates];
+
+    for (int64_t row = rows.begin; row < rows.end; row += kRows) {
+      const int num = static_cast<int>(std::min<int64_t>(kRows, rows.end - row));
+      std::fill_n(sums, num * num_sums, 0.0f);
+
+      for (int64_t group = 0; group < s.groups; ++group) {
+        if (const int64_t ahead = group + kGroupsAhead; ahead < s.groups) {
+          const int64_t next = row * width + ahead * kWidth;
+          fetch<false>(convolved + next, num, width);
+          fetch<false>(conv_input + row * s.input_row + ahead * kWidth, num, s.input_row);
+          for (float* out : outs) fetch<true>(out + next, num, width);
+        }
+
+        for (int kind = 0; kind < kKinds; ++kind) {
+          const bool is_value = kind == kKinds - 1;
+          // Queries and keys are made of the same.
+          if (kind != 1)
+            for (int r = 0; r < num; ++r)
+              set_row<factors>((is_value ? conv_input + (row + r) * s.input_row
+                                         : convolved + (row + r) * width) +
+                                   group * kWidth,
+                               kWidth, inputs + r * places);
+
+          const int64_t at = packed.index(kind, s.experts, rows.expert, group);
+          float* out = outs[kind] + row * width + group * kWidth;
+          kMultiplyTile<factors>[num](places, inputs, places, 1,
+                                      &packed.projections[at * Packed::kSize], out, width,
+                                      false);
+
+          for (int r = 0; r < num; ++r)
+            set_row<factors>(out + r * width, kWidth, outputs + r * places);
+          for (int64_t v = 0; v < num_sums; v += kFloats)
+            kAddGates<factors>[num](outputs, &packed.gates[at * packed.gate_size] + v,
+                                    num_sums, sums + v, num_sums);
+        }
+      }
+
+      for (int r = 0; r < num; ++r)
+        for (int64_t gate = 0; gate < s.gates; ++gate) {
+          const float* pair = sums + r * num_sums + 2 * gate;
+          gates[(row + r) * s.gates + gate] =
+              pair[0] + pair[1] + gate_bias[rows.expert * s.gates + gate];
+        }
+    }
+  }
+}
+
+struct Gradients {
+  std::array<const float*, kKinds> of_outs;  // of queries, keys and values
+  const float* of_gates;
+  float *of_conv_input, *of_convolved;
+  std::array<float*, kKinds> of_weights;  // null where none is wanted
+  float* of_gate_weight;
+};
+
+// Of some groups of an expert: the way back through all of its rows.
+template <Factors factors>
+class WayBack {
+ public:
+  static constexpr int64_t kPlaces = Weights<factors>::kPlaces;
+
+  WayBack(const Shape& s, int64_t expert, int64_t group,
+          const std::array<const float*, kKinds>& weights, const float* gate_weight)
+      : s_(s), expert_(expert), group_(group) {
+    for (int kind = 0; kind < kKinds; ++kind) {
+      set_transposed<factors>(
+          weights[kind] + (expert * s.groups + group) * kWidth * kWidth, kWidth, kWidth,
+          kWidth, transposed_[kind]);
+      set_transposed<factors>(gate_weight + at_gates(kind), kWidth, s.gates, s.gates,
+                              gates_transposed_[kind]);
+    }
+  }
+
+  // `gate_rows` and `gate_columns` are places of the gates' gradients.
+  void add(const Rows& rows, const float* conv_input, const float* convolved,
+           const std::array<const float*, kKinds>& outs, const Gradients& grads,
+           const float* gate_rows, const float* gate_columns) {
+    const int64_t num = rows.end - rows.begin, width = s_.width(),
+                  at = rows.begin * width + group_ * kWidth,
+                  gate_places = num_places(s_.gates, factors);
+    const auto& multiply = kMultiplyTile<factors>;
+    alignas(64) float of_out[kBlockRows * kWidth], of_out_rows[kKinds][kBlockRows * kPlaces],
+        of_out_columns[kBlockRows * kWidth], columns[kBlockRows * kWidth];
+    const int64_t num_column_places = num_places(num, factors);
+
+    for (int kind = 0; kind < kKinds; ++kind) {
+      set_columns<Factors::kFloat>(grads.of_outs[kind] + at, num, width, kWidth, of_out);
+      for (int64_t r = 0; r < num; r += kRows)
+        multiply[std::min<int64_t>(kRows, num - r)](
+            gate_places, gate_rows + r * gate_places, gate_places, 1,
+            gates_transposed_[kind], of_out + r * kWidth, kWidth, true);
+
+      for (int64_t r = 0; r < num; ++r)
+        set_row<factors>(of_out + r * kWidth, kWidth, of_out_rows[kind] + r * kPlaces);
+      set_columns<factors>(of_out, num, kWidth, kWidth, of_out_columns);
+
+      // Those of weights: rows are summed.
+      if (kind == 0) set_columns<factors>(convolved + at, num, width, kWidth, columns);
+      if (kind == kKinds - 1)
+        set_columns<factors>(conv_input + rows.begin * s_.input_row + group_ * kWidth, num,
+                             s_.input_row, kWidth, columns);
+      for (int i = 0; i < kWidth && grads.of_weights[kind] != nullptr; i += 8)
+        multiply[8](num_column_places, columns + i, 1, kWidth, of_out_columns,
+                    of_weights_[kind] + i * kWidth, kWidth, true);
+
+      set_columns<factors>(outs[kind] + at, num, width, kWidth, of_out_columns);
+      for (int64_t gate = 0; gate < s_.gates; gate += 8)
+        multiply[std::min<int64_t>(8, s_.gates - gate)](
+            num_column_places, gate_columns + gate, 1, s_.gates, of_out_columns,
+            of_gate_weights_[kind] + gate * kWidth, kWidth, true);
+    }
+
+    for (int64_t r = 0; r < num; r += kRows) {
+      const int64_t n = std::min<int64_t>(kRows, num - r);
+      for (int kind = 0; kind < kKinds; ++kind)
+        multiply[n](kPlaces, of_out_rows[kind] + r * kPlaces, kPlaces, 1,
+                    transposed_[kind],
+                    (kind == kKinds - 1 ? grads.of_conv_input : grads.of_convolved) + at +
+                        r * width,
+                    width, kind == 1);
+    }
+  }
+
+  void store(const Gradients& grads) const {
+    for (int kind = 0; kind < kKinds; ++kind) {
+      if (float* to = grads.of_weights[kind])
+        std::copy_n(of_weights_[kind], kWidth * kWidth,
+                    to + (expert_ * s_.groups + group_) * kWidth * kWidth);
+      for (int64_t i = 0; i < kWidth; ++i)
+        for (int64_t gate = 0; gate < s_.gates; ++gate)
+          grads.of_gate_weight[at_gates(kind) + i * s_.gates + gate] =
+              of_gate_weights_[kind][gate * kWidth + i];
+    }
+  }
+
+ private:
+  // Into (E,kKinds,G,kWidth,gates).
+  int64_t at_gates(int kind) const {
+    return ((expert_ * kKinds + kind) * s_.groups + group_) * kWidth * s_.gates;
+  }
+
+  const Shape& s_;
+  int64_t expert_, group_;
+  float transposed_[kKinds][kWidth * kWidth], gates_transposed_[kKinds][kMaxGates * kWidth];
+  float of_weights_[kKinds][kWidth * kWidth] = {};
+  float of_gate_weights_[kKinds][kMaxGates * kWidth] = {};
+};
+
+template <Factors factors>
+void project_backward(const Shape& s, int num_threads, const float* conv_input,
+                      const float* convolved,
+                      const std::array<const float*, kKinds>& outs,
+                      const std::array<const float*, kKinds>& weights,
+                      const float* gate_weight, const Gradients& grads) {
+  const std::vector<Rows> blocks = cut_rows(s);
+  const int64_t num_tasks = (s.groups + kGroupsOfTask - 1) / kGroupsOfTask;
+
+#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(num_threads)
+  for (int64_t expert = 0; expert < s.experts; ++expert)
+    for (int64_t task = 0; task < num_tasks; ++task) {
+      std::vector<WayBack<factors>> groups;
+      for (int64_t g = task * kGroupsOfTask;
+           g < std::min((task + 1) * kGroupsOfTask, s.groups); ++g)
+        groups.emplace_back(s, expert, g, weights, gate_weight);
+
+      float gate_rows[kBlockRows * kMaxGates], gate_columns[kBlockRows * kMaxGates];
+      for (const Rows& rows : blocks) {
+        if (rows.expert != expert) continue;
+
+        const int64_t num = rows.end - rows.begin;
+        const float* of_gates = grads.of_gates + rows.begin * s.gates;
+        for (int64_t r = 0; r < num; ++r)
+          set_row<factors>(of_gates + r * s.gates, s.gates,
+                           gate_rows + r * num_places(s.gates, factors));
+        set_columns<factors>(of_gates, num, s.gates, s.gates, gate_columns);
+
+        for (auto& group : groups)
+          group.add(rows, conv_input, convolved, outs, grads, gate_rows, gate_columns);
+      }
+
+      for (const auto& group : groups) group.store(grads);
+    }
+}
+
+}  // namespace
+
+#define MOXE_MLSTM_PROJECTIONS(FACTORS, SUFFIX)                                          \
+  extern "C" void moxe_mlstm_project_##SUFFIX(                                           \
+      const int64_t* shape, const int64_t* counts, int num_threads,                      \
+      const float* conv_input, const float* convolved, const float* q_weight,            \
+      const float* k_weight, const float* v_weight, const float* gate_weight,            \
+      const float* gate_bias, float* q, float* k, float* v, float* gates) {              \
+    project<FACTORS>({shape[0], shape[1], shape[2], shape[3], counts}, num_threads,      \
+                     conv_input, convolved, {q_weight, k_weight, v_weight}, gate_weight, \
+                     gate_bias, {q, k, v}, gates);                                       \
+  }                                                                                      \
+  extern "C" void moxe_mlstm_project_backward_##SUFFIX(                                  \
+      const int64_t* shape, const int64_t* counts, int num_threads,                      \
+      const float* conv_input, const float* convolved, const float* q, const float* k,   \
+      const float* v, const float* q_weight, const float* k_weight,                      \
+      const float* v_weight, const float* gate_weight, const float* grad_q,              \
+      const float* grad_k, const float* grad_v, const float* grad_gates,                 \
+      float* grad_conv_input, float* grad_convolved, float* grad_q_weight,               \
+      float* grad_k_weight, float* grad_v_weight, float* grad_gate_weight) {             \
+    project_backward<FACTORS>(                                                           \
+        {shape[0], shape[1], shape[2], shape[3], counts}, num_threads, conv_input,       \
+        convolved, {q, k, v}, {q_weight, k_weight, v_weight}, gate_weight,               \
+        {{grad_q, grad_k, grad_v},                                                       \
+         grad_gates,                                                                     \
+         grad_conv_input,                                                                \
+         grad_convolved,                                                                 \
+         {grad_q_weight, grad_k_weight, grad_v_weight},                                  \
+         grad_gate_weight});                                                             \
+  }
+
+MOXE_MLSTM_PROJECTIONS(Factors::kFloat, float)
+#ifdef __AVX512BF16__
+MOXE_MLSTM_PROJECTIONS(Factors::kBFloat16, rounded)
+#endif

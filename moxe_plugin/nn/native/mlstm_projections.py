@@ -1,0 +1,203 @@
+"""Queries, keys, values and gates of mLSTM blocks in C++, in one pass each way.
+
+Their products are small, so that passes over memory take as long as they do. Under
+autocast, factors are rounded as :mod:`moxe_plugin.nn.native.products` rounds them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moxe_plugin.nn.native.library import find_function, int64_array
+from moxe_plugin.nn.native.mlstm_forms import CellGradients
+
+_GROUP_WIDTH: Final = 32
+"""The channels of a group, and"""
+
+_MAX_GATES: Final = 16
+"""the gates of all heads, that the C++ code is made for."""
+
+
+class MLSTMProjections(NamedTuple):
+    """What the cell's inputs are made with, see the mLSTM block.
+
+    I is the width, H the number of heads, and channels are projected in G groups.
+    """
+
+    q: Tensor
+    """Of the queries. *Shape:* ``(E,G,I/G,I/G)``."""
+
+    k: Tensor
+    """Of the keys. *Shape:* ``(E,G,I/G,I/G)``."""
+
+    v: Tensor
+    """Of the values. *Shape:* ``(E,G,I/G,I/G)``."""
+
+    gates: Tensor
+    """Of queries, keys and values side by side, to input gates, then forget gates.
+    *Shape:* ``(E,3*I,2*H)``."""
+
+    gate_bias: Tensor
+    """*Shape:* ``(E,2*H)``."""
+
+
+class ProjectionInputs(NamedTuple):
+    """What is projected: rows of all experts, float32, on the CPU."""
+
+    conv_input: Tensor
+    """What values are made of. *Shape:* ``(C,I)``."""
+
+    convolved: Tensor
+    """What queries and keys are made of. *Shape:* ``(C,I)``."""
+
+
+class ProjectedRows(NamedTuple):
+    """What the cell reads. Its gradients are :class:`CellGradients`."""
+
+    q: Tensor
+    """*Shape:* ``(C,I)``."""
+
+    k: Tensor
+    """*Shape:* ``(C,I)``."""
+
+    v: Tensor
+    """*Shape:* ``(C,I)``."""
+
+    gates: Tensor
+    """Pre-activations of input gates, then of forget gates. *Shape:* ``(C,2*H)``."""
+
+
+class ProjectionGradients(NamedTuple):
+    """The gradients of inputs and weights, but for the bias of the gates."""
+
+    conv_input: Tensor
+    """*Shape:* ``(C,I)``."""
+
+    convolved: Tensor
+    """*Shape:* ``(C,I)``."""
+
+    weights: list[Tensor | None]
+    """Of q, k and v; ``None`` where none was wanted. *Shape:* ``(E,G,I/G,I/G)``."""
+
+    gate_weight: Tensor
+    """*Shape:* ``(E,3*I,2*H)``."""
+
+
+def fits(projections: MLSTMProjections) -> bool:
+    """Tell whether the C++ code is made for some sizes.
+
+    :param projections: The weights.
+
+    :returns: Whether it is.
+    """
+    return (
+        projections.q.size(-1) == _GROUP_WIDTH
+        and projections.gates.size(-1) <= _MAX_GATES
+    )
+
+
+def project_rows(
+    inputs: ProjectionInputs, projections: MLSTMProjections, counts: Sequence[int]
+) -> ProjectedRows:
+    """Project rows to what the cell reads.
+
+    :param inputs: The rows.
+    :param projections: The weights, which :func:`fits` holds for.
+    :param counts: The number of rows of each expert, C in all.
+
+    :returns: The results.
+
+    :raises NativeLibraryError: The C++ code cannot be compiled here.
+    """
+    conv_input, convolved = _densify(inputs)
+    weights = [x.contiguous() for x in projections]
+
+    q, k, v = (torch.empty_like(convolved) for _ in range(3))
+    gates = convolved.new_empty(len(convolved), projections.gates.size(-1))
+    projected = ProjectedRows(q, k, v, gates)
+
+    _call("project", weights, counts, [conv_input, convolved, *weights, *projected])
+
+    return projected
+
+
+def project_rows_backward(
+    inputs: ProjectionInputs,
+    projections: MLSTMProjections,
+    projected: ProjectedRows,
+    grads: CellGradients,
+    counts: Sequence[int],
+    wants_weights: Sequence[bool],
+) -> ProjectionGradients:
+    """Compute the gradients.
+
+    :param inputs: As for :func:`project_rows`.
+    :param projections: As there.
+    :param projected: What it has returned.
+    :param grads: The gradients of that.
+    :param counts: As there.
+    :param wants_weights: Whether to compute those of the weights of q, k and v.
+
+    :returns: The gradients.
+    """
+    conv_input, convolved = _densify(inputs)
+    weights = [x.contiguous() for x in projections[:-1]]
+    wanted = ProjectionGradients(
+        torch.empty_like(convolved),
+        torch.empty_like(convolved),
+        [
+            torch.empty_like(x) if wants else None
+            for x, wants in zip(weights[:3], wants_weights, strict=True)
+        ],
+        torch.empty_like(weights[3]),
+    )
+
+    _call(
+        "project_backward",
+        weights,
+        counts,
+        [
+            *(conv_input, convolved, *projected[:3], *weights),
+            *(x.contiguous() for x in grads),
+            *(wanted.conv_input, wanted.convolved),
+            *(*wanted.weights, wanted.gate_weight),
+        ],
+    )
+
+    return wanted
+
+
+def _densify(inputs: ProjectionInputs) -> tuple[Tensor, Tensor]:
+    conv_input, convolved = inputs
+
+    # Its rows may lie apart, as a half of what is projected does.
+    if conv_input.stride(-1) != 1:
+        conv_input = conv_input.contiguous()
+
+    return conv_input, convolved.contiguous()
+
+
+def _call(
+    name: str,
+    weights: Sequence[Tensor],
+    counts: Sequence[int],
+    tensors: Sequence[Tensor | None],
+) -> None:
+    q_weight, *_, gate_weight = weights[:4]
+    conv_input = tensors[0]
+    assert conv_input is not None
+    shape = *q_weight.shape[:2], gate_weight.size(-1), conv_input.stride(0)
+    suffix = "rounded" if torch.is_autocast_enabled("cpu") else "float"
+
+    # The tensors live until the call returns: the caller holds them.
+    find_function("mlstm_projections", f"moxe_mlstm_{name}_{suffix}")(
+        int64_array(shape),
+        int64_array(counts),
+        ctypes.c_int(torch.get_num_threads()),
+        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors),
+    )
