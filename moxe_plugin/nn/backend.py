@@ -5,7 +5,9 @@ compiled when it is first needed. ``triton`` is kernels for GPUs, in float32 or 
 ``auto`` takes ``native`` for plain tensors on a CPU if a C++ compiler is there,
 ``triton`` for those on a GPU of NVIDIA's with the shared memory of an H100 if Triton is
 there, else ``torch``; on a CPU it logs once which of the two, and why. All compute the
-same function.
+same function, in float32; but ``triton`` multiplies R of 16 bits that stays on chip as
+it is, with outputs rounded to its type
+(:func:`moxe_plugin.nn.triton.slstm_rows.supports`).
 
 The blocks' causal convolution runs in C++ where :func:`convolves_natively` says so.
 """

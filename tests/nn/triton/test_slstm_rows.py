@@ -15,7 +15,7 @@ from moxe_plugin.nn.slstm_cell import SLSTMMemory, slstm_step
 
 pytest.importorskip("triton")
 
-from moxe_plugin.nn.triton import slstm_rows as slstm_rows_module
+from moxe_plugin.nn.triton import slstm_rows_launch
 from moxe_plugin.nn.triton.slstm_rows import slstm_rows, supports
 
 NUM_HEADS = 2
@@ -78,7 +78,7 @@ def test_slstm_rows_match_single_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        slstm_rows_module, "count_multiprocessors", lambda _: num_processors
+        slstm_rows_launch, "count_multiprocessors", lambda _: num_processors
     )
     rows = ragged_rows(LENS, torch.device("cpu"))
     inputs = [x.to(dtype) for x in draw_inputs(rows, head_dim)]
