@@ -104,12 +104,11 @@ class SLSTMCell(NamedTuple):
         self, gates: Sequence[Tensor], seq_lens: Tensor | None, memory: SLSTMMemory
     ) -> tuple[Tensor, SLSTMMemory]:
         # Imports Triton, which not every machine has.
-        from moxe_plugin.nn.triton.slstm_rows import supports
-        from moxe_plugin.nn.triton.slstm_scan import slstm_scan
+        from moxe_plugin.nn.triton.slstm_scan import runs_on_chip, slstm_scan
 
         weight = self.recurrent_weight
         inputs = [*gates, self.gate_bias, weight]
-        if not supports(weight.size(-1), weight.dtype):
+        if not runs_on_chip(weight):
             inputs = [widen(x) for x in inputs]
         inputs += memory
 

@@ -4,9 +4,9 @@ The equations of :mod:`moxe_plugin.nn.slstm_cell`; but a row costs nothing after
 end, while :func:`~moxe_plugin.nn.slstm_cell.slstm_sequence` wants gates that are closed
 there.
 
-Where R stays on chip, as :func:`~moxe_plugin.nn.triton.slstm_rows.supports` tells, the
-kernels are those of training, :mod:`.slstm_rows_tiles`; else those of
-:mod:`.slstm_kernels`, which read R at each step.
+Where R stays on chip, as :func:`runs_on_chip` tells, the kernels are those of training,
+:mod:`.slstm_rows_tiles`; else those of :mod:`.slstm_kernels`, which read R at each
+step.
 """
 
 from __future__ import annotations
@@ -18,11 +18,24 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moxe_plugin.nn.backend import has_shared_memory
 from moxe_plugin.nn.slstm_cell import SLSTMScanInputs
 from moxe_plugin.nn.triton import slstm_rows_launch
 from moxe_plugin.nn.triton.slstm_launch import scan_backward, scan_forward
 from moxe_plugin.nn.triton.slstm_rows import supports
 from moxe_plugin.nn.triton.slstm_rows_launch import Segments, weight_grad
+
+
+def runs_on_chip(weight: Tensor) -> bool:
+    """Tell whether R stays on chip.
+
+    :param weight: R. *Shape:* ``([E,]H,D,4,D)``.
+
+    :returns: Whether it is of 16 bits and of a width that the kernels have
+        (:func:`~moxe_plugin.nn.triton.slstm_rows.supports`), and its GPU has an H100's
+        shared memory.
+    """
+    return supports(weight.size(-1), weight.dtype) and has_shared_memory(weight.device)
 
 
 def slstm_scan(
@@ -47,7 +60,7 @@ def slstm_scan(
     num_experts, num_heads, num_rows, num_steps, _ = gates.shape
     weight = inputs.recurrent_weight
 
-    if supports(weight.size(-1), weight.dtype):
+    if runs_on_chip(weight):
         segments = _find_segments(gates, seq_lens)
         # (E,H,N,S,2D) -> (C,H*2D), a view of what a block computes
         rows = [

@@ -170,6 +170,19 @@ def test_padding_gets_zeros(
         assert_close(after[0, 0], before[0, 0], rtol=0, atol=0)
 
 
+def test_small_gpus_read_the_weight_at_each_step(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    from moxe_plugin.nn.triton import slstm_scan
+
+    weight = torch.zeros(1, 16, 4, 16, device=device, dtype=bfloat16)
+    assert slstm_scan.runs_on_chip(weight)
+    assert not slstm_scan.runs_on_chip(weight.float())
+
+    monkeypatch.setattr(slstm_scan, "has_shared_memory", lambda _: False)
+    assert not slstm_scan.runs_on_chip(weight)
+
+
 @pytest.mark.parametrize("gate", [-1e4, -80.0, 80.0, 1e4])
 def test_kernels_are_finite_at_extreme_gates(gate: float, device: torch.device) -> None:
     block = SLSTMBlock(16, num_heads=2, backend="triton").to(device)
