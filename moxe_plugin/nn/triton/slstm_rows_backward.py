@@ -133,11 +133,12 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
     grad_last_y,
     grad_inputs,
     grad_bias,
-    grad_states,
+    grad_first_c,
+    grad_first_log_n,
+    grad_first_y,
     H,
     N,
     plane,
-    state_plane,
     D: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
@@ -280,12 +281,12 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
         t -= 1
 
     store_states(
-        *(grad_states + at_state, state_plane, grad_c, grad_log_n, total_y),
-        *(is_state, HAS_MEMORY, INTERPRETED),
+        *(grad_first_c, grad_first_log_n, grad_first_y, at_state),
+        *(grad_c, grad_log_n, total_y, is_state, HAS_MEMORY, INTERPRETED),
     )
     if Q > 0:
         store_states(
-            *(grad_states + at_state_tail, state_plane),
+            *(grad_first_c, grad_first_log_n, grad_first_y, at_state_tail),
             *(grad_c_tail, grad_log_n_tail, total_y_tail),
             *(has_state_tail, HAS_MEMORY, INTERPRETED),
         )

@@ -143,10 +143,11 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
     before,
     gates,
     cs,
-    last_states,
+    last_c,
+    last_log_n,
+    last_y,
     H,
     N,
-    plane,
     D: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
@@ -281,11 +282,11 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
         t += 1
 
     store_states(
-        *(last_states + at_state, plane, c, log_n, y, is_state),
+        *(last_c, last_log_n, last_y, at_state, c, log_n, y, is_state),
         *(HAS_MEMORY, INTERPRETED),
     )
     if Q > 0:
         store_states(
-            *(last_states + at_state_tail, plane, c_tail, log_n_tail, y_tail),
+            *(last_c, last_log_n, last_y, at_state_tail, c_tail, log_n_tail, y_tail),
             *(has_state_tail, HAS_MEMORY, INTERPRETED),
         )

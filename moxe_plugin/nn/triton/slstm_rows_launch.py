@@ -79,7 +79,7 @@ def scan_forward(
     memory: Sequence[Tensor] = (),
     *,
     saves: bool,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Launch the forward kernel.
 
     :param inputs: The inputs' share of the pre-activations: of i and f, and of z and o;
@@ -92,9 +92,8 @@ def scan_forward(
         ``(E,N,H,D)`` each.
     :param saves: Whether a backward pass is to come.
 
-    :returns: The outputs in R's type, 0 at padding, :class:`SavedSteps`, or nothing,
-        and the memory after the last steps, if one is given. *Shape:* ``(C,H*D)``, and
-        ``(3,E,N,H,D)``.
+    :returns: The outputs in R's type, 0 at padding, ``(C,H*D)``, :class:`SavedSteps`,
+        or nothing, and the memory after the last step, if one is given.
     """
     num_heads, head_dim = weight.shape[1:3]
     width = num_heads * head_dim
@@ -106,9 +105,7 @@ def scan_forward(
         cs = gates.new_empty(segments.num_rows, width)
         saved = SavedSteps(_new_rows(weight, segments, width), gates, cs)
 
-    last = None
-    if memory:
-        last = memory[0].new_empty(3, *memory[0].shape)
+    last = tuple([torch.empty_like(x) for x in memory])
 
     if segments.num_seqs > 0:
         block = _choose_block(segments, num_heads)
@@ -118,11 +115,11 @@ def scan_forward(
             *(segments.bounds, *inputs, bias.contiguous(), weight),
             *(memory or (weight, weight, weight)),
             *(outputs, *(saved or (outputs, outputs, outputs))),
-            outputs if last is None else last,
-            *(num_heads, segments.num_seqs, 0 if last is None else last.stride(0)),
+            *(last or (outputs, outputs, outputs)),
+            *(num_heads, segments.num_seqs),
             SAVES=saves,
             LINES=2 * power_of_two(ceil_div(2 * head_dim, 64)),
-            **_constants(head_dim, block, segments, has_memory=last is not None),
+            **_constants(head_dim, block, segments, has_memory=bool(memory)),
         )
 
     return outputs, saved, last
@@ -136,7 +133,7 @@ def scan_backward(
     grad_outputs: Tensor,
     first_c: Tensor | None = None,
     grad_last: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Launch the backward kernel.
 
     :param weight: As for :func:`scan_forward`.
@@ -145,11 +142,11 @@ def scan_backward(
     :param cs: See :class:`SavedSteps`.
     :param grad_outputs: Contiguous. *Shape:* ``(C,H*D)``.
     :param first_c: c before the first step, where a memory was given.
-    :param grad_last: The gradients of the last c, log_n and y, likewise. *Shape:*
-        ``(E,N,H,D)`` each.
+    :param grad_last: The gradients of the last c, log_n and y, likewise, contiguous.
+        *Shape:* ``(E,N,H,D)`` each.
 
     :returns: The gradients of the inputs, in R's type, ``(2,C,H*2*D)``, of the bias,
-        ``(E,H,4,D)``, and of the memory, if one was given, ``(3,E,N,H,D)``.
+        ``(E,H,4,D)``, and of the memory, if one was given.
     """
     num_experts, num_heads, head_dim = weight.shape[:3]
     block = _choose_block(segments, num_heads)
@@ -157,18 +154,15 @@ def scan_backward(
 
     grad_inputs = _new_rows(weight, segments, num_heads * 2 * head_dim, 2)
     grad_bias = cs.new_empty(num_experts, num_heads, num_blocks, 4, head_dim)
-    grad_memory = None
-    if first_c is not None:
-        grad_memory = first_c.new_empty(3, *first_c.shape)
+    grad_memory = tuple([torch.empty_like(x) for x in grad_last])
 
     if num_blocks > 0:
         slstm_backward_kernel[(num_blocks, num_heads, num_experts)](
             *(segments.bounds, weight, gates, cs),
             *(cs if first_c is None else first_c, grad_outputs),
             *(grad_last or (cs, cs, cs)),
-            *(grad_inputs, grad_bias, cs if grad_memory is None else grad_memory),
+            *(grad_inputs, grad_bias, *(grad_memory or (cs, cs, cs))),
             *(num_heads, segments.num_seqs, grad_inputs.stride(0)),
-            0 if grad_memory is None else grad_memory.stride(0),
             LINES=power_of_two(ceil_div(head_dim, 32)),
             **_constants(head_dim, block, segments, has_memory=first_c is not None),
         )

@@ -103,8 +103,10 @@ def load_states(  # type: ignore[no-untyped-def]  # as above
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def store_states(  # type: ignore[no-untyped-def]  # as above
-    into,
-    plane,
+    into_c,
+    into_log_n,
+    into_y,
+    at,
     c,
     log_n,
     y,
@@ -112,8 +114,8 @@ def store_states(  # type: ignore[no-untyped-def]  # as above
     HAS_MEMORY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Store a memory, or its gradient, into a tensor (3,E,N,H,D)."""
+    """Store a memory, or its gradient."""
     if HAS_MEMORY:
-        store_here(into, c, is_state, INTERPRETED)
-        store_here(into + plane, log_n, is_state, INTERPRETED)
-        store_here(into + 2 * plane, y, is_state, INTERPRETED)
+        store_here(into_c + at, c, is_state, INTERPRETED)
+        store_here(into_log_n + at, log_n, is_state, INTERPRETED)
+        store_here(into_y + at, y, is_state, INTERPRETED)

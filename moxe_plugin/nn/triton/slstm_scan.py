@@ -107,12 +107,11 @@ class _SLSTMRowScan(Function):
             *((gates_if, gates_zo), bias, weight, segments, memory),
             saves=any(ctx.needs_input_grad),
         )
-        assert last is not None
 
         ctx.save_for_backward(weight, memory[0], *saved)
         ctx.segments, ctx.dtypes = segments, (gates_if.dtype, bias.dtype)
 
-        return outputs, *last.unbind()
+        return outputs, *last
 
     @staticmethod
     @once_differentiable
@@ -127,7 +126,6 @@ class _SLSTMRowScan(Function):
             *(weight, segments, gates, cs, grad_outputs.contiguous(), first_c),
             [x.contiguous() for x in grad_last],
         )
-        assert grad_memory is not None
 
         return (
             None,
