@@ -28,8 +28,8 @@ class KernelRow:
     """Of each launch of the reference from a CUDA graph."""
 
     call_seconds: list[float]
-    """Of each call of the kernel from Python, in which the GPU may wait for the host;
-    one thread goes forward and backward."""
+    """Of each call of the kernel from Python, in which the GPU may wait for the host.
+    """
 
     reference_call_seconds: list[float]
     """Of each call of the reference from Python."""
@@ -108,10 +108,8 @@ def measure_kernel(
 
     times, call_times = [], []
     for call in (calls.kernel, calls.reference):
-        # To wake autograd's own thread takes some hosts longer than a kernel's call.
-        with torch.autograd.set_multithreading_enabled(False):
-            time_repeats(call, options.warm_up, device)
-            call_times.append(time_repeats(call, options.repeats, device))
+        time_repeats(call, options.warm_up, device)
+        call_times.append(time_repeats(call, options.repeats, device))
 
         # Without CUDA, in tests, calls stand for launches.
         replay = capture_cuda_graph(call, device) if device.type == "cuda" else call

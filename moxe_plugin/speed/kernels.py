@@ -46,8 +46,7 @@ matrices {matmul_gflop_per_s:,.0f} GFLOP/s ({matmul_size:,} rows), copies
 - **ms**: the median of {repeats} launches from a CUDA graph, after {warm_up}, each of
   all that a call launches: the GPU's time alone; *train* is forward and backward.
 - **ratio**: the reference's time over the kernel's.
-- **called**: the same of calls from Python, in which the GPU may wait for the host; one
-  thread goes forward and backward.
+- **called**: the same of calls from Python, in which the GPU may wait for the host.
 - **of products**, **of copies**: FLOPs and bytes that the kernel must do and move
   (`moxe_plugin.speed.kernel_cases` says which) over its time, as a share of what was
   measured here. The larger one is how near it is to its limit.
