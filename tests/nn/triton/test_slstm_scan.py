@@ -199,9 +199,11 @@ def test_kernels_are_finite_at_extreme_gates(gate: float, device: torch.device) 
         assert tensor.isfinite().all()
 
 
-def test_triton_refuses_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_refuses_what_it_cannot_run(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="float64"):
-        resolve_backend("triton", torch.zeros(1, dtype=torch.float64))
+        resolve_backend("triton", torch.zeros(1, dtype=torch.float64, device=device))
     with pytest.raises(ValueError, match="'triton' with a tensor on 'meta'"):
         resolve_backend("triton", torch.zeros(1, device="meta"))
 
