@@ -5,7 +5,9 @@ compiled when it is first needed. ``triton`` is kernels for GPUs, in float32 or 
 ``auto`` takes ``native`` for plain tensors on a CPU if a C++ compiler is there,
 ``triton`` for those on a GPU of NVIDIA's with the shared memory of an H100 if Triton is
 there, else ``torch``; on a CPU it logs once which of the two, and why. All compute the
-same function.
+same function, in float32; but ``triton`` multiplies R of 16 bits as it is, and rounds
+the outputs to its type, where
+:func:`~moxe_plugin.nn.triton.slstm_scan.runs_on_chip`.
 
 The blocks' causal convolution runs in C++ where :func:`convolves_natively` says so.
 """
@@ -63,7 +65,7 @@ def resolve_backend(
             return _choose_for_cpu() if is_readable(seqs) else "torch"
 
         # The meta device computes nothing.
-        if runs_triton(seqs) and _has_shared_memory(seqs.device):
+        if runs_triton(seqs) and has_shared_memory(seqs.device):
             return "triton"
 
         return "torch"
@@ -185,7 +187,7 @@ def trains_on_rows(backend: ScanBackend, seqs: Tensor) -> bool:
         and seqs.size(-2) <= MAX_ROWS_LEN
         and not torch.compiler.is_compiling()
         and resolve_backend(backend, seqs) == "triton"
-        and _has_shared_memory(seqs.device)
+        and has_shared_memory(seqs.device)
     )
 
 
@@ -257,8 +259,13 @@ def _has_triton() -> bool:
 
 
 @cache
-def _has_shared_memory(device: torch.device) -> bool:
-    # Triton's interpreter has no limit.
+def has_shared_memory(device: torch.device) -> bool:
+    """Tell whether a program gets ``MIN_SHARED_MEMORY``.
+
+    :param device: Where kernels run.
+
+    :returns: Whether it does. Triton's interpreter, on a CPU, has no limit.
+    """
     if device.type != "cuda":
         return True
 

@@ -104,15 +104,15 @@ class SLSTMCell(NamedTuple):
         self, gates: Sequence[Tensor], seq_lens: Tensor | None, memory: SLSTMMemory
     ) -> tuple[Tensor, SLSTMMemory]:
         # Imports Triton, which not every machine has.
-        from moxe_plugin.nn.triton.slstm_scan import slstm_scan
+        from moxe_plugin.nn.triton.slstm_scan import runs_on_chip, slstm_scan
 
-        bias = widen(self.gate_bias)
-        inputs = [
-            *(x.to(bias.dtype) for x in gates),
-            *(bias, self.recurrent_weight.to(bias.dtype), *memory),
-        ]
+        weight = self.recurrent_weight
+        inputs = [*gates, self.gate_bias, weight]
+        if not runs_on_chip(weight):
+            inputs = [widen(x) for x in inputs]
+        inputs += memory
 
-        is_single = bias.ndim == 3
+        is_single = weight.ndim == 4
         if is_single:
             inputs = [x.unsqueeze(0) for x in inputs]
             seq_lens = None if seq_lens is None else seq_lens.unsqueeze(0)

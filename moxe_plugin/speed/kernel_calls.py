@@ -166,6 +166,8 @@ def _prepare_scan(case: KernelCase, draw: _Draw) -> KernelCalls:
     from moxe_plugin.nn.triton.slstm_scan import slstm_scan
 
     cells = _draw_slstm(case, draw)
+    # (E,H,N,S,2D), as a block's products lay them out: by row and head
+    halves = [x.movedim(1, 3).contiguous().movedim(3, 1) for x in cells.halves]
 
     def run(gates_if: Tensor, gates_zo: Tensor, weight: Tensor) -> Tensor:
         inputs = SLSTMScanInputs(gates_if, gates_zo, cells.bias, weight, *cells.memory)
@@ -180,7 +182,7 @@ def _prepare_scan(case: KernelCase, draw: _Draw) -> KernelCalls:
         return [output, *_halves_of(case, grads[0]), _stack_of(case, grads[1])]
 
     return KernelCalls(
-        _differentiate(case, run, [*cells.halves, cells.weight], cells.grad.float()),
+        _differentiate(case, run, [*halves, cells.weight], cells.grad),
         _prepare_loop(case, cells),
         align,
     )

@@ -5,7 +5,8 @@ bytes that move if every tensor that one of its passes reads comes from memory o
 every one that it writes goes there once. Of the mLSTM's squares of pairs of positions
 the blocks on the diagonal count whole, and those above it do not. What programs of a
 pass read or compute again counts once; gates, stabilisers and normalisers of the mLSTM,
-which are smaller by the width of a head, do not count.
+which are smaller by the width of a head, do not count, and neither does the sLSTM's
+memory, which is smaller by the length.
 """
 
 from __future__ import annotations
@@ -122,16 +123,19 @@ class KernelCase:
         )
 
     def _count_scan_bytes(self, element_bytes: int) -> int:
+        # R of 16 bits stays on chip, and what moves is what moves in training.
+        if element_bytes < _FLOAT32_BYTES:
+            return self._count_slstm_bytes(element_bytes)
+
         # Four gates are read and an output is written.
-        rounded, exact, num_weights = 4, 1, 1
+        num_tensors, num_weights = 4 + 1, 1
         if self.phase == "train":
             # Saved: 5. Backwards, these, the output and its gradient are read and 4
             # gradients written; R's gradient reads those and the output.
-            exact, num_weights = exact + 5 + 7 + 4 + 5, 3
+            num_tensors, num_weights = num_tensors + 5 + 7 + 4 + 5, 3
 
-        return (
-            self._num_elements * (rounded * element_bytes + exact * _FLOAT32_BYTES)
-            + num_weights * self._count_weights() * element_bytes
+        return element_bytes * (
+            num_tensors * self._num_elements + num_weights * self._count_weights()
         )
 
     def _count_weights(self) -> int:

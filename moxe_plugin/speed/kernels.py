@@ -41,7 +41,7 @@ matrices {matmul_gflop_per_s:,.0f} GFLOP/s ({matmul_size:,} rows), copies
 {table}
 
 - **mlstm**, **slstm**: what training runs, on ragged rows; **scan**: the sLSTM that
-  carries a memory. slstm is in bfloat16 and float16 only.
+  carries a memory. slstm is in bfloat16 and float16 only, where scan has its kernels.
 - **E x N x S x H x D**: experts, sequences of each, positions, heads, width.
 - **ms**: the median of {repeats} launches from a CUDA graph, after {warm_up}, each of
   all that a call launches: the GPU's time alone; *train* is forward and backward.

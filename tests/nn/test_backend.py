@@ -154,12 +154,12 @@ def test_auto_takes_triton_where_its_kernels_fit(
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(backend_module, "_has_triton", lambda: True)
-    backend_module._has_shared_memory.cache_clear()
+    backend_module.has_shared_memory.cache_clear()
 
     try:
         assert resolve_backend("auto", cast(Tensor, seqs)) == expected
     finally:
-        backend_module._has_shared_memory.cache_clear()
+        backend_module.has_shared_memory.cache_clear()
 
 
 def test_without_compiler_auto_says_so_and_native_is_an_error(

@@ -116,15 +116,18 @@ def test_scan_counts_are_those_of_its_steps() -> None:
     case = make_case("scan", "forward")
 
     assert case.count_gflop() == make_case("slstm", "forward").count_gflop()
-    # As above, but outputs are float32
-    assert case.count_gbytes(2) == (60 * (64 * 2 + 16 * 4) + 4 * 16 * 64 * 2) / 1e9
+    # As above, but all is float32
+    assert case.count_gbytes(4) == (60 * (64 + 16) + 4 * 16 * 64) * 4 / 1e9
 
     train = replace(case, phase="train")
-    saved, read, written, for_r = 5 * 16 * 4, 7 * 16 * 4, 4 * 16 * 4, 5 * 16 * 4
-    assert train.count_gbytes(2) == pytest.approx(
-        case.count_gbytes(2)
-        + (60 * (saved + read + written + for_r) + 2 * 4 * 16 * 64 * 2) / 1e9
+    saved, read, written, for_r = 5 * 16, 7 * 16, 4 * 16, 5 * 16
+    assert train.count_gbytes(4) == pytest.approx(
+        case.count_gbytes(4)
+        + (60 * (saved + read + written + for_r) + 2 * 4 * 16 * 64) * 4 / 1e9
     )
+    # In 16 bits R stays on chip, as in training.
+    in_training = replace(train, kernel="slstm")
+    assert train.count_gbytes(2) == in_training.count_gbytes(2)
 
 
 @pytest.mark.parametrize("phase", ["forward", "train"])
@@ -135,6 +138,7 @@ def test_scan_counts_are_those_of_its_steps() -> None:
         ("mlstm", "bfloat16"),
         ("slstm", "bfloat16"),
         ("scan", "float32"),
+        ("scan", "bfloat16"),
     ],
 )
 def test_kernels_and_references_compute_the_same(

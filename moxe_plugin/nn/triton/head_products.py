@@ -24,8 +24,7 @@ from moxe_plugin.nn.triton.head_products_kernels import (
     gate_weight_grads_kernel,
 )
 from moxe_plugin.nn.triton.partials import PartialSums
-from moxe_plugin.nn.triton.sizes import ceil_div
-from moxe_plugin.nn.triton.slstm_rows import split_head_dim
+from moxe_plugin.nn.triton.sizes import ceil_div, split_head_dim
 from moxe_plugin.nn.triton.tile_products import find_precision, is_interpreted
 
 _ROWS: Final = 128

@@ -217,8 +217,7 @@ class _MLSTMRows(Function):
         q, k, v, gates, h, small = ctx.saved_tensors
         num_rows, width = q.shape
 
-        grad = torch.empty(num_rows, 3 * width, dtype=q.dtype, device=q.device)
-        grads = grad.split(width, dim=1)
+        grads = q.new_empty(3, num_rows, width).unbind()
         grad_gates = mlstm_rows_backward(
             *(q, k, v, gates, h, small, with_dense_rows(grad_h), *grads, ctx.rows)
         )

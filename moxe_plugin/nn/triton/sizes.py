@@ -22,3 +22,20 @@ def power_of_two(size: int) -> int:
     :returns: The next power of two.
     """
     return 1 << (size - 1).bit_length()
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int] | None:
+    """Split a width into those of two tiles, which Triton has in powers of two only.
+
+    :param head_dim: The width D of a head.
+
+    :returns: Two powers of two from 16 on, the first the larger, or one and 0; nothing
+        where D is no such sum.
+    """
+    body = 1 << (head_dim.bit_length() - 1)
+    tail = head_dim - body
+
+    if body < 16 or tail & (tail - 1) or 0 < tail < 16:
+        return None
+
+    return body, tail

@@ -37,8 +37,12 @@ from moxe_plugin.nn.triton.row_products import (
     silu_product_backward,
     silu_product_forward,
 )
-from moxe_plugin.nn.triton.slstm_rows import scan_backward, scan_forward
 from moxe_plugin.nn.triton.slstm_rows import supports as scan_supports
+from moxe_plugin.nn.triton.slstm_rows_launch import (
+    scan_backward,
+    scan_forward,
+    segments_of,
+)
 
 
 def supports(head_dim: int, dtype: torch.dtype, kernel_size: int) -> bool:
@@ -117,8 +121,10 @@ class _SLSTMBlockRows(Function):
         # i and f see the convolution, z and o do not.
         gate_inputs = gate_products(convolved, normed, w.gate_proj, rows)
 
-        outputs, saved = scan_forward(
-            *(gate_inputs, w.gate_bias, w.recurrent_weight, rows), saves=True
+        outputs, saved, _ = scan_forward(
+            *(gate_inputs.unbind(), w.gate_bias, w.recurrent_weight),
+            segments_of(rows),
+            saves=True,
         )
 
         mixed, ffn_normed, mixed_stats = norm_pair_forward(
@@ -167,8 +173,8 @@ class _SLSTMBlockRows(Function):
             *(mixed_stats, rows, num_heads, sums),
         )
 
-        grad_inputs, grad_bias = scan_backward(
-            w.recurrent_weight, rows, gates, cs, grads.flat
+        grad_inputs, grad_bias, _ = scan_backward(
+            w.recurrent_weight, segments_of(rows), gates, cs, grads.flat
         )
         gate_weight_grads(
             before, convolved, normed, grad_inputs, w.gate_proj, rows, sums

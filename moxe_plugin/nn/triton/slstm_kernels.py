@@ -2,10 +2,10 @@
 
 A program takes one head of one expert, and up to 16 rows of its batch, through all
 steps; c and log(n) stay in registers. R does not fit on chip: at Table 1 size a head of
-MoxE has D = 160, hence 160 * 640 * 2 bytes = 205 kB in bfloat16 and 410 kB in float32,
-where a multiprocessor of an A100 has 164 kB of shared memory and one of an H100 has
-228 kB, and tiles are powers of two. So every step reads the tiles of R anew, from the
-L2 cache (of 40 MB and more, all heads of a layer share it) or what L1 keeps of it.
+MoxE has D = 160, hence 160 * 640 * 4 bytes = 410 kB in float32, where a multiprocessor
+of an H100 has 228 kB of shared memory; in 16 bits it does, and :mod:`.slstm_rows_tiles`
+runs. So every step reads the tiles of R anew, from the L2 cache (of 40 MB and more, all
+heads of a layer share it) or what L1 keeps of it.
 
 The output y of a step, and backwards the gradients of its gates, are read by the next
 product in other tiles than they are computed in; they go through global memory, with a
@@ -29,8 +29,10 @@ import triton
 import triton.language as tl
 
 from moxe_plugin.nn.triton.gate_functions import log_sigmoid, sigmoid
+from moxe_plugin.nn.triton.launching import Launcher
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def forward_kernel(  # type: ignore[no-untyped-def]  # noqa: D103, PLR0915  # see scan_forward
     lens,
@@ -138,6 +140,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # noqa: D103, PLR0915  # se
     tl.store(log_n_memory + state_begin + cols, log_n, mask=in_state)
 
 
+@Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def backward_kernel(  # type: ignore[no-untyped-def]  # noqa: D103, PLR0915  # see scan_backward
     lens,

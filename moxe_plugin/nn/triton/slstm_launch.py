@@ -1,4 +1,4 @@
-"""How the kernels of the sLSTM are launched."""
+"""How the kernels of the sLSTM are launched that read R at each step."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _launch(
         num_heads,
         num_rows,
         num_steps,
-        head_dim,
+        D=head_dim,
         BLOCK_N=_BLOCK_N,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
         BLOCK_K=_BLOCK_K,

@@ -9,7 +9,10 @@ from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.slstm_rows_tiles import (
     columns,
     find_segments,
+    find_states,
     first_copy,
+    load_states,
+    store_states,
 )
 from moxe_plugin.nn.triton.tile_access import (
     fetch_ahead,
@@ -22,12 +25,29 @@ from moxe_plugin.nn.triton.tile_products import multiply
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def _load_step(  # type: ignore[no-untyped-def]  # as above
-    at, stride, grad_outputs, gates, cs, valid, has_old, INTERPRETED: tl.constexpr
+    at,
+    stride,
+    grad_outputs,
+    gates,
+    cs,
+    first_c,
+    last_y,
+    t,
+    lens,
+    HAS_MEMORY: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
+    valid = ((t >= 0) & (t < lens))[None, :]
     dh = load_here(grad_outputs + at, valid, INTERPRETED)
     # Of a tensor (C,H,D,4)
     w, not_f, z, o = load_four_here(gates + 4 * at, valid, INTERPRETED)
-    c_old = load_here(cs + at - stride, has_old, INTERPRETED)
+    if HAS_MEMORY:
+        dh += tl.where((t + 1 == lens)[None, :], last_y, 0.0)
+        c_old = load_here(
+            tl.where(t > 0, cs + at - stride, first_c), valid, INTERPRETED
+        )
+    else:
+        c_old = load_here(cs + at - stride, valid & (t > 0), INTERPRETED)
     return dh, w, not_f, z, o, c_old
 
 
@@ -77,10 +97,9 @@ def _own_half_of_tail(x, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]  #
 
 
 @triton.jit
-def _retreat(grad_y, dh, grad_c, grad_log_n, w, not_f, z, o, c_old):  # type: ignore[no-untyped-def]  # as above
+def _retreat(total_y, grad_c, grad_log_n, w, not_f, z, o, c_old):  # type: ignore[no-untyped-def]  # as above
     # The gradients of one step; all that is loaded is 0 where a segment has ended.
     c = c_old + w * (z - c_old)
-    total_y = grad_y + dh
     total_c = grad_c + total_y * o
     d_i = total_c * w * (1.0 - w) * (z - c_old) + grad_log_n * w
     grad_log_n -= d_i
@@ -103,13 +122,20 @@ def _store_sums(grad_bias, cols, D: tl.constexpr, sum_i, sum_f, sum_z, sum_o):  
 @Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
-    begins,
+    bounds,
     weight,
     gates,
     cs,
+    first_c,
     grad_outputs,
+    grad_last_c,
+    grad_last_log_n,
+    grad_last_y,
     grad_inputs,
     grad_bias,
+    grad_first_c,
+    grad_first_log_n,
+    grad_first_y,
     H,
     N,
     plane,
@@ -117,13 +143,15 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
     P: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    HAS_MEMORY: tl.constexpr,
     LINES: tl.constexpr,
     AHEAD: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Run a head of some segments back through all steps."""
     head, expert = tl.program_id(1), tl.program_id(2)
-    first, lens = find_segments(begins, expert, N, BLOCK_N, BLOCK_N)
+    first, lens = find_segments(bounds, expert, N, STEP, BLOCK_N, BLOCK_N)
 
     stack = (expert * H + head).to(tl.int64)
     element: tl.constexpr = weight.dtype.element_ty
@@ -136,9 +164,14 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
     r = tl.load(from_body + outs[None, :])
 
     zeros = tl.zeros((P, BLOCK_N), tl.float32)
-    grad_c, grad_log_n = zeros, zeros
-    d_i, d_f, d_z, d_o = zeros, zeros, zeros, zeros
+    d_i, d_f, d_z, d_o, total_y = zeros, zeros, zeros, zeros, zeros
     sum_i, sum_f, sum_z, sum_o = zeros, zeros, zeros, zeros
+    at_state, is_state = find_states(expert, head, H, N, D, BLOCK_N, BLOCK_N)
+    at_state += bodies[:, None]
+    grad_c, grad_log_n, last_y = load_states(
+        *(grad_last_c, grad_last_log_n, grad_last_y, at_state, is_state),
+        *(P, BLOCK_N, 0.0, HAS_MEMORY, INTERPRETED),
+    )
     if Q > 0:
         tails = P + tl.arange(0, Q)
         rows_tail = tl.arange(0, 2 * Q)
@@ -151,11 +184,17 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
         from_tail = from_tail + (ins * (4 * D) + rows_tail // 8 % 2 * 2 * D)[:, None]
         r_of_tail = tl.load(from_tail + outs[None, :])
         r_tail_of_tail = tl.load(from_tail + outs_tail[None, :])
-        first_tail, lens_tail = find_segments(begins, expert, N, BLOCK_N, 8)
+        first_tail, lens_tail = find_segments(bounds, expert, N, STEP, BLOCK_N, 8)
         zeros = tl.zeros((Q, 8), tl.float32)
-        grad_c_tail, grad_log_n_tail = zeros, zeros
         d_i_tail, d_f_tail, d_z_tail, d_o_tail = zeros, zeros, zeros, zeros
         sum_i_tail, sum_f_tail, sum_z_tail, sum_o_tail = zeros, zeros, zeros, zeros
+        total_y_tail = zeros
+        at_state_tail, has_state_tail = find_states(expert, head, H, N, D, BLOCK_N, 8)
+        at_state_tail += tails[:, None]
+        grad_c_tail, grad_log_n_tail, last_y_tail = load_states(
+            *(grad_last_c, grad_last_log_n, grad_last_y),
+            *(at_state_tail, has_state_tail, Q, 8, 0.0, HAS_MEMORY, INTERPRETED),
+        )
 
     # Lines of 32 elements: of a step's gates, and of c and outputs
     lines = tl.arange(0, 4 * LINES) * 32
@@ -166,17 +205,13 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
     # Products wait for no memory: what a step has computed is stored during the next
     # one, between its first product and the others.
     t = tl.max(lens) - 1
-    while t >= 0:
-        valid = (t < lens)[None, :]
-        has_old = ((t > 0) & (t < lens))[None, :]
+    while t >= -1:
         was_valid = (t + 1 < lens)[None, :]
         place = (((first + t) * H + head) * D)[None, :]
         at = place + bodies[:, None]
         # Of the step after this one
         grads = _stack(d_i, d_f, d_z, d_o, P, BLOCK_N, element)
         if Q > 0:
-            valid_tail = (t < lens_tail)[None, :]
-            has_old_tail = ((t > 0) & (t < lens_tail))[None, :]
             was_valid_tail = (t + 1 < lens_tail)[None, :]
             place_tail = (((first_tail + t) * H + head) * D)[None, :]
             at_tail = place_tail + tails[:, None]
@@ -190,15 +225,16 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
                 *(d_i_tail, d_f_tail, d_z_tail, d_o_tail, was_valid_tail, INTERPRETED),
             )
             dh_tail, w_tail, not_f_tail, z_tail, o_tail, c_old_tail = _load_step(
-                *(at_tail, H * D, grad_outputs, gates, cs, valid_tail, has_old_tail),
-                INTERPRETED,
+                *(at_tail, H * D, grad_outputs, gates, cs, first_c + at_state_tail),
+                *(last_y_tail, t, lens_tail, HAS_MEMORY, INTERPRETED),
             )
         _store_step(
             *(grad_inputs + 2 * H * D + place + at, plane, D, d_i, d_f, d_z, d_o),
             *(was_valid, INTERPRETED),
         )
         dh, w, not_f, z, o, c_old = _load_step(
-            at, H * D, grad_outputs, gates, cs, valid, has_old, INTERPRETED
+            *(at, H * D, grad_outputs, gates, cs, first_c + at_state),
+            *(last_y, t, lens, HAS_MEMORY, INTERPRETED),
         )
         place_ahead = place - AHEAD * H * D
         is_ahead = ((t >= AHEAD) & (t - AHEAD < lens))[None, :]
@@ -222,9 +258,10 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
 
             grad_y_tail = _own_half_of_tail(grad_y_tail, Q)
             grad_y_tail += _own_half_of_tail(more_y_tail, Q)
+            total_y_tail = grad_y_tail + dh_tail
             d_i_tail, d_f_tail, d_z_tail, d_o_tail, grad_c_tail, grad_log_n_tail = (
                 _retreat(
-                    *(grad_y_tail, dh_tail, grad_c_tail, grad_log_n_tail),
+                    *(total_y_tail, grad_c_tail, grad_log_n_tail),
                     *(w_tail, not_f_tail, z_tail, o_tail, c_old_tail),
                 )
             )
@@ -233,9 +270,9 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
             sum_z_tail += d_z_tail
             sum_o_tail += d_o_tail
 
-        grad_y = _own_half(grad_y, P, BLOCK_N)
+        total_y = _own_half(grad_y, P, BLOCK_N) + dh
         d_i, d_f, d_z, d_o, grad_c, grad_log_n = _retreat(
-            grad_y, dh, grad_c, grad_log_n, w, not_f, z, o, c_old
+            total_y, grad_c, grad_log_n, w, not_f, z, o, c_old
         )
         sum_i += d_i
         sum_f += d_f
@@ -243,17 +280,15 @@ def slstm_backward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a
         sum_o += d_o
         t -= 1
 
-    place = ((first * H + head) * D)[None, :]
-    _store_step(
-        *(grad_inputs + 2 * place + bodies[:, None], plane, D, d_i, d_f, d_z, d_o),
-        *((lens > 0)[None, :], INTERPRETED),
+    store_states(
+        *(grad_first_c, grad_first_log_n, grad_first_y, at_state),
+        *(grad_c, grad_log_n, total_y, is_state, HAS_MEMORY, INTERPRETED),
     )
     if Q > 0:
-        place = ((first_tail * H + head) * D)[None, :]
-        _store_step(
-            *(grad_inputs + 2 * place + tails[:, None], plane, D),
-            *(d_i_tail, d_f_tail, d_z_tail, d_o_tail),
-            *((lens_tail > 0)[None, :], INTERPRETED),
+        store_states(
+            *(grad_first_c, grad_first_log_n, grad_first_y, at_state_tail),
+            *(grad_c_tail, grad_log_n_tail, total_y_tail),
+            *(has_state_tail, HAS_MEMORY, INTERPRETED),
         )
 
     # In a tensor of shape (E,H,blocks,4,D)

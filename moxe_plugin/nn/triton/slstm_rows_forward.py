@@ -9,7 +9,10 @@ from moxe_plugin.nn.triton.launching import Launcher
 from moxe_plugin.nn.triton.slstm_rows_tiles import (
     columns,
     find_segments,
+    find_states,
     first_copy,
+    load_states,
+    store_states,
 )
 from moxe_plugin.nn.triton.tile_access import (
     fetch_ahead,
@@ -41,11 +44,13 @@ def _split_pair(x, SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
-def _load_inputs(base, plane, D: tl.constexpr, valid, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
-    i = load_here(base, valid, INTERPRETED)
-    f = load_here(base + D, valid, INTERPRETED)
-    z = load_here(base + plane, valid, INTERPRETED)
-    o = load_here(base + plane + D, valid, INTERPRETED)
+def _load_inputs(  # type: ignore[no-untyped-def]  # as above
+    inputs_if, inputs_zo, at, D: tl.constexpr, valid, INTERPRETED: tl.constexpr
+):
+    i = load_here(inputs_if + at, valid, INTERPRETED)
+    f = load_here(inputs_if + at + D, valid, INTERPRETED)
+    z = load_here(inputs_zo + at, valid, INTERPRETED)
+    o = load_here(inputs_zo + at + D, valid, INTERPRETED)
     return i, f, z, o
 
 
@@ -100,8 +105,8 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]  # as above
     return tl.where(x >= 0, inverse, small * inverse)
 
 
-@triton.jit
-def _advance(i, f, z, o, c, log_n):  # type: ignore[no-untyped-def]  # as above
+@triton.jit  # type: ignore[untyped-decorator]  # as above
+def _advance(i, f, z, o, c, log_n, y, valid, KEEPS: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
     # The cell of one step, as in moxe_plugin.nn.slstm_cell; of base 2, logarithms take
     # the fewest instructions
     LN_2: tl.constexpr = 0.6931471805599453
@@ -112,30 +117,43 @@ def _advance(i, f, z, o, c, log_n):  # type: ignore[no-untyped-def]  # as above
     w = tl.where(i >= log_kept, 1.0, difference) * _inverse(1.0 + difference)
     z = 2.0 * _sigmoid(2.0 * z) - 1.0
     o = _sigmoid(o)
-    log_n = tl.maximum(log_kept, i) + LN_2 * tl.log2(1.0 + difference)
-    c = c + w * (z - c)
+    log_n_after = tl.maximum(log_kept, i) + LN_2 * tl.log2(1.0 + difference)
+    c_after = c + w * (z - c)
+    y_after = o * c_after
+    if KEEPS:
+        c_after = tl.where(valid, c_after, c)
+        log_n_after = tl.where(valid, log_n_after, log_n)
+        y_after = tl.where(valid, y_after, y)
 
-    return w, not_f, z, o, c, log_n
+    return w, not_f, z, o, c_after, log_n_after, y_after
 
 
 @Launcher
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a kernel is one function
-    begins,
-    inputs,
+    bounds,
+    inputs_if,
+    inputs_zo,
     bias,
     weight,
+    first_c,
+    first_log_n,
+    first_y,
     outputs,
     before,
     gates,
     cs,
+    last_c,
+    last_log_n,
+    last_y,
     H,
     N,
-    plane,
     D: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+    HAS_MEMORY: tl.constexpr,
     SAVES: tl.constexpr,
     LINES: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -143,7 +161,7 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
 ):
     """Run a head of some segments through all steps."""
     head, expert = tl.program_id(1), tl.program_id(2)
-    first, lens = find_segments(begins, expert, N, BLOCK_N, BLOCK_N)
+    first, lens = find_segments(bounds, expert, N, STEP, BLOCK_N, BLOCK_N)
     num_steps = tl.max(lens)
 
     stack = (expert * H + head).to(tl.int64)
@@ -157,9 +175,12 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
     r = tl.load(from_body + bodies[None, :] * (4 * D))
     biases = tl.load(bias + stack * 4 * D + at_gate).to(tl.float32)[:, None]
 
-    c = tl.zeros((P, BLOCK_N), tl.float32)
-    log_n = tl.full((P, BLOCK_N), -1e30, tl.float32)
-    y = tl.zeros((P, BLOCK_N), tl.float32)
+    at_state, is_state = find_states(expert, head, H, N, D, BLOCK_N, BLOCK_N)
+    at_state += bodies[:, None]
+    c, log_n, y = load_states(
+        *(first_c, first_log_n, first_y, at_state, is_state, P, BLOCK_N, -1e30),
+        *(HAS_MEMORY, INTERPRETED),
+    )
     is_first = (lens > 0)[None, :]
     begin = ((first * H + head) * D)[None, :]
     if SAVES:
@@ -179,10 +200,13 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
         biases_tail = bias + stack * 4 * D + at_gate_tail
         biases_if = tl.load(biases_tail).to(tl.float32)[:, None]
         biases_zo = tl.load(biases_tail + 2 * D).to(tl.float32)[:, None]
-        first_tail, lens_tail = find_segments(begins, expert, N, BLOCK_N, 8)
-        c_tail = tl.zeros((Q, 8), tl.float32)
-        log_n_tail = tl.full((Q, 8), -1e30, tl.float32)
-        y_tail = tl.zeros((Q, 8), tl.float32)
+        first_tail, lens_tail = find_segments(bounds, expert, N, STEP, BLOCK_N, 8)
+        at_state_tail, has_state_tail = find_states(expert, head, H, N, D, BLOCK_N, 8)
+        at_state_tail += tails[:, None]
+        c_tail, log_n_tail, y_tail = load_states(
+            *(first_c, first_log_n, first_y, at_state_tail, has_state_tail),
+            *(Q, 8, -1e30, HAS_MEMORY, INTERPRETED),
+        )
         if SAVES:
             begin = ((first_tail * H + head) * D)[None, :]
             is_first = (lens_tail > 0)[None, :]
@@ -192,7 +216,8 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
     lines = tl.arange(0, LINES)
     at_line = lines % (LINES // 2) * 64
     is_line = (at_line < 2 * D)[:, None]
-    from_line = inputs + (lines // (LINES // 2) * plane + at_line)[:, None]
+    from_line = tl.where(lines < LINES // 2, inputs_if, inputs_zo) + at_line
+    from_line = from_line[:, None]
 
     # The interpreter takes no tensor as the end of a range.
     t = 0
@@ -207,7 +232,7 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
         )
         at_body = place + bodies[:, None]
         in_i, in_f, in_z, in_o = _load_inputs(
-            inputs + place + at_body, plane, D, valid, INTERPRETED
+            inputs_if, inputs_zo, place + at_body, D, valid, INTERPRETED
         )
         y_twice = columns(y, y, P, BLOCK_N, element)
         if Q > 0:
@@ -216,7 +241,7 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
             place_tail = (((first_tail + t) * H + head) * D)[None, :]
             at_tail = place_tail + tails[:, None]
             tail_i, tail_f, tail_z, tail_o = _load_inputs(
-                inputs + place_tail + at_tail, plane, D, valid_tail, INTERPRETED
+                inputs_if, inputs_zo, place_tail + at_tail, D, valid_tail, INTERPRETED
             )
             tail_twice = columns(y_tail, y_tail, Q, 8, element)
             x_if = multiply(r_if, y_twice, INTERPRETED)
@@ -233,12 +258,11 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
             # have another layout.
             more_i, more_f = _split_pair(x_if_tail, Q, 8)
             more_z, more_o = _split_pair(x_zo_tail, Q, 8)
-            w, not_f, z, o, c_tail, log_n_tail = _advance(
+            w, not_f, z, o, c_tail, log_n_tail, y_tail = _advance(
                 *(i + (more_i + tail_i), f + (more_f + tail_f)),
                 *(z + (more_z + tail_z), o + (more_o + tail_o)),
-                *(c_tail, log_n_tail),
+                *(c_tail, log_n_tail, y_tail, valid_tail, HAS_MEMORY),
             )
-            y_tail = o * c_tail
             _store_step(
                 *(at_tail, H * D, y_tail, c_tail, w, not_f, z, o),
                 *(outputs, before, gates, cs, valid_tail, is_next_tail),
@@ -247,12 +271,22 @@ def slstm_forward_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0915  # a 
 
         x = _once(x, 4 * P, BLOCK_N) + biases
         i, f, z, o = _split_gates(x, P, BLOCK_N)
-        w, not_f, z, o, c, log_n = _advance(
-            *(i + in_i, f + in_f, z + in_z, o + in_o, c, log_n)
+        w, not_f, z, o, c, log_n, y = _advance(
+            *(i + in_i, f + in_f, z + in_z, o + in_o, c, log_n, y),
+            *(valid, HAS_MEMORY),
         )
-        y = o * c
         _store_step(
             *(at_body, H * D, y, c, w, not_f, z, o, outputs, before, gates, cs),
             *(valid, is_next, SAVES, INTERPRETED),
         )
         t += 1
+
+    store_states(
+        *(last_c, last_log_n, last_y, at_state, c, log_n, y, is_state),
+        *(HAS_MEMORY, INTERPRETED),
+    )
+    if Q > 0:
+        store_states(
+            *(last_c, last_log_n, last_y, at_state_tail, c_tail, log_n_tail, y_tail),
+            *(has_state_tail, HAS_MEMORY, INTERPRETED),
+        )

@@ -28,6 +28,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moxe_plugin.nn.triton.tile_access import load_here, store_here
+
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no annotations
 def columns(x, y, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, element: tl.constexpr):  # type: ignore[no-untyped-def]  # as above
@@ -53,12 +55,67 @@ def first_copy(x, SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no
 
 @triton.jit  # type: ignore[untyped-decorator]  # as above
 def find_segments(  # type: ignore[no-untyped-def]  # as above
-    begins, expert, N, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr
+    bounds, expert, N, STEP: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Tell the first row, int64, and the length of the segment of each column."""
     segments = tl.program_id(0) * BLOCK_N + tl.arange(0, COLUMNS) % BLOCK_N
     is_segment = segments < N
-    at = begins + expert * N + segments
+    at = bounds + (expert * N + segments) * STEP
     first = tl.load(at, mask=is_segment, other=0)
     last = tl.load(at + 1, mask=is_segment, other=0)
     return first.to(tl.int64), last - first
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # as above
+def find_states(  # type: ignore[no-untyped-def]  # as above
+    expert, head, H, N, D: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Tell where each column's memory begins in (E,N,H,D), and whether it has one."""
+    segments = tl.program_id(0) * BLOCK_N + tl.arange(0, COLUMNS) % BLOCK_N
+    at = ((expert * N + segments).to(tl.int64) * H + head) * D
+    return at[None, :], (segments < N)[None, :]
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # as above
+def load_states(  # type: ignore[no-untyped-def]  # as above
+    c,
+    log_n,
+    y,
+    at,
+    is_state,
+    SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EMPTY: tl.constexpr,
+    HAS_MEMORY: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Load a memory, or its gradient; without, all is 0 but ``log_n``, ``EMPTY``."""
+    if HAS_MEMORY:
+        c = load_here(c + at, is_state, INTERPRETED)
+        log_n = load_here(log_n + at, is_state, INTERPRETED)
+        y = load_here(y + at, is_state, INTERPRETED)
+    else:
+        c = tl.zeros((SIZE, COLUMNS), tl.float32)
+        log_n = tl.full((SIZE, COLUMNS), EMPTY, tl.float32)
+        y = tl.zeros((SIZE, COLUMNS), tl.float32)
+    return c, log_n, y
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # as above
+def store_states(  # type: ignore[no-untyped-def]  # as above
+    into_c,
+    into_log_n,
+    into_y,
+    at,
+    c,
+    log_n,
+    y,
+    is_state,
+    HAS_MEMORY: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Store a memory, or its gradient."""
+    if HAS_MEMORY:
+        store_here(into_c + at, c, is_state, INTERPRETED)
+        store_here(into_log_n + at, log_n, is_state, INTERPRETED)
+        store_here(into_y + at, y, is_state, INTERPRETED)

@@ -3,6 +3,10 @@
 The equations of :mod:`moxe_plugin.nn.slstm_cell`; but a row costs nothing after its
 end, while :func:`~moxe_plugin.nn.slstm_cell.slstm_sequence` wants gates that are closed
 there.
+
+Where R stays on chip, as :func:`runs_on_chip` tells, the kernels are those of training,
+:mod:`.slstm_rows_tiles`; else those of :mod:`.slstm_kernels`, which read R at each
+step.
 """
 
 from __future__ import annotations
@@ -14,8 +18,24 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moxe_plugin.nn.backend import has_shared_memory
 from moxe_plugin.nn.slstm_cell import SLSTMScanInputs
+from moxe_plugin.nn.triton import slstm_rows_launch
 from moxe_plugin.nn.triton.slstm_launch import scan_backward, scan_forward
+from moxe_plugin.nn.triton.slstm_rows import supports
+from moxe_plugin.nn.triton.slstm_rows_launch import Segments, weight_grad
+
+
+def runs_on_chip(weight: Tensor) -> bool:
+    """Tell whether R stays on chip.
+
+    :param weight: R. *Shape:* ``([E,]H,D,4,D)``.
+
+    :returns: Whether it is of 16 bits and of a width that the kernels have
+        (:func:`~moxe_plugin.nn.triton.slstm_rows.supports`), and its GPU has an H100's
+        shared memory.
+    """
+    return supports(weight.size(-1), weight.dtype) and has_shared_memory(weight.device)
 
 
 def slstm_scan(
@@ -24,25 +44,96 @@ def slstm_scan(
     """Run the cells over all steps.
 
     States and activations are float32. R is multiplied in its own precision; y and the
-    gates' gradients are rounded to it for these products only.
+    gates' gradients are rounded to it for these products only. Where R stays on chip,
+    the outputs are rounded to it, too, and so are the gradients that are returned.
 
     :param inputs: Gates of any precision but float64; R of float32, bfloat16 or
         float16; a memory of float32.
     :param seq_lens: Where right padding begins; ``None`` without padding. *Shape:*
         ``(E,N)``.
 
-    :returns: The outputs ``(E,N,S,H,D)``, 0 at padding, and ``c``, ``log_n`` and ``y``
-        after the last valid position, ``(E,N,H,D)`` each; all float32.
+    :returns: The outputs ``(E,N,S,H,D)``, 0 at padding, in R's type where it stays on
+        chip, else float32; and ``c``, ``log_n`` and ``y`` after the last valid
+        position, ``(E,N,H,D)`` each, float32.
     """
     gates = inputs.gates_if
+    num_experts, num_heads, num_rows, num_steps, _ = gates.shape
+    weight = inputs.recurrent_weight
+
+    if runs_on_chip(weight):
+        segments = _find_segments(gates, seq_lens)
+        # (E,H,N,S,2D) -> (C,H*2D), a view of what a block computes
+        rows = [
+            x.movedim(1, 3).flatten(3).flatten(0, 2)
+            for x in (inputs.gates_if, inputs.gates_zo)
+        ]
+        outputs, *last = _SLSTMRowScan.apply(segments, *rows, *inputs[2:])  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+        shape = (num_experts, num_rows, num_steps, num_heads, weight.size(-1))
+
+        return outputs.view(shape), *last
 
     if seq_lens is None:
-        num_experts, _, num_rows, num_steps, _ = gates.shape
         lens = gates.new_full((num_experts, num_rows), num_steps, dtype=torch.int32)
     else:
         lens = seq_lens.int().contiguous()
 
-    return _SLSTMScan.apply(lens, *inputs)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+    return _SLSTMScan.apply(lens, *inputs)  # type: ignore[no-any-return, no-untyped-call]  # as above
+
+
+def _find_segments(gates: Tensor, seq_lens: Tensor | None) -> Segments:
+    num_experts, _, num_seqs, num_steps, _ = gates.shape
+    counts = [num_seqs * num_steps] * num_experts
+    num_bounds = num_experts * num_seqs + 1
+    bounds = torch.arange(num_bounds, dtype=torch.int32, device=gates.device)
+    bounds *= num_steps
+
+    if seq_lens is not None:
+        begins = bounds[:-1]
+        bounds = torch.stack([begins, begins + seq_lens.flatten().int()], dim=1)
+
+    return Segments(bounds, num_seqs, counts)
+
+
+class _SLSTMRowScan(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        segments: Segments,
+        *args: Tensor,
+    ) -> tuple[Tensor, ...]:
+        gates_if, gates_zo, bias, weight, *memory = (x.contiguous() for x in args)
+
+        outputs, saved, last = slstm_rows_launch.scan_forward(
+            *((gates_if, gates_zo), bias, weight, segments, memory),
+            saves=any(ctx.needs_input_grad),
+        )
+
+        ctx.save_for_backward(weight, memory[0], *saved)
+        ctx.segments, ctx.dtypes = segments, (gates_if.dtype, bias.dtype)
+
+        return outputs, *last
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_outputs: Tensor, *grad_last: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        weight, first_c, before, gates, cs = ctx.saved_tensors
+        segments: Segments = ctx.segments
+        gates_dtype, bias_dtype = ctx.dtypes
+
+        grad_inputs, grad_bias, grad_memory = slstm_rows_launch.scan_backward(
+            *(weight, segments, gates, cs, grad_outputs.contiguous(), first_c),
+            [x.contiguous() for x in grad_last],
+        )
+
+        return (
+            None,
+            *grad_inputs.to(gates_dtype),
+            grad_bias.to(bias_dtype),
+            weight_grad(before, grad_inputs, weight, segments),
+            *grad_memory,
+        )
 
 
 class _SLSTMScan(Function):

@@ -187,7 +187,7 @@ def test_rows_are_for_training_in_16_bits(
     # Nor where they do not fit
     block.backend = "triton"
     with monkeypatch.context() as patch:
-        patch.setattr(backend_module, "_has_shared_memory", lambda _: False)
+        patch.setattr(backend_module, "has_shared_memory", lambda _: False)
         assert not block.trains_on_rows(seqs)
     assert block.trains_on_rows(seqs)
 

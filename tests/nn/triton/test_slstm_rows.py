@@ -15,7 +15,7 @@ from moxe_plugin.nn.slstm_cell import SLSTMMemory, slstm_step
 
 pytest.importorskip("triton")
 
-from moxe_plugin.nn.triton import slstm_rows as slstm_rows_module
+from moxe_plugin.nn.triton import slstm_rows_launch
 from moxe_plugin.nn.triton.slstm_rows import slstm_rows, supports
 
 NUM_HEADS = 2
@@ -75,13 +75,14 @@ def test_slstm_rows_match_single_steps(
     head_dim: int,
     dtype: torch.dtype,
     num_processors: int,
+    device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        slstm_rows_module, "count_multiprocessors", lambda _: num_processors
+        slstm_rows_launch, "count_multiprocessors", lambda _: num_processors
     )
-    rows = ragged_rows(LENS, torch.device("cpu"))
-    inputs = [x.to(dtype) for x in draw_inputs(rows, head_dim)]
+    rows = ragged_rows(LENS, device)
+    inputs = [x.to(device, dtype) for x in draw_inputs(rows, head_dim)]
     expected_inputs = [x.double() for x in inputs]
     for leaves in (inputs, expected_inputs):
         for leaf in leaves:
@@ -96,9 +97,9 @@ def test_slstm_rows_match_single_steps(
     assert_close(outputs.double(), expected, atol=2e-2, rtol=0)
     assert (outputs - expected).norm() < 4e-3 * expected.norm()
 
-    grad = torch.randn(
-        expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
-    )
+    generator = torch.Generator().manual_seed(3)
+    grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    grad = grad.to(device)
     grads = torch.autograd.grad(outputs, inputs, grad.to(dtype))
     expected_grads = torch.autograd.grad(expected, expected_inputs, grad)
     for actual, wanted, leaf in zip(grads, expected_grads, inputs, strict=True):

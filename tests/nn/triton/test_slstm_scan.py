@@ -60,6 +60,11 @@ def run_block(
         pytest.param(None, 4, 3, 3, True, True, id="block"),
         pytest.param(2, 5, 17, 36, True, True, id="experts"),
         pytest.param(2, 18, 3, 5, True, False, id="two_programs_of_rows"),
+        # In bfloat16 R stays on chip, of the first in tiles of 32 and 16.
+        pytest.param(2, 9, 7, 48, True, True, id="experts_on_chip"),
+        pytest.param(2, 3, 0, 16, True, True, id="no_step_on_chip"),
+        pytest.param(None, 5, 6, 16, False, True, id="on_chip_without_padding"),
+        pytest.param(None, 4, 3, 16, True, False, id="on_chip_from_empty"),
     ],
 )
 @pytest.mark.parametrize("dtype", [float32, bfloat16], ids=str)
@@ -137,26 +142,45 @@ def test_half_precision_inputs_give_nearly_what_float32_gives(
     assert_close(run(False), run(True), rtol=1e-2, atol=1e-3)
 
 
-def test_padding_gets_zeros(device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(5, float32), (16, bfloat16)], ids=["float32", "on_chip"]
+)
+def test_padding_gets_zeros(
+    head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
     from moxe_plugin.nn.triton.slstm_scan import slstm_scan
 
-    gates = torch.randn(1, 1, 2, 4, 10, device=device)
-    memory = [torch.randn(1, 2, 1, 5, device=device) for _ in range(3)]
+    gates = torch.randn(1, 1, 2, 4, 2 * head_dim, device=device).to(dtype)
+    memory = [torch.randn(1, 2, 1, head_dim, device=device) for _ in range(3)]
     inputs = SLSTMScanInputs(
         gates,
         gates,
-        torch.zeros(1, 1, 4, 5, device=device),
-        torch.randn(1, 1, 5, 4, 5, device=device),
+        torch.zeros(1, 1, 4, head_dim, device=device),
+        torch.randn(1, 1, head_dim, 4, head_dim, device=device).to(dtype),
         *memory,
     )
 
     outputs, *last = slstm_scan(inputs, torch.tensor([[0, 2]], device=device))
 
+    assert outputs.dtype == dtype
     assert not outputs[0, 0].any()
     assert not outputs[0, 1, 2:].any()
     assert outputs[0, 1, :2].all()
     for after, before in zip(last, memory, strict=True):
         assert_close(after[0, 0], before[0, 0], rtol=0, atol=0)
+
+
+def test_small_gpus_read_the_weight_at_each_step(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    from moxe_plugin.nn.triton import slstm_scan
+
+    weight = torch.zeros(1, 16, 4, 16, device=device, dtype=bfloat16)
+    assert slstm_scan.runs_on_chip(weight)
+    assert not slstm_scan.runs_on_chip(weight.float())
+
+    monkeypatch.setattr(slstm_scan, "has_shared_memory", lambda _: False)
+    assert not slstm_scan.runs_on_chip(weight)
 
 
 @pytest.mark.parametrize("gate", [-1e4, -80.0, 80.0, 1e4])
@@ -175,9 +199,11 @@ def test_kernels_are_finite_at_extreme_gates(gate: float, device: torch.device) 
         assert tensor.isfinite().all()
 
 
-def test_triton_refuses_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_refuses_what_it_cannot_run(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="float64"):
-        resolve_backend("triton", torch.zeros(1, dtype=torch.float64))
+        resolve_backend("triton", torch.zeros(1, dtype=torch.float64, device=device))
     with pytest.raises(ValueError, match="'triton' with a tensor on 'meta'"):
         resolve_backend("triton", torch.zeros(1, device="meta"))
 
