@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(args: Namespace, console: Console) -> None:
     from moxe_plugin.allocator import keep_freed_memory
     from moxe_plugin.speed.measuring import describe_machine, measure_case
-    from moxe_plugin.speed.records import write_speed_json
+    from moxe_plugin.speed.records import pool_rows, write_speed_json
     from moxe_plugin.speed.suites import SuiteOptions, list_cases
     from moxe_plugin.speed.table import write_speed_table
 
@@ -87,25 +87,29 @@ def _measure(args: Namespace, console: Console) -> None:
     # Not `with_suffix`: a name may have a dot.
     json_file, page = (args.out / f"{name}.{suffix}" for suffix in ("json", "md"))
 
+    # The measurements of each case.
+    measured: list[list[SpeedRow]] = [[] for _ in cases]
     rows: list[SpeedRow] = []
+    turns = [i for _ in range(args.rounds) for i in range(len(cases))]
 
     # A thread that draws would take time from what is timed.
     with (
         Stages(is_timing=True) as stages,
-        stages.start("Measuring", total=len(cases)) as stage,
+        stages.start("Measuring", total=len(turns)) as stage,
     ):
         if not_kept is not None:
             stages.show(f"`allocator` has no effect: {not_kept}.")
 
-        for case in stage.over(cases):
-            row = measure_case(case, machine, options)
-            rows.append(row)
+        for turn, i in enumerate(stage.over(turns), start=1):
+            row = measure_case(cases[i], machine, options)
+            measured[i].append(row)
+            rows = [pool_rows(of_case) for of_case in measured if of_case]
 
             # A later case may need more memory than there is.
             write_speed_json(json_file, machine, rows)
             write_speed_table(page, machine, rows)
 
-            stages.show(f"[{len(rows)}/{len(cases)}] {_describe_row(row)}")
+            stages.show(f"[{turn}/{len(turns)}] {_describe_row(row)}")
 
     if args.json:
         print_json(

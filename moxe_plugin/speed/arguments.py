@@ -85,6 +85,11 @@ def create_parser() -> ArgumentParser:
         parser,
         _positive,
         ("--repeats", 5, "calls that are timed"),
+        (
+            *("--rounds", 1),
+            "how often the whole list is measured: what changes in minutes meets all "
+            "systems alike",
+        ),
         ("--decode-tokens", 16, "tokens of a call of decode"),
         ("--chunk", 512, "tokens that a state takes in at a time"),
         ("--seed", 1, "seeds parameters and tokens"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,40 @@ class SpeedRow:
 
     state_bytes: int | None = None
     """The state that ``length`` tokens leave, of the whole batch."""
+
+
+def pool_rows(rows: Sequence[SpeedRow]) -> SpeedRow:
+    """Put together what was measured of a case at several times.
+
+    :param rows: The measurements of it, one at least.
+
+    :returns: The same, of all calls; one that could not be measured, if there is one.
+    """
+    if len(rows) == 1:
+        return rows[0]
+
+    for row in rows:
+        if row.seconds is None or row.tokens is None:
+            return row
+
+    seconds_all = [seconds for row in rows for seconds in row.seconds_all]
+    seconds = statistics.median(seconds_all)
+    first = rows[0]
+    assert first.tokens is not None
+    assert first.seconds is not None
+    peaks = [x.peak_memory_gib for x in rows if x.peak_memory_gib is not None]
+    fraction = first.peak_fraction
+
+    return replace(
+        first,
+        repeats=len(seconds_all),
+        warm_up=sum(row.warm_up for row in rows),
+        seconds=seconds,
+        seconds_all=seconds_all,
+        tokens_per_s=first.tokens / seconds,
+        peak_fraction=None if fraction is None else fraction * first.seconds / seconds,
+        peak_memory_gib=max(peaks, default=None),
+    )
 
 
 def write_speed_json(

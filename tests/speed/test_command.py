@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from moxe_plugin.cli import moxe_main
 from moxe_plugin.nn.native.library import NativeLibraryError
 from moxe_plugin.report.files import read_json
-from moxe_plugin.speed.records import SpeedRow
+from moxe_plugin.speed.records import SpeedRow, pool_rows
 from moxe_plugin.speed.suites import SUITES
 from moxe_plugin.speed.table import write_speed_table
 
@@ -100,7 +102,7 @@ def test_table_names_the_libraries_and_the_speed_of_memory(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("reason", "expected"),
-    [(None, "by our own products."), ("it rains", "by torch's products: it rains.")],
+    [(None, "by our own products, "), ("it rains", "by torch's products: it rains.")],
     ids=["ours", "torch"],
 )
 def test_table_tells_whose_products_our_models_use(
@@ -151,6 +153,41 @@ def test_command_writes_rows_of_all_suites(
 
     assert page.count("\n| `") == len(rows)
     assert "Written: a.b.json, a.b.md" in capsys.readouterr().out
+
+
+def test_rounds_measure_all_systems_by_turns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = "speed --suite decode --size tiny --length 8 --batch 1 --repeats 2"
+    options = f"{_QUICK} --rounds 3 --decode-tokens 2 --name a --out {tmp_path}"
+
+    assert moxe_main([*argv.split(), *options.split()]) == 0
+
+    rows = read_json(tmp_path / "a.json")["rows"]
+    assert [(r["family"], r["repeats"], len(r["seconds_all"])) for r in rows] == [
+        ("moxe", 6, 6),
+        ("gemma2", 6, 6),
+    ]
+    for row in rows:
+        assert row["seconds"] == pytest.approx(median(row["seconds_all"]))
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"])
+    shown = capsys.readouterr()
+    turns = re.findall(r"\[(\d)/6\] decode: (\w+)", shown.out + shown.err)
+    assert turns == [(str(i), ("gemma2", "moxe")[i % 2]) for i in range(1, 7)]
+
+
+def test_rows_that_were_not_measured_are_not_pooled() -> None:
+    measured = _row("moxe", 4.0, tokens=8, seconds=2.0, seconds_all=[1.0, 2.0, 4.0])
+    failed = _row("moxe", None)
+
+    assert pool_rows([measured, failed]) is failed
+
+    slow = replace(measured, seconds=5.0, seconds_all=[3.0, 5.0], peak_memory_gib=2.0)
+    pooled = pool_rows([replace(measured, peak_fraction=0.6), slow])
+    assert (pooled.seconds, pooled.repeats) == (3.0, 5)
+    assert pooled.tokens_per_s == pytest.approx(8 / 3)
+    assert pooled.peak_fraction == pytest.approx(0.4)
+    assert pooled.peak_memory_gib == 2.0
 
 
 def test_systems_of_transformers_can_have_our_products(

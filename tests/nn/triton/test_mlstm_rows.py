@@ -85,8 +85,8 @@ def test_kernels_are_the_reference_with_all_gradients(
     h = reference(qkv.double(), gates.double(), seq_lens, num_heads)
     grads = torch.autograd.grad(h, [qkv, gates], direction.to(dtype).double())
 
-    # A small denominator makes large outputs; an error is small beside these. Of float32,
-    # 2.6e-5 was found on an H200.
+    # A small denominator makes large outputs; an error is small beside these. Float32
+    # had 2.6e-5 on an H200.
     tolerance = 4e-5 if dtype == float32 else 2e-2
     for x, y in zip(actual, [h, *grads], strict=True):
         atol = tolerance * y.abs().max().item()
