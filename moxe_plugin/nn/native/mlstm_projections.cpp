@@ -13,6 +13,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -26,7 +27,6 @@ constexpr int kWidth = 32;      // channels of a group
 constexpr int kRows = 14;       // of a tile: its sums take 28 of 32 registers
 constexpr int kBlockRows = 4 * kRows;   // that are read at a time
 constexpr int64_t kGroupsOfTask = 4;
-constexpr int64_t kGroupsAhead = 1;     // what is fetched ahead
 constexpr int kKinds = 3;       // queries, keys and values
 constexpr int kMaxGates = 16;
 
@@ -37,15 +37,6 @@ struct Shape {
 
   int64_t width() const { return groups * kWidth; }
 };
-
-// Asks for what is read, or written, of a group of some rows: the processor does not foresee so
-// many rows at once.
-template <bool writes>
-void fetch(const float* from, int64_t num_rows, int64_t next_row) {
-  for (int64_t r = 0; r < num_rows; ++r)
-    for (int64_t i = 0; i < kWidth; i += kFloats)
-      __builtin_prefetch(from + r * next_row + i, writes);
-}
 
 // Some rows of an expert.
 struct Rows {
@@ -175,7 +166,7 @@ struct Weights {
       : groups(s.groups),
         num_vectors((2 * s.gates + kFloats - 1) / kFloats),
         gate_size(kPlaces / 2 * num_vectors * kFloats),
-        projections(kKinds * s.experts * groups * kSize),
+        projections(new float[kKinds * s.experts * groups * kSize]),
         gates(kKinds * s.experts * groups * gate_size, 0.0f) {
 #pragma omp parallel for num_threads(num_threads)
     for (int64_t i = 0; i < kKinds * s.experts * groups; ++i) {
@@ -200,7 +191,8 @@ struct Weights {
   }
 
   int64_t groups, num_vectors, gate_size;
-  std::vector<float> projections, gates;
+  std::unique_ptr<float[]> projections;  // All of it is written: no zeros before.
+  std::vector<float> gates;
 };
 
 template <Factors factors>
@@ -224,14 +216,7 @@ void project(const Shape& s, int num_threads, const float* conv_input,
       const int num = static_cast<int>(std::min<int64_t>(kRows, rows.end - row));
       std::fill_n(sums, num * num_sums, 0.0f);
 
-      for (int64_t group = 0; group < s.groups; ++group) {
-        if (const int64_t ahead = group + kGroupsAhead; ahead < s.groups) {
-          const int64_t next = row * width + ahead * kWidth;
-          fetch<false>(convolved + next, num, width);
-          fetch<false>(conv_input + row * s.input_row + ahead * kWidth, num, s.input_row);
-          for (float* out : outs) fetch<true>(out + next, num, width);
-        }
-
+      for (int64_t group = 0; group < s.groups; ++group)
         for (int kind = 0; kind < kKinds; ++kind) {
           const bool is_value = kind == kKinds - 1;
           // Queries and keys are made of the same.
@@ -254,7 +239,6 @@ void project(const Shape& s, int num_threads, const float* conv_input,
             kAddGates<factors>[num](outputs, &packed.gates[at * packed.gate_size] + v,
                                     num_sums, sums + v, num_sums);
         }
-      }
 
       for (int r = 0; r < num; ++r)
         for (int64_t gate = 0; gate < s.gates; ++gate) {

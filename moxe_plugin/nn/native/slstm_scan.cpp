@@ -133,7 +133,7 @@ void multiply_rows(const T* weight, int64_t num_in, int64_t num_out, const T* x,
                                           std::min<int64_t>(width, num_out - column));
 }
 
-// out (rows,num_out) += x (rows,num_in) @ weight (num_in,num_out), of factors (rows,num_in)
+// out (rows,num_out) += x (rows,num_in) @ weight (num_in,num_out)
 template <typename T, Factors factors>
 void multiply(const Rounded<T, factors>& weight, int64_t num_in, int64_t num_out,
               const Rounded<T, factors>& x, T* out, int rows) {
