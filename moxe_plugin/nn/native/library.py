@@ -136,12 +136,14 @@ def _flags() -> list[str]:
 
     # ATen's vectors are as wide as the code says that is compiled with them.
     capability = torch.backends.cpu.get_cpu_capability()
+    # What the processor has, `ATEN_CPU_CAPABILITY` may forbid.
+    has_bfloat16 = capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
 
     return [
         *("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp"),
         f"-DCPU_CAPABILITY={capability}",
         *_CAPABILITY_FLAGS.get(capability, ()),
-        *(("-mavx512bf16",) if torch.cpu._is_avx512_bf16_supported() else ()),
+        *(("-mavx512bf16",) if has_bfloat16 else ()),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-isystem{directory}" for directory in include_paths("cpu")),
     ]
