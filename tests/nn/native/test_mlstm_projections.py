@@ -102,10 +102,13 @@ def test_rows_and_gradients_are_those_of_torch(
     check_all(counts, 6, num_heads, 2e-6)
 
 
-@pytest.mark.skipif(
+needs_bfloat16 = pytest.mark.skipif(
     why_torch() is not None or not rounds_to_bfloat16(),
     reason="no products of bfloat16 in C++ here",
 )
+
+
+@needs_bfloat16
 @pytest.mark.parametrize("num_heads", [1, 4, 8])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_autocast_rounds_factors(counts: list[int], num_heads: int) -> None:
@@ -117,7 +120,13 @@ def test_autocast_rounds_factors(counts: list[int], num_heads: int) -> None:
             check_all(counts, 6, num_heads, 1e-5)
 
 
-@pytest.mark.parametrize("rounds", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        pytest.param(False, id="float32"),
+        pytest.param(True, id="autocast", marks=needs_bfloat16),
+    ],
+)
 def test_experts_without_a_row_get_no_gradient(rounds: bool) -> None:
     counts = [0, 3, 0]
     inputs, weights = make_inputs(3, 64), make_weights(3, 2, 2)
