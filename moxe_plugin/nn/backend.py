@@ -28,7 +28,7 @@ from moxe_plugin.nn.native.library import (
     is_readable,
     why_not_loaded,
 )
-from moxe_plugin.nn.products import follows_autocast, runs_native
+from moxe_plugin.nn.products import follows_autocast
 
 ScanBackend: TypeAlias = Literal["auto", "torch", "native", "triton"]
 
@@ -191,22 +191,16 @@ def trains_on_rows(backend: ScanBackend, seqs: Tensor) -> bool:
     )
 
 
-def product_dtype(seqs: Tensor, *others: Tensor) -> torch.dtype:
-    """Tell in which type the factors of a block's products are.
+def product_dtype(seqs: Tensor) -> torch.dtype:
+    """Tell in which type a block's products are, unless they are C++, which rounds.
 
     :param seqs: What the block reads.
-    :param others: What else it multiplies.
 
-    :returns: That of autocast, or else of ``seqs``. Products in C++ round float32
-        themselves.
+    :returns: That of autocast, or else of ``seqs``.
     """
     device_type = seqs.device.type
 
-    if (
-        torch.is_autocast_enabled(device_type)
-        and seqs.dtype != torch.float64
-        and not runs_native(seqs, *others)
-    ):
+    if torch.is_autocast_enabled(device_type) and seqs.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
 
     return seqs.dtype

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from moxe_plugin.nn.autocast import recalls_autocast, remembers_autocast
 from moxe_plugin.nn.backend import product_dtype
+from moxe_plugin.nn.products import runs_native
 from moxe_plugin.nn.ragged_products import multiply_columns, multiply_rows
 
 
@@ -55,8 +56,9 @@ def grouped_head_products(
 
     :returns: *Shape:* ``(C,G*out)`` each.
     """
-    # As a product under autocast would
-    weight, *rows = [x.to(product_dtype(x, weight, *rows)) for x in (weight, *rows)]
+    if not runs_native(weight, *rows):
+        # As a product under autocast would; C++ rounds by itself.
+        weight, *rows = [x.to(product_dtype(x)) for x in (weight, *rows)]
 
     return list(_GroupedProducts.apply(tuple(counts), weight, *rows))  # type: ignore[no-untyped-call]  # torch
 

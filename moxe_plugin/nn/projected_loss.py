@@ -51,16 +51,15 @@ def projected_cross_entropy(
 
     :returns: The sum, in nats. *Shape:* ``()``.
     """
-    dtype = torch.promote_types(
-        product_dtype(hidden, weight), product_dtype(weight, hidden)
-    )
+    # Products in C++ follow autocast, of float32 factors.
+    keeps_autocast = runs_native(hidden, weight)
+    dtype = hidden.dtype
+    if not keeps_autocast:
+        dtype = torch.promote_types(product_dtype(hidden), product_dtype(weight))
 
     wants_grad = torch.is_grad_enabled() and (
         hidden.requires_grad or weight.requires_grad
     )
-
-    # Products in C++ follow autocast, of float32 factors.
-    keeps_autocast = runs_native(hidden, weight)
 
     with (
         nullcontext()
