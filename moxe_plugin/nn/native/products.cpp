@@ -855,7 +855,7 @@ extern "C" int moxe_multiplies_bfloat16() {
 // with `rounds`, where that is possible.
 extern "C" int moxe_multiply(int64_t num_products, const Product* products, int rounds,
                              int adds, int streams, int num_threads) {
-  const Factors factors = rounds ? Factors::kBFloat16 : Factors::kFloat;
+  const Factors factors = rounds && moxe::kHasBFloat16 ? Factors::kBFloat16 : Factors::kFloat;
   try {
     return multiply_all(num_products, products, factors, adds != 0, streams != 0, num_threads)
                ? 0
