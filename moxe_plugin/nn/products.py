@@ -127,14 +127,16 @@ def multiply_all(products: Sequence[Product]) -> None:
 
         return
 
-    for lhs, rhs, out in products:
-        if lhs.ndim == 3 and lhs.size(0) == 1:
-            # Of several, some libraries make a loop.
-            torch.mm(lhs[0], rhs[0], out=out[0])
-        elif out.is_contiguous():
-            torch.matmul(lhs, rhs, out=out)
-        else:
-            out.copy_(lhs @ rhs)
+    # Of whichever layout the results are, their type is settled.
+    with torch.autocast("cpu", enabled=False):
+        for lhs, rhs, out in products:
+            if lhs.ndim == 3 and lhs.size(0) == 1:
+                # Of several, some libraries make a loop.
+                torch.mm(lhs[0], rhs[0], out=out[0])
+            elif out.is_contiguous():
+                torch.matmul(lhs, rhs, out=out)
+            else:
+                out.copy_(lhs @ rhs)
 
 
 def runs_native(*tensors: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moxe_plugin.nn.native.library import find_function, int64_array
 from moxe_plugin.nn.native.mlstm_forms import CellGradients
+from moxe_plugin.nn.native.products import rounds_now
 
 _GROUP_WIDTH: Final = 32
 """The channels of a group, and"""
@@ -192,7 +193,7 @@ def _call(
     conv_input = tensors[0]
     assert conv_input is not None
     shape = *q_weight.shape[:2], gate_weight.size(-1), conv_input.stride(0)
-    suffix = "rounded" if torch.is_autocast_enabled("cpu") else "float"
+    suffix = "rounded" if rounds_now() else "float"
 
     # The tensors live until the call returns: the caller holds them.
     find_function("mlstm_projections", f"moxe_mlstm_{name}_{suffix}")(

@@ -94,7 +94,7 @@ def multiply_described(
     is_out_of_memory = find_function("products", "moxe_multiply")(
         ctypes.c_int64(len(numbers) // NUM_NUMBERS),
         ctypes.c_void_p(numbers.buffer_info()[0]),
-        ctypes.c_int(torch.is_autocast_enabled("cpu")),
+        ctypes.c_int(rounds_now()),
         ctypes.c_int(adds),
         ctypes.c_int(streams),
         ctypes.c_int(torch.get_num_threads()),
@@ -102,6 +102,20 @@ def multiply_described(
 
     if is_out_of_memory:
         raise MemoryError("There is no memory for copies of the factors of a product.")
+
+
+def rounds_now() -> bool:
+    """Tell whether factors are rounded to bfloat16.
+
+    :returns: Whether autocast on the CPU asks for it, and the processor multiplies it.
+
+    :raises NativeLibraryError: As :func:`rounds_to_bfloat16`.
+    """
+    return (
+        torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and rounds_to_bfloat16()
+    )
 
 
 @cache

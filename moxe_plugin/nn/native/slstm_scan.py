@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moxe_plugin.nn.autocast import recalls_autocast, remembers_autocast
 from moxe_plugin.nn.native.library import SUFFIXES, find_function
 from moxe_plugin.nn.products import rounds_factors
 from moxe_plugin.nn.ragged_products import multiply_columns
@@ -82,10 +83,9 @@ def slstm_scan(
 
 class _SLSTMScan(Function):
     @staticmethod
+    @remembers_autocast
     def forward(ctx: Any, bounds: RowBounds, *args: Tensor) -> tuple[Tensor, ...]:
         gates_if, gates_zo, bias, weight, *memory = (x.contiguous() for x in args)
-        # Where the scan rounds nothing, neither does the product of its backward pass.
-        ctx.rounds = rounds_factors(weight)
         num_rows = gates_if.size(0)
         num_heads, _, head_dim = bias.shape[1:]
 
@@ -112,6 +112,7 @@ class _SLSTMScan(Function):
         return outputs, *last
 
     @staticmethod
+    @recalls_autocast
     @once_differentiable
     def backward(
         ctx: Any,
@@ -132,26 +133,21 @@ class _SLSTMScan(Function):
         num_blocks = -(-c.size(1) // _rows_of_task())
         grad_bias = weight.new_empty(*weight.shape[:2], num_blocks, *weight.shape[3:])
 
-        with torch.autocast("cpu", torch.bfloat16, enabled=ctx.rounds):
-            _call(
-                "backward",
-                (c, bounds),
-                *(weight, c, outputs, activations, cs),
-                *(x.contiguous() for x in (grad_outputs, grad_c, grad_log_n, grad_y)),
-                *(grad_if, grad_zo, grad_bias, *grad_memory),
-            )
+        _call(
+            "backward",
+            (c, bounds),
+            *(weight, c, outputs, activations, cs),
+            *(x.contiguous() for x in (grad_outputs, grad_c, grad_log_n, grad_y)),
+            *(grad_if, grad_zo, grad_bias, *grad_memory),
+        )
 
         halves = (grad_if, grad_zo)
-        with torch.autocast("cpu", torch.bfloat16, enabled=ctx.rounds):
-            grad_weight = _multiply_old_outputs(
-                _shift(outputs, y, bounds), halves, weight, bounds
-            )
 
         return (
             None,
             *halves,
             grad_bias.sum(dim=2),
-            grad_weight,
+            _multiply_old_outputs(_shift(outputs, y, bounds), halves, weight, bounds),
             *grad_memory,
         )
 

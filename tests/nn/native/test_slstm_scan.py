@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.testing import assert_close
 
+from moxe_plugin.nn import products
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.products import rounds_to_bfloat16
 from moxe_plugin.nn.native.slstm_scan import RowBounds, RowScanInputs, slstm_scan
@@ -87,17 +88,12 @@ def test_share_of_the_new_is_right_to_some_ulps(numbers: Tensor) -> None:
     assert_close(actual.double(), expected, rtol=4 * EPS, atol=tiny)
 
 
-@pytest.mark.skipif(
-    why_torch() is not None or not rounds_to_bfloat16(),
-    reason="no products of bfloat16 in C++ here",
-)
-@pytest.mark.parametrize("head_dim", [1, 2, 21, 32, 35])
-def test_autocast_rounds_factors_of_recurrent_products(head_dim: int) -> None:
+def differentiate_scan(head_dim: int) -> list[Tensor]:
+    """Return what a scan returns, and the gradients of all that it reads."""
     torch.manual_seed(1)
     lens = torch.tensor([[3, 0, 5, 1, 2], [0, 4, 1, 9, 6]])
     counts = lens.sum(dim=1).tolist()
     begins = (lens.flatten().cumsum(0) - lens.flatten()).view_as(lens)
-    bounds = RowBounds(counts, begins, lens, 0)
     gates_if, gates_zo = torch.randn(2, sum(counts), 6 * head_dim)
     c, log_n, y = torch.randn(3, 2, 5, 3, head_dim)
     weight = torch.randn(2, 3, head_dim, 4, head_dim) / head_dim**0.5
@@ -109,19 +105,41 @@ def test_autocast_rounds_factors_of_recurrent_products(head_dim: int) -> None:
         *(c, log_n, y),
     )
 
-    def run() -> list[Tensor]:
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        outputs = slstm_scan(RowScanInputs(*leaves), bounds)
-        generator = torch.Generator().manual_seed(2)
-        upstream = [torch.randn(x.shape, generator=generator) for x in outputs]
+    leaves = [x.requires_grad_() for x in inputs]
+    outputs = slstm_scan(RowScanInputs(*leaves), RowBounds(counts, begins, lens, 0))
+    # float16 would not hold all of these.
+    upstream = [1e5 * torch.randn(x.shape) for x in outputs]
 
-        return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
 
-    expected = run()
+
+@pytest.mark.skipif(
+    why_torch() is not None or not rounds_to_bfloat16(),
+    reason="no products of bfloat16 in C++ here",
+)
+@pytest.mark.parametrize("head_dim", [1, 2, 21, 32, 35])
+def test_autocast_rounds_factors_of_recurrent_products(head_dim: int) -> None:
+    expected = differentiate_scan(head_dim)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = run()
+        actual = differentiate_scan(head_dim)
 
     # y and the gradients of gates are rounded to 8 bits before each product.
     for x, y in zip(actual, expected, strict=True):
         assert (x - y).norm() <= 2**-7 * y.norm()
     assert not torch.equal(actual[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_that_cpp_does_not_follow_changes_nothing(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dtype == torch.bfloat16:
+        monkeypatch.setattr(products, "why_torch", lambda: "it rains")
+        monkeypatch.setattr(products, "rounds_to_bfloat16", lambda: False)
+
+    expected = differentiate_scan(32)
+    with torch.autocast("cpu", dtype):
+        actual = differentiate_scan(32)
+
+    # Under autocast torch's product may sum in another order.
+    assert_close(actual, expected, rtol=1e-5, atol=1.0)
