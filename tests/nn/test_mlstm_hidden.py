@@ -84,6 +84,23 @@ def test_block_and_gradients_are_those_of_torch(
         assert (x - y).norm() <= 2e-5 * y.norm()
 
 
+def test_sizes_that_cpp_is_not_made_for_are_those_of_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        mlstm_branch, "mlstm_hidden_rows", lambda *_: pytest.fail("in one function")
+    )
+    torch.manual_seed(1)
+    block = MLSTMBlock(32, num_heads=2, qkv_block_size=16)
+    seqs = torch.randn(2, 9, 32, requires_grad=True)
+
+    actual = differentiate(block, seqs, None, "auto")
+    expected = differentiate(block, seqs, None, "torch")
+
+    for x, y in zip(actual, expected, strict=True):
+        assert (x - y).norm() <= 2e-5 * y.norm()
+
+
 def test_of_no_row_all_gradients_are_zero() -> None:
     block = make_block(3)
     seqs = torch.randn(3, 2, 4, 32, requires_grad=True)

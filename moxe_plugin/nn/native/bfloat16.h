@@ -3,9 +3,9 @@
 
 #pragma once
 
-#include <immintrin.h>
+#include "integers.h"
 
-#include <cstdint>
+#include <immintrin.h>
 
 namespace moxe {
 
@@ -20,7 +20,7 @@ enum class Factors { kFloat, kBFloat16 };
 
 // How many places hold `count` numbers.
 inline int64_t num_places(int64_t count, Factors factors) {
-  return factors == Factors::kFloat ? count : (count + 1) / 2;
+  return factors == Factors::kFloat ? count : divide_up(count, 2);
 }
 
 #ifdef __AVX512F__
@@ -62,7 +62,7 @@ inline __attribute__((always_inline)) __m512 add_products(__m512 sum, __m512 x, 
 inline void pair_row(const float* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += 32)
     _mm512_mask_storeu_ps(
-        to + i / 2, first_floats((count - i + 1) / 2),
+        to + i / 2, first_floats(divide_up(count - i, 2)),
         pair_neighbours(_mm512_maskz_loadu_ps(first_floats(count - i), from + i),
                         _mm512_maskz_loadu_ps(first_floats(count - i - 16), from + i + 16)));
 }

@@ -6,12 +6,14 @@
 // the way back, where each walks all rows of an expert in their order. So no sum depends on
 // the number of threads.
 
+#include "integers.h"
 #include "vector_math.h"
 
 #include <vector>
 
 namespace {
 
+using moxe::divide_up;
 using moxe::for_each_vector;
 using moxe::load;
 using moxe::Silu;
@@ -25,8 +27,6 @@ constexpr int64_t kRows = 64;
 constexpr int64_t kMinChannels = 64;
 // So many tasks a thread that none waits for long.
 constexpr int64_t kTasksPerThread = 2;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Experts have `runs` runs of rows each, one after the other, of `lens` rows.
 struct Shape {

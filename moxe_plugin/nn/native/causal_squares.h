@@ -2,12 +2,11 @@
 
 #pragma once
 
+#include "integers.h"
+
 #include <algorithm>
-#include <cstdint>
 
 namespace moxe {
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where the block of row t ends, of a square of `len` rows in equal blocks of up to `block`.
 inline int64_t end_of_block(int64_t t, int64_t len, int64_t block) {

@@ -5,7 +5,7 @@
 // is made of a row, or of some rows of a group of channels, is made while they are in the first
 // cache. Results do not depend on the number of threads.
 
-#include "bfloat16.h"
+#include "tiles.h"
 
 #include <immintrin.h>
 
@@ -19,12 +19,14 @@
 namespace {
 
 using moxe::add_products;
+using moxe::divide_up;
 using moxe::Factors;
+using moxe::kMultiplyDirect;
 using moxe::num_places;
 
 constexpr int kFloats = 16;     // of a vector
-constexpr int kWidth = 32;      // channels of a group
-constexpr int kRows = 14;       // of a tile: its sums take 28 of 32 registers
+constexpr int kWidth = moxe::kTileCols;     // channels of a group
+constexpr int kRows = moxe::kTileRows;
 constexpr int kBlockRows = 4 * kRows;   // that are read at a time
 constexpr int64_t kGroupsOfTask = 4;
 constexpr int kKinds = 3;       // queries, keys and values
@@ -42,31 +44,6 @@ struct Shape {
 struct Rows {
   int64_t expert, begin, end;
 };
-
-// out (Rows,kWidth) = or += x (Rows,places) @ weight (places,kWidth)
-template <Factors factors, int Rows>
-void multiply_tile(int64_t places, const float* x, int64_t next_row, int64_t next_place,
-                   const float* weight, float* out, int64_t out_row, bool adds) {
-  __m512 sums[Rows][2];
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < 2; ++v)
-      sums[r][v] = adds ? _mm512_loadu_ps(out + r * out_row + v * kFloats)
-                        : _mm512_setzero_ps();
-
-  for (int64_t i = 0; i < places; ++i) {
-    const __m512 low = _mm512_loadu_ps(weight + i * kWidth),
-                 high = _mm512_loadu_ps(weight + i * kWidth + kFloats);
-    for (int r = 0; r < Rows; ++r) {
-      const __m512 value = _mm512_set1_ps(x[r * next_row + i * next_place]);
-      sums[r][0] = add_products<factors>(sums[r][0], value, low);
-      sums[r][1] = add_products<factors>(sums[r][1], value, high);
-    }
-  }
-
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < 2; ++v)
-      _mm512_storeu_ps(out + r * out_row + v * kFloats, sums[r][v]);
-}
 
 // sums (Rows,16) += x (Rows,kWidth) @ weight: columns of even places, and of odd ones, in turn.
 template <Factors factors, int Rows>
@@ -89,26 +66,10 @@ void add_gates(const float* x, const float* weight, int64_t next_place, float* s
   for (int r = 0; r < Rows; ++r) _mm512_storeu_ps(sums + r * next_row, of_rows[r]);
 }
 
-using MultiplyTile = void (*)(int64_t, const float*, int64_t, int64_t, const float*, float*,
-                              int64_t, bool);
-template <Factors factors>
-constexpr MultiplyTile kMultiplyTile[kRows + 1] = {
-    nullptr,
-    multiply_tile<factors, 1>,  multiply_tile<factors, 2>,  multiply_tile<factors, 3>,
-    multiply_tile<factors, 4>,  multiply_tile<factors, 5>,  multiply_tile<factors, 6>,
-    multiply_tile<factors, 7>,  multiply_tile<factors, 8>,  multiply_tile<factors, 9>,
-    multiply_tile<factors, 10>, multiply_tile<factors, 11>, multiply_tile<factors, 12>,
-    multiply_tile<factors, 13>, multiply_tile<factors, 14>};
-
 using AddGates = void (*)(const float*, const float*, int64_t, float*, int64_t);
 template <Factors factors>
-constexpr AddGates kAddGates[kRows + 1] = {
-    nullptr,
-    add_gates<factors, 1>,  add_gates<factors, 2>,  add_gates<factors, 3>,
-    add_gates<factors, 4>,  add_gates<factors, 5>,  add_gates<factors, 6>,
-    add_gates<factors, 7>,  add_gates<factors, 8>,  add_gates<factors, 9>,
-    add_gates<factors, 10>, add_gates<factors, 11>, add_gates<factors, 12>,
-    add_gates<factors, 13>, add_gates<factors, 14>};
+constexpr auto kAddGates = moxe::by_rows<AddGates, kRows>(
+    [](auto rows) { return &add_gates<factors, decltype(rows)::value>; });
 
 // Copies `count` numbers that are multiplied by others in the same row.
 template <Factors factors>
@@ -164,7 +125,7 @@ struct Weights {
   Weights(const Shape& s, const std::array<const float*, kKinds>& weights,
           const float* gate_weight, int num_threads)
       : groups(s.groups),
-        num_vectors((2 * s.gates + kFloats - 1) / kFloats),
+        num_vectors(divide_up(2 * s.gates, kFloats)),
         gate_size(kPlaces / 2 * num_vectors * kFloats),
         projections(new float[kKinds * s.experts * groups * kSize]),
         gates(kKinds * s.experts * groups * gate_size, 0.0f) {
@@ -229,9 +190,9 @@ void project(const Shape& s, int num_threads, const float* conv_input,
 
           const int64_t at = packed.index(kind, s.experts, rows.expert, group);
           float* out = outs[kind] + row * width + group * kWidth;
-          kMultiplyTile<factors>[num](places, inputs, places, 1,
-                                      &packed.projections[at * Packed::kSize], out, width,
-                                      false);
+          kMultiplyDirect<factors>[num](places, inputs, places, 1,
+                                        &packed.projections[at * Packed::kSize], kWidth,
+                                        out, width, false);
 
           for (int r = 0; r < num; ++r)
             set_row<factors>(out + r * width, kWidth, outputs + r * places);
@@ -283,7 +244,7 @@ class WayBack {
     const int64_t num = rows.end - rows.begin, width = s_.width(),
                   at = rows.begin * width + group_ * kWidth,
                   gate_places = num_places(s_.gates, factors);
-    const auto& multiply = kMultiplyTile<factors>;
+    const auto& multiply = kMultiplyDirect<factors>;
     alignas(64) float of_out[kBlockRows * kWidth], of_out_rows[kKinds][kBlockRows * kPlaces],
         of_out_columns[kBlockRows * kWidth], columns[kBlockRows * kWidth];
     const int64_t num_column_places = num_places(num, factors);
@@ -293,7 +254,7 @@ class WayBack {
       for (int64_t r = 0; r < num; r += kRows)
         multiply[std::min<int64_t>(kRows, num - r)](
             gate_places, gate_rows + r * gate_places, gate_places, 1,
-            gates_transposed_[kind], of_out + r * kWidth, kWidth, true);
+            gates_transposed_[kind], kWidth, of_out + r * kWidth, kWidth, true);
 
       for (int64_t r = 0; r < num; ++r)
         set_row<factors>(of_out + r * kWidth, kWidth, of_out_rows[kind] + r * kPlaces);
@@ -305,13 +266,13 @@ class WayBack {
         set_columns<factors>(conv_input + rows.begin * s_.input_row + group_ * kWidth, num,
                              s_.input_row, kWidth, columns);
       for (int i = 0; i < kWidth && grads.of_weights[kind] != nullptr; i += 8)
-        multiply[8](num_column_places, columns + i, 1, kWidth, of_out_columns,
+        multiply[8](num_column_places, columns + i, 1, kWidth, of_out_columns, kWidth,
                     of_weights_[kind] + i * kWidth, kWidth, true);
 
       set_columns<factors>(outs[kind] + at, num, width, kWidth, of_out_columns);
       for (int64_t gate = 0; gate < s_.gates; gate += 8)
         multiply[std::min<int64_t>(8, s_.gates - gate)](
-            num_column_places, gate_columns + gate, 1, s_.gates, of_out_columns,
+            num_column_places, gate_columns + gate, 1, s_.gates, of_out_columns, kWidth,
             of_gate_weights_[kind] + gate * kWidth, kWidth, true);
     }
 
@@ -319,7 +280,7 @@ class WayBack {
       const int64_t n = std::min<int64_t>(kRows, num - r);
       for (int kind = 0; kind < kKinds; ++kind)
         multiply[n](kPlaces, of_out_rows[kind] + r * kPlaces, kPlaces, 1,
-                    transposed_[kind],
+                    transposed_[kind], kWidth,
                     (kind == kKinds - 1 ? grads.of_conv_input : grads.of_convolved) + at +
                         r * width,
                     width, kind == 1);
@@ -358,7 +319,7 @@ void project_backward(const Shape& s, int num_threads, const float* conv_input,
                       const std::array<const float*, kKinds>& weights,
                       const float* gate_weight, const Gradients& grads) {
   const std::vector<Rows> blocks = cut_rows(s);
-  const int64_t num_tasks = (s.groups + kGroupsOfTask - 1) / kGroupsOfTask;
+  const int64_t num_tasks = divide_up(s.groups, kGroupsOfTask);
 
 #pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(num_threads)
   for (int64_t expert = 0; expert < s.experts; ++expert)

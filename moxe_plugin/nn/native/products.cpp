@@ -9,7 +9,7 @@
 // one large one. Each element is summed in an order that depends on nothing but the inner
 // dimension.
 
-#include "bfloat16.h"
+#include "tiles.h"
 
 #include <immintrin.h>
 #include <omp.h>
@@ -29,12 +29,15 @@
 namespace {
 
 using moxe::add_products;
+using moxe::by_rows;
+using moxe::divide_up;
 using moxe::Factors;
 using moxe::first_floats;
+using moxe::kRowsAhead;
 using moxe::num_places;
 
 constexpr int kWidth = 16;              // floats of a vector
-constexpr int kRows = 14;               // rows of a tile,
+constexpr int kRows = moxe::kTileRows;  // rows of a tile,
 constexpr int kVecs = 2;                // and its vectors: 28 of 32 registers hold sums
 constexpr int kCols = kVecs * kWidth;
 constexpr int64_t kBlockRows = 5 * kRows;   // of the left factor, which fit the second cache
@@ -51,11 +54,8 @@ constexpr int64_t kMaxWeights = 1 << 16;    // of small right factors that lie s
 constexpr int64_t kNarrow = kWidth;     // columns up to which a product is narrow
 constexpr int64_t kNarrowAhead = 8 * kWidth;    // how far ahead it fetches
 constexpr int kFlipped = 8;             // columns up to which it is computed as rows
-constexpr int kThinRows = 4;            // rows up to which it is thin,
-constexpr int64_t kRowsAhead = 16;      // and how far ahead it fetches
+constexpr int kThinRows = 4;            // rows up to which it is thin
 constexpr double kMinWork = 1e6;        // multiply-adds below which a task is not divided
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a product is computed: from copies in panels, or from factors as they lie if there are
 // few rows, few columns (as rows, where that is how the left factor lies), or little else.
@@ -169,37 +169,6 @@ void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __re
     }
 }
 
-// The same of factors as they lie: a copy of small ones would cost more than it spares. The
-// columns of `rhs` follow each other.
-template <int Rows>
-void multiply_direct(int64_t depth, const float* lhs, int64_t lhs_row, int64_t lhs_col,
-                     const float* rhs, int64_t rhs_row, float* out, int64_t out_row,
-                     bool adds) {
-  __m512 sums[Rows][kVecs];
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < kVecs; ++v) sums[r][v] = _mm512_setzero_ps();
-
-  for (int64_t i = 0; i < depth; ++i, lhs += lhs_col, rhs += rhs_row) {
-    __m512 weights[kVecs];
-    for (int v = 0; v < kVecs; ++v) {
-      __builtin_prefetch(rhs + kRowsAhead * rhs_row + v * kWidth);
-      weights[v] = _mm512_loadu_ps(rhs + v * kWidth);
-    }
-    for (int r = 0; r < Rows; ++r) {
-      const __m512 value = _mm512_set1_ps(lhs[r * lhs_row]);
-      for (int v = 0; v < kVecs; ++v)
-        sums[r][v] = _mm512_fmadd_ps(value, weights[v], sums[r][v]);
-    }
-  }
-
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < kVecs; ++v) {
-      float* to = out + r * out_row + v * kWidth;
-      _mm512_storeu_ps(
-          to, adds ? _mm512_add_ps(sums[r][v], _mm512_loadu_ps(to)) : sums[r][v]);
-    }
-}
-
 // Rows of the left factor times `count` rows of the right one, from which they are read as
 // they lie: with few rows, a copy into panels would cost more than it spares. With `Flips`, rows
 // of the result are columns of `out`.
@@ -283,41 +252,21 @@ void multiply_narrow(int64_t depth, const float* lhs, int64_t lhs_row, const flo
 
 using MultiplyThin = void (*)(const float*, int64_t, int64_t, const float*, int64_t,
                               int64_t, int64_t, float*, int64_t, bool);
-constexpr MultiplyThin kMultiplyThin[kThinRows + 1] = {
-    nullptr, multiply_thin<1, false>, multiply_thin<2, false>, multiply_thin<3, false>,
-    multiply_thin<4, false>};
-constexpr MultiplyThin kMultiplyFlipped[kFlipped + 1] = {
-    nullptr,
-    multiply_thin<1, true>, multiply_thin<2, true>, multiply_thin<3, true>,
-    multiply_thin<4, true>, multiply_thin<5, true>, multiply_thin<6, true>,
-    multiply_thin<7, true>, multiply_thin<8, true>};
+constexpr auto kMultiplyThin = by_rows<MultiplyThin, kThinRows>(
+    [](auto rows) { return &multiply_thin<decltype(rows)::value, false>; });
+constexpr auto kMultiplyFlipped = by_rows<MultiplyThin, kFlipped>(
+    [](auto rows) { return &multiply_thin<decltype(rows)::value, true>; });
 
 using MultiplyNarrow = void (*)(int64_t, const float*, int64_t, const float*, int64_t,
                                 int64_t, float*, int64_t, bool);
-constexpr MultiplyNarrow kMultiplyNarrow[kRows + 1] = {
-    nullptr,             multiply_narrow<1>,  multiply_narrow<2>,  multiply_narrow<3>,
-    multiply_narrow<4>,  multiply_narrow<5>,  multiply_narrow<6>,  multiply_narrow<7>,
-    multiply_narrow<8>,  multiply_narrow<9>,  multiply_narrow<10>, multiply_narrow<11>,
-    multiply_narrow<12>, multiply_narrow<13>, multiply_narrow<14>};
+constexpr auto kMultiplyNarrow = by_rows<MultiplyNarrow, kRows>(
+    [](auto rows) { return &multiply_narrow<decltype(rows)::value>; });
 
 using MultiplyTile = void (*)(int64_t, const float*, const float*, float*, int64_t, Into,
                               Ahead&);
 template <Factors factors>
-constexpr MultiplyTile kMultiplyTile[kRows + 1] = {
-    nullptr,
-    multiply_tile<factors, 1>,  multiply_tile<factors, 2>,  multiply_tile<factors, 3>,
-    multiply_tile<factors, 4>,  multiply_tile<factors, 5>,  multiply_tile<factors, 6>,
-    multiply_tile<factors, 7>,  multiply_tile<factors, 8>,  multiply_tile<factors, 9>,
-    multiply_tile<factors, 10>, multiply_tile<factors, 11>, multiply_tile<factors, 12>,
-    multiply_tile<factors, 13>, multiply_tile<factors, 14>};
-
-using MultiplyDirect = void (*)(int64_t, const float*, int64_t, int64_t, const float*,
-                                int64_t, float*, int64_t, bool);
-constexpr MultiplyDirect kMultiplyDirect[kRows + 1] = {
-    nullptr,             multiply_direct<1>,  multiply_direct<2>,  multiply_direct<3>,
-    multiply_direct<4>,  multiply_direct<5>,  multiply_direct<6>,  multiply_direct<7>,
-    multiply_direct<8>,  multiply_direct<9>,  multiply_direct<10>, multiply_direct<11>,
-    multiply_direct<12>, multiply_direct<13>, multiply_direct<14>};
+constexpr auto kMultiplyTile = by_rows<MultiplyTile, kRows>(
+    [](auto rows) { return &multiply_tile<factors, decltype(rows)::value>; });
 
 // Stores a row of 16 numbers of panel row i, of `depth` that are `Stride` apart. Of rows of fewer,
 // all but the last one may reach into the next, which comes later: a masked store is slow.
@@ -419,7 +368,7 @@ void pack(const float* from, int64_t outer, int64_t inner, int64_t num_outer,
             store<Stride>(
                 out + (p * depth + i) * Stride + j, i, depth,
                 load_columns<factors>(at, first_floats(count - p * width - j), outer,
-                                   (i + 1) * per_row <= num_outer));
+                                      (i + 1) * per_row <= num_outer));
           }
     return;
   }
@@ -442,14 +391,14 @@ void pack(const float* from, int64_t outer, int64_t inner, int64_t num_outer,
             for (int64_t l = 0; l < Stride; ++l)
               __builtin_prefetch(panel + (i + 3 * kWidth) * Stride + l * kWidth, 1);
           transpose<factors, Stride>(panel_from + at + j * inner, inner, num_filled - j,
-                                  num_outer - at, panel + i * Stride + j, i, depth);
+                                     num_outer - at, panel + i * Stride + j, i, depth);
         }
     } else {
       for (int64_t i = 0; i < depth; ++i)
         for (int64_t j = 0; j < num_filled; ++j)
           panel[i * Stride + j] =
               load_one<factors>(panel_from + i * per_row * outer + j * inner, outer,
-                             (i + 1) * per_row <= num_outer);
+                                (i + 1) * per_row <= num_outer);
     }
   }
 }
@@ -560,7 +509,7 @@ void run_direct(const Task& task, bool adds, float* panels) {
         packs ? panels + (i * p.n + col) * part.inner : part.rhs(col, i);
     const int64_t row = panel * part.panel_rows;
 
-    kMultiplyDirect[part.rows_of(panel)](part.inner, part.lhs(row, i), p.lhs_row,
+    moxe::kMultiplyDirect<Factors::kFloat>[part.rows_of(panel)](part.inner, part.lhs(row, i), p.lhs_row,
                                          p.lhs_col, rhs, packs ? kCols : p.rhs_row,
                                          part.out(row, i) + col, p.out_row, adds);
   };
@@ -610,9 +559,9 @@ void run_packed(const Task& task, const Task* next, bool adds, bool streams,
   Ahead ahead = look_ahead(next, part.num_panels() * num_col_panels *
                                      divide_up(part.depth(), kDepthAtOnce));
 
-  const MultiplyTile* multiply = part.factors == Factors::kFloat
-                                     ? kMultiplyTile<Factors::kFloat>
-                                     : kMultiplyTile<Factors::kBFloat16>;
+  const auto& multiply = part.factors == Factors::kFloat
+                             ? kMultiplyTile<Factors::kFloat>
+                             : kMultiplyTile<Factors::kBFloat16>;
   const int64_t block = std::max<int64_t>(1, kBlockRows / part.panel_rows);
   for (int64_t first = 0; first < part.num_panels(); first += block)
     for (int64_t j = 0; j < num_col_panels; ++j) {

@@ -11,6 +11,7 @@
 
 namespace {
 
+using moxe::divide_up;
 using moxe::Factors;
 using moxe::load;
 using moxe::num_places;
@@ -176,7 +177,7 @@ struct Shape {
 template <typename T>
 struct Task {
   Task(const Shape& s, int64_t task)
-      : blocks((s.rows + kRows - 1) / kRows),
+      : blocks(divide_up(s.rows, kRows)),
         head(task / blocks),
         expert(head / s.heads),
         head_in_expert(head % s.heads),
@@ -210,7 +211,7 @@ void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
                   const T* log_n0, const T* y0, T* outputs, T* activations, T* cs,
                   T* c_last, T* log_n_last, T* y_last, int num_threads) {
   const int64_t dim = s.dim;
-  const int64_t num_tasks = s.experts * s.heads * ((s.rows + kRows - 1) / kRows);
+  const int64_t num_tasks = s.experts * s.heads * divide_up(s.rows, kRows);
   const Vec<T> zero(T(0));
 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
@@ -304,7 +305,7 @@ void scan_backward(const Shape& s, const T* weight, const T* c0,
                    const T* grad_y_last, T* grad_if, T* grad_zo, T* grad_bias,
                    T* grad_c0, T* grad_log_n0, T* grad_y0, int num_threads) {
   const int64_t dim = s.dim;
-  const int64_t num_tasks = s.experts * s.heads * ((s.rows + kRows - 1) / kRows);
+  const int64_t num_tasks = s.experts * s.heads * divide_up(s.rows, kRows);
   const Vec<T> one(T(1));
 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)

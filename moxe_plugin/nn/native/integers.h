@@ -1,0 +1,11 @@
+// Integers of sizes.
+
+#pragma once
+
+#include <cstdint>
+
+namespace moxe {
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace moxe
