@@ -7,7 +7,8 @@ from torch import Tensor
 
 from moxe_plugin.nn.backend import ScanBackend
 from moxe_plugin.nn.native.library import NativeSource, is_readable, why_not_loaded
-from moxe_plugin.nn.products import follows_autocast
+from moxe_plugin.nn.padding import widen
+from moxe_plugin.nn.products import follows_autocast, rounds_to_bfloat16
 
 
 def passes_natively(source: NativeSource, *tensors: Tensor) -> bool:
@@ -27,6 +28,19 @@ def passes_natively(source: NativeSource, *tensors: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and why_not_loaded(source) is None
     )
+
+
+def widen_for_native(x: Tensor) -> Tensor:
+    """Convert to what C++ reads: bfloat16 as it is where products in C++ multiply it.
+
+    :param x: Any floating-point tensor.
+
+    :returns: The same values in float32, float64 or, where that is read, bfloat16.
+    """
+    if x.dtype == torch.bfloat16 and x.is_cpu and rounds_to_bfloat16():
+        return x
+
+    return widen(x)
 
 
 def runs_on_host_rows(

@@ -39,8 +39,13 @@ _CAPABILITY_FLAGS: Final[Mapping[str, Sequence[str]]] = {
     "AVX512": _AVX512,
 }
 
-SUFFIXES: Final = {torch.float32: "float", torch.float64: "double"}
-"""How the functions for each type end."""
+SUFFIXES: Final = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "bfloat16",
+}
+"""How the functions for each type end. Those for bfloat16, which is only what numbers are
+kept in, are compiled for processors that multiply it."""
 
 _TIMEOUT_S: Final = 300
 

@@ -14,6 +14,10 @@ namespace moxe {
 template <typename T>
 using Vec = at::vec::Vectorized<T>;
 
+// What numbers are computed in: bfloat16 is what they are only kept in.
+template <typename T>
+using Wide = std::conditional_t<std::is_same_v<T, at::BFloat16>, float, T>;
+
 // Calls f(offset, count) for each vector of the numbers from `begin` to `end`.
 template <typename T, typename F>
 void for_each_vector(int64_t begin, int64_t end, const F& f) {
@@ -34,6 +38,19 @@ void store(const Vec<T>& x, T* to, int64_t count) {
   else
     x.store(to, count);
 }
+
+#ifdef __AVX512BF16__
+inline __mmask16 first_of_vector(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+inline Vec<float> load(const at::BFloat16* from, int64_t count) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(first_of_vector(count), from);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline void store(const Vec<float>& x, at::BFloat16* to, int64_t count) {
+  _mm256_mask_storeu_epi16(to, first_of_vector(count), (__m256i)_mm512_cvtneps_pbh(x));
+}
+#endif
 
 template <typename T>
 T sum(const Vec<T>& x) {
