@@ -4,7 +4,8 @@ The choice is the process's, not a model's; :func:`why_torch` tells what it is, 
 The environment variable ``MOXE_PRODUCTS`` makes it. ``auto``, the default, takes C++ on
 processors with AVX-512 that are not Intel's (whose MKL uses AVX-512 itself) if there is
 a C++ compiler; ``native`` asks for C++, ``torch`` for torch. It concerns float32 on
-CPUs; all else is torch's. Both compute the same up to rounding.
+CPUs, and bfloat16 on those that multiply it; all else is torch's. Both compute the same
+up to rounding.
 
 Under autocast to bfloat16, torch rounds factors and results. In C++, where the
 processor multiplies bfloat16, factors alone are rounded, and results are float32.
@@ -38,6 +39,8 @@ from moxe_plugin.nn.padding import widen
 
 _CHOICES: Final = ("auto", "native", "torch")
 
+_THIN_ROWS: Final = 4
+
 _log: Final = logging.getLogger(__name__)
 
 
@@ -68,36 +71,35 @@ def multiply(lhs: Tensor, rhs: Tensor, *, streams: bool = False) -> Tensor:
 
     :returns: *Shape:* ``(…,m,n)``.
     """
-    if not runs_native(lhs, rhs):
+    if not runs_native(lhs, rhs) or is_thin(lhs, lhs.size(-2)):
         return lhs @ rhs
 
-    *batch, num_rows = lhs.shape[:-1]
-    out = lhs.new_empty(*batch, num_rows, rhs.size(-1))
-
-    # (…,m,n) -> (B,m,n)
-    native.multiply_all(
-        [Product(*(x.flatten(0, -3) if batch else x for x in (lhs, rhs, out)))],
-        streams=streams,
-    )
+    out = lhs.new_empty(*lhs.shape[:-1], rhs.size(-1))
+    _multiply_into(out, lhs, rhs, streams=streams)
 
     return out
 
 
-def multiply_widely(lhs: Tensor, rhs: Tensor, *, streams: bool = False) -> Tensor:
+def multiply_widely(lhs: Tensor, rhs: Tensor) -> Tensor:
     """Multiply matrices, without a gradient; the result has at least 32 bits.
 
-    On a GPU it is rounded to those only.
+    Where C++ or a GPU multiplies 16 bits, it is rounded to those only.
 
     :param lhs: *Shape:* ``(m,k)``.
     :param rhs: *Shape:* ``(k,n)``.
-    :param streams: As for :func:`multiply`.
 
     :returns: *Shape:* ``(m,n)``.
     """
     if lhs.is_cuda and lhs.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(lhs, rhs, out_dtype=torch.float32)
 
-    return widen(multiply(lhs, rhs, streams=streams))
+    if not runs_native(lhs, rhs):
+        return widen(lhs @ rhs)
+
+    out = torch.empty(lhs.size(0), rhs.size(1))
+    _multiply_into(out, lhs, rhs)
+
+    return out
 
 
 def add_product(out: Tensor, lhs: Tensor, rhs: Tensor) -> None:
@@ -107,7 +109,7 @@ def add_product(out: Tensor, lhs: Tensor, rhs: Tensor) -> None:
     :param lhs: *Shape:* ``(m,k)``.
     :param rhs: *Shape:* ``(k,n)``.
     """
-    if runs_native(lhs, rhs) and out.dtype == torch.float32:
+    if runs_native(lhs, rhs, out, mixes=True):
         native.multiply_all([Product(lhs, rhs, out)], adds=True)
     elif out.dtype == lhs.dtype:
         # Counters of FLOPs do not know `addmm_`.
@@ -139,23 +141,53 @@ def multiply_all(products: Sequence[Product]) -> None:
                 out.copy_(lhs @ rhs)
 
 
-def runs_native(*tensors: Tensor) -> bool:
+def runs_native(*tensors: Tensor, mixes: bool = False) -> bool:
     """Tell whether the product of some tensors runs in C++.
 
     :param tensors: The factors.
+    :param mixes: Whether they may be of several types: where one is bfloat16, all are
+        multiplied as such.
 
     :returns: Whether it does.
 
     :raises NativeLibraryError: It was asked for, and cannot run here.
     :raises ValueError: ``MOXE_PRODUCTS`` has another value.
     """
+    dtypes = {x.dtype for x in tensors}
+
     return (
-        all(x.dtype == torch.float32 and is_readable(x) for x in tensors)
+        dtypes <= {torch.float32, torch.bfloat16}
+        and (mixes or len(dtypes) == 1)
+        and all(is_readable(x) for x in tensors)
         and not torch.compiler.is_compiling()
         # It counts FLOPs, or fakes tensors: it must see what is computed.
         and not is_in_torch_dispatch_mode()
         and why_torch() is None
         and follows_autocast()
+        and (torch.bfloat16 not in dtypes or rounds_to_bfloat16())
+    )
+
+
+def is_thin(lhs: Tensor, num_rows: float) -> bool:
+    """Tell whether torch multiplies a few rows of bfloat16: C++ would copy all weights.
+
+    :param lhs: The left factor.
+    :param num_rows: How many of its rows a right factor is read for.
+
+    :returns: Whether it does.
+    """
+    return lhs.dtype == torch.bfloat16 and num_rows <= _THIN_ROWS
+
+
+def _multiply_into(
+    out: Tensor, lhs: Tensor, rhs: Tensor, *, streams: bool = False
+) -> None:
+    batch = lhs.ndim > 2
+
+    # (…,m,n) -> (B,m,n)
+    native.multiply_all(
+        [Product(*(x.flatten(0, -3) if batch else x for x in (lhs, rhs, out)))],
+        streams=streams,
     )
 
 

@@ -51,7 +51,7 @@ def projected_cross_entropy(
 
     :returns: The sum, in nats. *Shape:* ``()``.
     """
-    # Products in C++ follow autocast, of float32 factors.
+    # Products in C++ follow autocast.
     keeps_autocast = runs_native(hidden, weight)
     dtype = hidden.dtype
     if not keeps_autocast:
@@ -103,11 +103,11 @@ class _ProjectedCrossEntropy(Function):
                 continue
 
             multiply_all([Product(grad[None], table[None], grad_rows[None, chunk])])
-            if grad_weight is None:
-                # Nothing reads it soon if there is no other chunk.
-                grad_weight = multiply_widely(
-                    grad.mT, rows[chunk], streams=chunk_size >= len(rows)
-                )
+            if rows.is_cpu and chunk_size >= len(rows):
+                # Nothing adds to it, nor reads it soon.
+                grad_weight = multiply(grad.mT, rows, streams=True)
+            elif grad_weight is None:
+                grad_weight = multiply_widely(grad.mT, rows[chunk])
             else:
                 add_product(grad_weight, grad.mT, rows[chunk])
 

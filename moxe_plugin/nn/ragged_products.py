@@ -15,7 +15,7 @@ from torch import Tensor
 from moxe_plugin.nn.expert_products import head_outer_products, head_products
 from moxe_plugin.nn.native import products as native
 from moxe_plugin.nn.native.products import Product
-from moxe_plugin.nn.products import multiply_all, runs_native
+from moxe_plugin.nn.products import is_thin, multiply_all, runs_native
 
 
 def multiply_parts(
@@ -27,10 +27,11 @@ def multiply_parts(
         but offsets, in elements, instead of addresses. Used up.
     :param lhs: Has the left factors.
     :param rhs: Has the right ones.
-    :param out: Where the results go; contiguous.
+    :param out: Where the results go; contiguous. On the CPU, each of the three may be
+        float32 or bfloat16 where products in C++ multiply it.
     :param adds: Whether to add them to what is there.
     """
-    if runs_native(lhs, rhs, out):
+    if runs_native(lhs, rhs, out, mixes=True):
         for at, x in ((4, lhs), (8, rhs), (12, out)):
             address, size = x.data_ptr(), x.element_size()
             numbers[at :: native.NUM_NUMBERS] = array(
@@ -40,7 +41,9 @@ def multiply_parts(
                     for offset in numbers[at :: native.NUM_NUMBERS]
                 ],
             )
-        native.multiply_described(numbers, adds=adds)
+        native.multiply_described(
+            numbers, halves=native.find_halves(lhs, rhs, out), adds=adds
+        )
 
         return
 
@@ -82,7 +85,7 @@ def multiply_rows(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor
 
     out = rows.new_empty(rows.size(0), weight.size(1) * weight.size(3))
 
-    if runs_native(rows, weight):
+    if runs_native(rows, weight) and not is_thin(rows, max(counts, default=0)):
         native.multiply_rows(rows, weight, out, counts)
 
         return out
@@ -119,7 +122,7 @@ def multiply_columns(
 
         return
 
-    if runs_native(lhs, rhs, out):
+    if runs_native(lhs, rhs, out, mixes=True):
         native.multiply_columns(lhs, rhs, out, counts)
 
         return

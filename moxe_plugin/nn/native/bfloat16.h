@@ -7,6 +7,8 @@
 
 #include <immintrin.h>
 
+#include <cstdint>
+
 namespace moxe {
 
 #ifdef __AVX512BF16__
@@ -18,6 +20,11 @@ constexpr bool kHasBFloat16 = false;
 // What is multiplied: floats, or pairs of bfloat16.
 enum class Factors { kFloat, kBFloat16 };
 
+// A number of 16 bits, the upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
 // How many places hold `count` numbers.
 inline int64_t num_places(int64_t count, Factors factors) {
   return factors == Factors::kFloat ? count : divide_up(count, 2);
@@ -27,6 +34,16 @@ inline int64_t num_places(int64_t count, Factors factors) {
 
 inline __mmask16 first_floats(int64_t count) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
+}
+
+inline __mmask32 first_halves(int64_t count) {
+  return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1;
+}
+
+// At most 16 numbers, 0 beyond `count`.
+inline __m512 load_half(const BFloat16* from, int64_t count) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(first_floats(count), from);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
 // Pairs of numbers that follow each other, of which `high` are the last ones.
@@ -56,6 +73,25 @@ inline __attribute__((always_inline)) __m512 add_products(__m512 sum, __m512 x, 
     return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
 #endif
   return _mm512_fmadd_ps(x, y, sum);
+}
+
+// Writes or adds `count` numbers.
+inline void store_row(const float* from, int64_t count, bool adds, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = adds ? from[i] + to[i] : from[i];
+}
+
+// The same, which rounds sums.
+inline void store_row(const float* from, int64_t count, bool adds, BFloat16* to) {
+  for (int64_t i = 0; i < count; i += 32) {
+    __m512 low = _mm512_maskz_loadu_ps(first_floats(count - i), from + i),
+           high = _mm512_maskz_loadu_ps(first_floats(count - i - 16), from + i + 16);
+    if (adds) {
+      low = _mm512_add_ps(low, load_half(to + i, count - i));
+      high = _mm512_add_ps(high, load_half(to + i + 16, count - i - 16));
+    }
+    _mm512_mask_storeu_epi16(to + i, first_halves(count - i),
+                             _mm512_castps_si512(pair_neighbours(low, high)));
+  }
 }
 
 // Writes pairs of the `count` numbers of a row.

@@ -1,6 +1,6 @@
 // Products of float32 matrices for CPUs with AVX-512; see products.py for what it computes.
 // Where the processor multiplies bfloat16, panels may hold factors rounded to it, two in place
-// of one; their products and sums are float32.
+// of one; their products and sums are float32. Factors and results may be kept in it, too.
 //
 // As in Goto's algorithm, blocks of both factors of large products are copied into panels that
 // the innermost loop reads one after the other, whatever the factors' layout is, and the sums of
@@ -28,6 +28,7 @@
 
 namespace {
 
+using moxe::BFloat16;
 using moxe::add_products;
 using moxe::by_rows;
 using moxe::divide_up;
@@ -61,22 +62,34 @@ constexpr double kMinWork = 1e6;        // multiply-adds below which a task is n
 // few rows, few columns (as rows, where that is how the left factor lies), or little else.
 enum class Kind { kPacked, kThin, kNarrow, kFlipped, kDirect };
 
-// `count` products (m,k) @ (k,n); strides are in floats. Read as 15 int64 by products.py.
+// What is kept in bfloat16 of all products of a call, and what is multiplied.
+struct Types {
+  bool is_lhs_half, is_rhs_half, is_out_half;
+  Factors factors;
+
+  bool has_half() const { return is_lhs_half || is_rhs_half || is_out_half; }
+};
+
+inline int64_t bytes_of(bool is_half) { return is_half ? sizeof(BFloat16) : sizeof(float); }
+
+// `count` products (m,k) @ (k,n); strides are in numbers. Read as 15 int64 by products.py.
 struct Product {
   int64_t count, m, n, k;
-  const float* lhs;
+  const char* lhs;
   int64_t lhs_next, lhs_row, lhs_col;
-  const float* rhs;
+  const char* rhs;
   int64_t rhs_next, rhs_row, rhs_col;
-  float* out;
+  char* out;
   int64_t out_next, out_row;
 
-  Kind kind(Factors factors) const {
+  Kind kind(const Types& types) const {
+    // All others read and write floats.
+    if (types.has_half()) return Kind::kPacked;
     if (m <= kThinRows && rhs_col == 1) return Kind::kThin;
     // The right factor is small, or few rows read it, and panels of pairs would not halve what
     // is left to do.
     if (n % kCols == 0 && ((n <= kDirect && k <= kDirect) ||
-                           (m <= kDirect && rhs_col == 1 && factors == Factors::kFloat)))
+                           (m <= kDirect && rhs_col == 1 && types.factors == Factors::kFloat)))
       return Kind::kDirect;
     if (n <= kNarrow && rhs_col == 1 && lhs_col == 1) return Kind::kNarrow;
     if (n <= kFlipped && lhs_row == 1) return Kind::kFlipped;
@@ -89,8 +102,8 @@ struct Product {
   }
 
   // Whether small products lie side by side. Together, they read and write whole rows.
-  bool is_side_by_side(Factors factors) const {
-    return kind(factors) == Kind::kDirect && n <= kDirect && k <= kDirect &&
+  bool is_side_by_side(const Types& types) const {
+    return kind(types) == Kind::kDirect && n <= kDirect && k <= kDirect &&
            count * n * k <= kMaxWeights && lhs_next > 0 && count * lhs_next <= lhs_row;
   }
 };
@@ -104,13 +117,13 @@ enum class Into { kOut, kSum, kMemory };
 class Ahead {
  public:
   Ahead() = default;
-  // `num_rows` of `width` floats; all of them in `num_times` calls of fetch().
-  Ahead(const float* from, int64_t next_row, int64_t num_rows, int64_t width,
+  // `num_rows` of `width` bytes; all of them in `num_times` calls of fetch().
+  Ahead(const char* from, int64_t next_row, int64_t num_rows, int64_t width,
         int64_t num_times)
-      : row_(reinterpret_cast<const char*>(from)),
-        next_row_(next_row * int64_t(sizeof(float))),
+      : row_(from),
+        next_row_(next_row),
         num_rows_(num_rows),
-        width_(width * int64_t(sizeof(float))),
+        width_(width),
         num_at_once_(divide_up(num_rows * divide_up(width_, kLine),
                                std::max<int64_t>(num_times, 1))) {}
 
@@ -130,10 +143,38 @@ class Ahead {
   int64_t next_row_ = 0, num_rows_ = 0, width_ = 0, num_at_once_ = 0, at_ = 0;
 };
 
+// Writes a row of a tile.
+ALWAYS_INLINE void put(const __m512 (&sums)[kVecs], float* out, Into into) {
+  for (int v = 0; v < kVecs; ++v) {
+    float* to = out + v * kWidth;
+    if (into == Into::kMemory)
+      _mm512_stream_ps(to, sums[v]);
+    else if (into == Into::kSum)
+      _mm512_storeu_ps(to, _mm512_add_ps(sums[v], _mm512_loadu_ps(to)));
+    else
+      _mm512_storeu_ps(to, sums[v]);
+  }
+}
+
+ALWAYS_INLINE void put(const __m512 (&sums)[kVecs], BFloat16* out, Into into) {
+  static_assert(kVecs == 2, "a vector of bfloat16 holds two");
+  __m512 low = sums[0], high = sums[1];
+  if (into == Into::kSum) {
+    low = _mm512_add_ps(low, moxe::load_half(out, kWidth));
+    high = _mm512_add_ps(high, moxe::load_half(out + kWidth, kWidth));
+  }
+
+  const __m512 row = moxe::pair_neighbours(low, high);
+  if (into == Into::kMemory)
+    _mm512_stream_ps(reinterpret_cast<float*>(out), row);
+  else
+    _mm512_storeu_ps(out, row);
+}
+
 // out (Rows,kCols) = or += lhs (depth,kRows)^T @ rhs (depth,kCols), Rows of its rows
-template <Factors factors, int Rows>
+template <Factors factors, typename Out, int Rows>
 void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __restrict rhs,
-                   float* __restrict out, int64_t out_row, Into into, Ahead& ahead) {
+                   Out* __restrict out, int64_t out_row, Into into, Ahead& ahead) {
   __m512 sums[Rows][kVecs];
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < kVecs; ++v) {
@@ -157,16 +198,7 @@ void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __re
     }
   }
 
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < kVecs; ++v) {
-      float* to = out + r * out_row + v * kWidth;
-      if (into == Into::kMemory)
-        _mm512_stream_ps(to, sums[r][v]);
-      else if (into == Into::kSum)
-        _mm512_storeu_ps(to, _mm512_add_ps(sums[r][v], _mm512_loadu_ps(to)));
-      else
-        _mm512_storeu_ps(to, sums[r][v]);
-    }
+  for (int r = 0; r < Rows; ++r) put(sums[r], out + r * out_row, into);
 }
 
 // Rows of the left factor times `count` rows of the right one, from which they are read as
@@ -262,11 +294,12 @@ using MultiplyNarrow = void (*)(int64_t, const float*, int64_t, const float*, in
 constexpr auto kMultiplyNarrow = by_rows<MultiplyNarrow, kRows>(
     [](auto rows) { return &multiply_narrow<decltype(rows)::value>; });
 
-using MultiplyTile = void (*)(int64_t, const float*, const float*, float*, int64_t, Into,
+template <typename Out>
+using MultiplyTile = void (*)(int64_t, const float*, const float*, Out*, int64_t, Into,
                               Ahead&);
-template <Factors factors>
-constexpr auto kMultiplyTile = by_rows<MultiplyTile, kRows>(
-    [](auto rows) { return &multiply_tile<factors, decltype(rows)::value>; });
+template <Factors factors, typename Out>
+constexpr auto kMultiplyTile = by_rows<MultiplyTile<Out>, kRows>(
+    [](auto rows) { return &multiply_tile<factors, Out, decltype(rows)::value>; });
 
 // Stores a row of 16 numbers of panel row i, of `depth` that are `Stride` apart. Of rows of fewer,
 // all but the last one may reach into the next, which comes later: a masked store is slow.
@@ -293,6 +326,11 @@ ALWAYS_INLINE __m512 load_inner(const float* from, int64_t count) {
       low, _mm512_maskz_loadu_ps(first_floats(count - kWidth), from + kWidth));
 }
 
+template <Factors factors>
+ALWAYS_INLINE __m512 load_inner(const BFloat16* from, int64_t count) {
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(moxe::first_halves(count), from));
+}
+
 // 16 numbers of a panel's row, each of a column: of pairs, the other half is `next` further, or
 // 0 if there is none.
 template <Factors factors>
@@ -304,9 +342,19 @@ ALWAYS_INLINE __m512 load_columns(const float* from, __mmask16 mask, int64_t nex
   return moxe::pair_places(low, _mm512_maskz_loadu_ps(has_next ? mask : 0, from + next));
 }
 
-// One of these.
 template <Factors factors>
-float load_one(const float* from, int64_t next, bool has_next) {
+ALWAYS_INLINE __m512 load_columns(const BFloat16* from, __mmask16 mask, int64_t next,
+                                  bool has_next) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+  const __m512i high = _mm512_cvtepu16_epi32(
+      _mm256_maskz_loadu_epi16(has_next ? mask : 0, from + next));
+
+  return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+// One of these.
+template <Factors factors, typename T>
+float load_one(const T* from, int64_t next, bool has_next) {
   float x;
   _mm_store_ss(&x, _mm512_castps512_ps128(load_columns<factors>(from, 1, next, has_next)));
   return x;
@@ -314,8 +362,8 @@ float load_one(const float* from, int64_t next, bool has_next) {
 
 // Stores column c of a matrix of `num_rows`, at most 16, and 16 columns as row i + c. A row of
 // it holds `inner` of the inner dimension.
-template <Factors factors, int Stride>
-ALWAYS_INLINE void transpose(const float* from, int64_t next_row, int64_t num_rows,
+template <Factors factors, int Stride, typename T>
+ALWAYS_INLINE void transpose(const T* from, int64_t next_row, int64_t num_rows,
                              int64_t inner, float* out, int64_t i, int64_t depth) {
   __m512 a[16], b[16];
   // Rows that there are not are the last one again.
@@ -348,12 +396,14 @@ ALWAYS_INLINE void transpose(const float* from, int64_t next_row, int64_t num_ro
 // Panels: out[i * Stride + j] = from[i * outer + j * inner] for all i below `num_outer` and
 // `width` j, at most Stride; up to Stride, finite numbers. Pairs hold i and i + 1. Panels follow
 // each other in `out`, the `count` j of all of them in `from`.
-template <Factors factors, int Stride>
-void pack(const float* from, int64_t outer, int64_t inner, int64_t num_outer,
+template <Factors factors, int Stride, typename T>
+void pack(const T* from, int64_t outer, int64_t inner, int64_t num_outer,
           int64_t count, int64_t width, float* out) {
   const int64_t num_panels = divide_up(count, width);
   const int64_t depth = num_places(num_outer, factors);
   constexpr int64_t per_row = kPerRow<factors>;
+  // Of the cache, which a vector's numbers are read from.
+  constexpr int64_t num_lines = per_row * sizeof(T) / sizeof(float);
 
   if (inner == 1) {
     // Rows of several panels, as the next row is on another page of memory.
@@ -361,7 +411,7 @@ void pack(const float* from, int64_t outer, int64_t inner, int64_t num_outer,
       for (int64_t i = 0; i < depth; ++i)
         for (int64_t p = begin; p < std::min(begin + kPanelsAtOnce, num_panels); ++p)
           for (int64_t j = 0; j < width; j += kWidth) {
-            const float* at = from + i * per_row * outer + p * width + j;
+            const T* at = from + i * per_row * outer + p * width + j;
             for (int64_t ahead = 0; ahead < per_row; ++ahead)
               if (i * per_row + kPackedAhead + ahead < num_outer)
                 __builtin_prefetch(at + (kPackedAhead + ahead) * outer);
@@ -374,7 +424,7 @@ void pack(const float* from, int64_t outer, int64_t inner, int64_t num_outer,
   }
 
   for (int64_t p = 0; p < num_panels; ++p) {
-    const float* panel_from = from + p * width * inner;
+    const T* panel_from = from + p * width * inner;
     float* panel = out + p * depth * Stride;
     const int64_t num_filled = std::min(width, count - p * width);
 
@@ -385,7 +435,7 @@ void pack(const float* from, int64_t outer, int64_t inner, int64_t num_outer,
           // Of short rows on many pages the processor foresees nothing.
           if (p + 1 < num_panels)
             for (int64_t r = j; r < std::min(width, j + kWidth); ++r)
-              for (int64_t line = 0; line < per_row; ++line)
+              for (int64_t line = 0; line < num_lines; ++line)
                 __builtin_prefetch(panel_from + at + line * kWidth + (width + r) * inner);
           if (j == 0)
             for (int64_t l = 0; l < Stride; ++l)
@@ -404,10 +454,17 @@ void pack(const float* from, int64_t outer, int64_t inner, int64_t num_outer,
 }
 
 template <int Stride>
-void pack(Factors factors, const float* from, int64_t outer, int64_t inner, int64_t num_outer,
-          int64_t count, int64_t width, float* out) {
-  (factors == Factors::kFloat ? pack<Factors::kFloat, Stride> : pack<Factors::kBFloat16, Stride>)(
-      from, outer, inner, num_outer, count, width, out);
+void pack(Factors factors, bool is_half, const char* from, int64_t outer, int64_t inner,
+          int64_t num_outer, int64_t count, int64_t width, float* out) {
+  if (is_half)
+    pack<Factors::kBFloat16, Stride>(reinterpret_cast<const BFloat16*>(from), outer, inner,
+                                     num_outer, count, width, out);
+  else if (factors == Factors::kBFloat16)
+    pack<Factors::kBFloat16, Stride>(reinterpret_cast<const float*>(from), outer, inner,
+                                     num_outer, count, width, out);
+  else
+    pack<Factors::kFloat, Stride>(reinterpret_cast<const float*>(from), outer, inner,
+                                  num_outer, count, width, out);
 }
 
 // Memory that is kept for the next call.
@@ -440,7 +497,7 @@ struct Part {
   const Product* product;
   int64_t index, num_indices, row, num_rows, first, inner, panel_rows;
   Kind kind;
-  Factors factors;  // of panels
+  Types types;  // `factors` are those of panels
   float* packed;
 
   int64_t num_panels() const { return divide_up(num_rows, panel_rows); }
@@ -449,23 +506,36 @@ struct Part {
   }
   bool packs() const { return kind == Kind::kPacked; }
   // Rows of panels.
-  int64_t depth() const { return num_places(inner, factors); }
+  int64_t depth() const { return num_places(inner, types.factors); }
   // What it packs.
   int64_t size() const { return packs() ? num_panels() * kRows * depth() : 0; }
 
   // Where a row is, of its own or of a product beside it.
-  const float* lhs(int64_t r, int64_t i = 0) const {
+  const char* lhs(int64_t r, int64_t i = 0) const {
     const Product& p = *product;
-    return p.lhs + (index + i) * p.lhs_next + (row + r) * p.lhs_row + first * p.lhs_col;
+    return p.lhs + bytes_of(types.is_lhs_half) * ((index + i) * p.lhs_next +
+                                                  (row + r) * p.lhs_row + first * p.lhs_col);
   }
-  float* out(int64_t r, int64_t i = 0) const {
+  char* out(int64_t r, int64_t i = 0) const {
     const Product& p = *product;
-    return p.out + (index + i) * p.out_next + (row + r) * p.out_row;
+    return p.out +
+           bytes_of(types.is_out_half) * ((index + i) * p.out_next + (row + r) * p.out_row);
   }
   // Where a column is.
-  const float* rhs(int64_t col, int64_t i = 0) const {
+  const char* rhs(int64_t col, int64_t i = 0) const {
     const Product& p = *product;
-    return p.rhs + (index + i) * p.rhs_next + first * p.rhs_row + col * p.rhs_col;
+    return p.rhs + bytes_of(types.is_rhs_half) *
+                       ((index + i) * p.rhs_next + first * p.rhs_row + col * p.rhs_col);
+  }
+  // The same where they are floats.
+  const float* lhs_floats(int64_t r, int64_t i = 0) const {
+    return reinterpret_cast<const float*>(lhs(r, i));
+  }
+  float* out_floats(int64_t r, int64_t i = 0) const {
+    return reinterpret_cast<float*>(out(r, i));
+  }
+  const float* rhs_floats(int64_t col, int64_t i = 0) const {
+    return reinterpret_cast<const float*>(rhs(col, i));
   }
 };
 
@@ -478,9 +548,9 @@ struct Task {
   const Part* part;
   int64_t col, num_cols;
 
-  // Panels of the right factor, and a tile.
+  // Panels of the right factor.
   int64_t size() const {
-    return (part->depth() * divide_up(num_cols, kCols) + kRows) * kCols * part->num_indices;
+    return part->depth() * divide_up(num_cols, kCols) * kCols * part->num_indices;
   }
 };
 
@@ -490,7 +560,7 @@ void run(const PackTask& task) {
   const int64_t num_rows =
       std::min(kPanelsAtOnce * part.panel_rows, part.num_rows - row);
 
-  pack<kRows>(part.factors, part.lhs(row), part.product->lhs_col, part.product->lhs_row,
+  pack<kRows>(part.types.factors, part.types.is_lhs_half, part.lhs(row), part.product->lhs_col, part.product->lhs_row,
               part.inner, num_rows, part.panel_rows,
               part.packed + task.panel * kRows * part.depth());
 }
@@ -501,17 +571,17 @@ void run_direct(const Task& task, bool adds, float* panels) {
   const bool packs = p.rhs_col != 1;
 
   for (int64_t i = 0; packs && i < part.num_indices; ++i)
-    pack<kCols>(part.factors, part.rhs(0, i), p.rhs_row, p.rhs_col, part.inner, p.n, kCols,
-                panels + i * p.n * part.inner);
+    pack<kCols>(Factors::kFloat, false, part.rhs(0, i), p.rhs_row, p.rhs_col, part.inner,
+                p.n, kCols, panels + i * p.n * part.inner);
 
   const auto multiply = [&](int64_t panel, int64_t i, int64_t col) {
     const float* rhs =
-        packs ? panels + (i * p.n + col) * part.inner : part.rhs(col, i);
+        packs ? panels + (i * p.n + col) * part.inner : part.rhs_floats(col, i);
     const int64_t row = panel * part.panel_rows;
 
-    moxe::kMultiplyDirect<Factors::kFloat>[part.rows_of(panel)](part.inner, part.lhs(row, i), p.lhs_row,
-                                         p.lhs_col, rhs, packs ? kCols : p.rhs_row,
-                                         part.out(row, i) + col, p.out_row, adds);
+    moxe::kMultiplyDirect<Factors::kFloat>[part.rows_of(panel)](
+        part.inner, part.lhs_floats(row, i), p.lhs_row, p.lhs_col, rhs,
+        packs ? kCols : p.rhs_row, part.out_floats(row, i) + col, p.out_row, adds);
   };
 
   // Of several small products whole rows, of a large right factor what was just read.
@@ -531,37 +601,36 @@ Ahead look_ahead(const Task* task, int64_t num_times) {
 
   const Part& part = *task->part;
   const Product& p = *part.product;
-  const float* from = part.rhs(task->col);
+  const char* from = part.rhs(task->col);
+  const int64_t bytes = bytes_of(part.types.is_rhs_half);
 
-  if (p.rhs_col == 1) return {from, p.rhs_row, part.inner, task->num_cols, num_times};
-  if (p.rhs_row == 1) return {from, p.rhs_col, task->num_cols, part.inner, num_times};
+  if (p.rhs_col == 1)
+    return {from, bytes * p.rhs_row, part.inner, bytes * task->num_cols, num_times};
+  if (p.rhs_row == 1)
+    return {from, bytes * p.rhs_col, task->num_cols, bytes * part.inner, num_times};
   return {};
 }
 
-// `next` is what the thread does next, as a rule.
-void run_packed(const Task& task, const Task* next, bool adds, bool streams,
-                float* panels) {
+// Multiplies tiles of panels.
+template <Factors factors, typename Out>
+void run_tiles(const Task& task, const Task* next, bool adds, bool streams, float* panels) {
   const Part& part = *task.part;
   const Product& p = *part.product;
   const int64_t num_col_panels = divide_up(task.num_cols, kCols);
 
-  float* edge = panels + part.depth() * num_col_panels * kCols;
-  float* out = part.out(0) + task.col;
+  Out* out = reinterpret_cast<Out*>(part.out(0)) + task.col;
 
-  // Only what is complete at once, and in whole cache lines.
-  streams = streams && !adds && p.k == part.inner && p.out_row % kWidth == 0 &&
-            reinterpret_cast<uintptr_t>(out) % (kWidth * sizeof(float)) == 0;
+  // Only what is complete at once, and in whole vectors.
+  constexpr int64_t vector = kWidth * sizeof(float);
+  streams = streams && !adds && p.k == part.inner &&
+            p.out_row * sizeof(Out) % vector == 0 &&
+            reinterpret_cast<uintptr_t>(out) % vector == 0;
   const Into into = streams ? Into::kMemory : adds ? Into::kSum : Into::kOut;
-
-  pack<kCols>(part.factors, part.rhs(task.col), p.rhs_row, p.rhs_col, part.inner,
-              task.num_cols, kCols, panels);
 
   Ahead ahead = look_ahead(next, part.num_panels() * num_col_panels *
                                      divide_up(part.depth(), kDepthAtOnce));
 
-  const auto& multiply = part.factors == Factors::kFloat
-                             ? kMultiplyTile<Factors::kFloat>
-                             : kMultiplyTile<Factors::kBFloat16>;
+  const auto& multiply = kMultiplyTile<factors, Out>;
   const int64_t block = std::max<int64_t>(1, kBlockRows / part.panel_rows);
   for (int64_t first = 0; first < part.num_panels(); first += block)
     for (int64_t j = 0; j < num_col_panels; ++j) {
@@ -571,31 +640,48 @@ void run_packed(const Task& task, const Task* next, bool adds, bool streams,
       for (int64_t i = first; i < std::min(first + block, part.num_panels()); ++i) {
         const int64_t row = i * part.panel_rows, rows = part.rows_of(i);
         const float* left = part.packed + i * kRows * part.depth();
-        float* to = out + row * p.out_row + j * kCols;
+        Out* to = out + row * p.out_row + j * kCols;
 
         if (cols == kCols) {
           multiply[rows](part.depth(), left, right, to, p.out_row, into, ahead);
           continue;
         }
 
-        multiply[rows](part.depth(), left, right, edge, kCols, Into::kOut, ahead);
+        alignas(64) float edge[kRows * kCols];
+        kMultiplyTile<factors, float>[rows](part.depth(), left, right, edge, kCols,
+                                            Into::kOut, ahead);
         for (int64_t r = 0; r < rows; ++r)
-          for (int64_t c = 0; c < cols; ++c) {
-            float& x = to[r * p.out_row + c];
-            x = adds ? edge[r * kCols + c] + x : edge[r * kCols + c];
-          }
+          moxe::store_row(edge + r * kCols, cols, adds, to + r * p.out_row);
       }
     }
+}
+
+// `next` is what the thread does next, as a rule.
+void run_packed(const Task& task, const Task* next, bool adds, bool streams,
+                float* panels) {
+  const Part& part = *task.part;
+  const Product& p = *part.product;
+
+  pack<kCols>(part.types.factors, part.types.is_rhs_half, part.rhs(task.col), p.rhs_row,
+              p.rhs_col, part.inner, task.num_cols, kCols, panels);
+
+  if (part.types.is_out_half)
+    run_tiles<Factors::kBFloat16, BFloat16>(task, next, adds, streams, panels);
+  else if (part.types.factors == Factors::kBFloat16)
+    run_tiles<Factors::kBFloat16, float>(task, next, adds, streams, panels);
+  else
+    run_tiles<Factors::kFloat, float>(task, next, adds, streams, panels);
 }
 
 void run(const Task& task, const Task* next, bool adds, bool streams, float* panels) {
   const Part& part = *task.part;
   const Product& p = *part.product;
-  float* out = part.out(0) + task.col;
 
-  if (p.k == 0 && !adds)
+  if (p.k == 0 && !adds) {
+    const int64_t bytes = bytes_of(part.types.is_out_half);
     for (int64_t r = 0; r < part.num_rows; ++r)
-      std::fill_n(out + r * p.out_row, task.num_cols, 0.0f);
+      std::memset(part.out(r) + bytes * task.col, 0, bytes * task.num_cols);
+  }
 
   adds = adds || part.first > 0;
 
@@ -607,34 +693,37 @@ void run(const Task& task, const Task* next, bool adds, bool streams, float* pan
       run_direct(task, adds, panels);
       break;
     case Kind::kThin:
-      kMultiplyThin[part.num_rows](part.lhs(0), p.lhs_row, p.lhs_col, part.rhs(task.col),
-                                   p.rhs_row, part.inner, task.num_cols, out, p.out_row,
+      kMultiplyThin[part.num_rows](part.lhs_floats(0), p.lhs_row, p.lhs_col,
+                                   part.rhs_floats(task.col), p.rhs_row, part.inner,
+                                   task.num_cols, part.out_floats(0) + task.col, p.out_row,
                                    adds);
       break;
     case Kind::kFlipped:
-      kMultiplyFlipped[p.n](part.rhs(0), p.rhs_col, p.rhs_row, part.lhs(0), p.lhs_col,
-                            part.inner, part.num_rows, out, p.out_row, adds);
+      kMultiplyFlipped[p.n](part.rhs_floats(0), p.rhs_col, p.rhs_row, part.lhs_floats(0),
+                            p.lhs_col, part.inner, part.num_rows,
+                            part.out_floats(0) + task.col, p.out_row, adds);
       break;
     case Kind::kNarrow:
       for (int64_t i = 0; i < part.num_panels(); ++i)
-        kMultiplyNarrow[part.rows_of(i)](part.inner, part.lhs(i * part.panel_rows),
-                                         p.lhs_row, part.rhs(0), p.rhs_row, p.n,
-                                         part.out(i * part.panel_rows), p.out_row, adds);
+        kMultiplyNarrow[part.rows_of(i)](part.inner, part.lhs_floats(i * part.panel_rows),
+                                         p.lhs_row, part.rhs_floats(0), p.rhs_row, p.n,
+                                         part.out_floats(i * part.panel_rows), p.out_row,
+                                         adds);
       break;
   }
 }
 
 // The products, cut into parts, for one of several equal pieces of their inner dimensions;
 // `num_col_blocks` gets what each part is divided into.
-std::vector<Part> cut(int64_t num_products, const Product* products, Factors factors,
+std::vector<Part> cut(int64_t num_products, const Product* products, const Types& types,
                       int64_t piece, int num_threads,
                       std::vector<int64_t>& num_col_blocks) {
   // Depends on k alone, as the order of sums does.
-  const auto first_of = [factors](const Product& p, int64_t piece) {
-    return p.k == 0 ? 0 : piece * divide_up(p.k, p.num_pieces(factors));
+  const auto first_of = [types](const Product& p, int64_t piece) {
+    return p.k == 0 ? 0 : piece * divide_up(p.k, p.num_pieces(types.factors));
   };
   const auto inner_of = [&](const Product& p) {
-    return p.m == 0 || p.n == 0 || piece >= p.num_pieces(factors)
+    return p.m == 0 || p.n == 0 || piece >= p.num_pieces(types.factors)
                ? int64_t(-1)
                : std::min(first_of(p, piece + 1), p.k) - first_of(p, piece);
   };
@@ -654,8 +743,10 @@ std::vector<Part> cut(int64_t num_products, const Product* products, Factors fac
     const int64_t inner = inner_of(p);
     if (inner < 0) continue;
 
-    const Kind kind = p.kind(factors);
-    const int64_t num_indices = p.is_side_by_side(factors) ? p.count : 1;
+    const Kind kind = p.kind(types);
+    const int64_t num_indices = p.is_side_by_side(types) ? p.count : 1;
+    Types of_part = types;
+    if (kind != Kind::kPacked) of_part.factors = Factors::kFloat;
     const int64_t num_tasks = 1 + int64_t(double(num_indices) * p.m * p.n * inner / limit);
     const int64_t cols = std::max(std::min(num_tasks, divide_up(p.n, kMinCols)),
                                   divide_up(p.n, kMaxCols));
@@ -669,8 +760,7 @@ std::vector<Part> cut(int64_t num_products, const Product* products, Factors fac
         // Even, since a panel of few rows is slow.
         const int64_t panel_rows = divide_up(num_rows, divide_up(num_rows, kRows));
         parts.push_back({&p, index, num_indices, row, num_rows, first_of(p, piece), inner,
-                         panel_rows, kind, kind == Kind::kPacked ? factors : Factors::kFloat,
-                         nullptr});
+                         panel_rows, kind, of_part, nullptr});
         num_col_blocks.push_back(cols);
       }
   }
@@ -760,16 +850,16 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
   return done;
 }
 
-bool multiply_all(int64_t num_products, const Product* products, Factors factors, bool adds,
-                  bool streams, int num_threads) {
+bool multiply_all(int64_t num_products, const Product* products, const Types& types,
+                  bool adds, bool streams, int num_threads) {
   int64_t num_pieces = 0;
   for (int64_t i = 0; i < num_products; ++i)
-    num_pieces = std::max(num_pieces, products[i].num_pieces(factors));
+    num_pieces = std::max(num_pieces, products[i].num_pieces(types.factors));
 
   std::vector<int64_t> num_col_blocks;
   for (int64_t piece = 0; piece < num_pieces; ++piece) {
     std::vector<Part> parts =
-        cut(num_products, products, factors, piece, num_threads, num_col_blocks);
+        cut(num_products, products, types, piece, num_threads, num_col_blocks);
 
     // Groups of equal size, as the threads wait for each other after each.
     int64_t total = 0;
@@ -801,12 +891,15 @@ extern "C" int moxe_multiplies_bfloat16() {
 }
 
 // Returns 0, or 1 if there is no memory for copies of the factors. Which are rounded to bfloat16
-// with `rounds`, where that is possible.
+// with `rounds`, where that is possible, and always where a bit of `halves` is set: left factors
+// (1), right ones (2) or results (4) are kept in it then.
 extern "C" int moxe_multiply(int64_t num_products, const Product* products, int rounds,
-                             int adds, int streams, int num_threads) {
-  const Factors factors = rounds && moxe::kHasBFloat16 ? Factors::kBFloat16 : Factors::kFloat;
+                             int halves, int adds, int streams, int num_threads) {
+  const bool pairs = (rounds || halves) && moxe::kHasBFloat16;
+  const Types types = {(halves & 1) != 0, (halves & 2) != 0, (halves & 4) != 0,
+                       pairs ? Factors::kBFloat16 : Factors::kFloat};
   try {
-    return multiply_all(num_products, products, factors, adds != 0, streams != 0, num_threads)
+    return multiply_all(num_products, products, types, adds != 0, streams != 0, num_threads)
                ? 0
                : 1;
   } catch (const std::bad_alloc&) {

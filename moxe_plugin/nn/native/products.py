@@ -1,4 +1,4 @@
-"""Products of float32 matrices on CPUs with AVX-512, in C++.
+"""Products of float32 and bfloat16 matrices on CPUs with AVX-512, in C++.
 
 torch's own go through MKL, which on processors of other makers than Intel uses vectors
 of half the width. Beyond that, all products of a call share the threads, factors and
@@ -9,6 +9,9 @@ of threads.
 Under autocast to bfloat16, factors are rounded to it where they are copied, if the
 processor can multiply it; products, sums and results stay float32. Small products,
 whose factors are not copied, round nothing.
+
+On such processors, factors and results may be kept in bfloat16, too. Where one is, all
+factors are rounded to it; sums are float32, and rounded once.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ from moxe_plugin.nn.native.library import find_function
 NUM_NUMBERS: Final = 15
 """How many numbers tell a product."""
 
-_BYTES: Final = 4
+_MAX_INNER: Final = 2048
+"""Up to which inner dimension a result of bfloat16 is complete at once."""
 
 
 class Product(NamedTuple):
-    """What is multiplied: matrices, or B of them each. Float32, on the CPU."""
+    """What is multiplied: matrices, or B of them each. On the CPU; each is float32, or
+    bfloat16 where the processor multiplies it."""
 
     lhs: Tensor
     """*Shape:* ``([B,]m,k)``, any strides."""
@@ -48,19 +53,31 @@ def multiply_all(
 ) -> None:
     """Compute products, all at once.
 
-    :param products: What to multiply.
+    :param products: What to multiply; left factors of one type, right ones of one, and
+        results of one.
     :param adds: Whether to add to ``out`` what is computed.
     :param streams: Whether to write past the caches, for results that are not read
         soon; where a result is not complete at once, this changes nothing.
 
     :raises MemoryError: There is no memory for copies of factors.
     :raises NativeLibraryError: The C++ code cannot be compiled here.
-    :raises ValueError: The shapes of a product do not fit, or ``out`` is of another
-        type or layout.
+    :raises ValueError: The shapes or types of products do not fit, or ``out`` is of
+        another type or layout.
     """
     numbers = array("q")
+    # What holds the sums of results
+    sums = [_sums_of(x.out, x.lhs.size(-1), adds=adds) for x in products]
+    halves = {
+        find_halves(x.lhs, x.rhs, y) for x, y in zip(products, sums, strict=True)
+    }
 
-    for lhs, rhs, out in products:
+    if len(halves) > 1:
+        raise ValueError(
+            "`products` must have left factors of one type, right ones of one and "
+            "results of one, but has several types of one of these instead."
+        )
+
+    for (lhs, rhs, out), sums_of_out in zip(products, sums, strict=True):
         _check(lhs, rhs, out)
 
         numbers.extend(
@@ -69,15 +86,24 @@ def multiply_all(
                 *(lhs.size(-2), rhs.size(-1), lhs.size(-1)),
                 *_describe(lhs),
                 *_describe(rhs),
-                *_describe(out)[:-1],
+                *_describe(sums_of_out)[:-1],
             )
         )
 
-    multiply_described(numbers, adds=adds, streams=streams)
+    multiply_described(
+        numbers, halves=max(halves, default=0), adds=adds, streams=streams
+    )
+
+    for product, sums_of_out in zip(products, sums, strict=True):
+        _round_into(product.out, sums_of_out)
 
 
 def multiply_described(
-    numbers: array[int], *, adds: bool = False, streams: bool = False
+    numbers: array[int],
+    *,
+    halves: int = 0,
+    adds: bool = False,
+    streams: bool = False,
 ) -> None:
     """Compute products that are told by numbers, for which many need no tensor each.
 
@@ -85,16 +111,25 @@ def multiply_described(
         code: B, m, n, k; then of ``lhs``, ``rhs`` and ``out`` the address, and the
         elements from one to the next matrix, row and column (of ``out``, no column).
         The caller holds the memory.
+    :param halves: What is bfloat16, see :func:`find_halves`.
     :param adds: As for :func:`multiply_all`.
     :param streams: As for :func:`multiply_all`.
 
     :raises MemoryError: There is no memory for copies of factors.
     :raises NativeLibraryError: The C++ code cannot be compiled here.
+    :raises ValueError: Something is bfloat16, and the processor does not multiply it.
     """
+    if halves and not rounds_to_bfloat16():
+        raise ValueError(
+            "`halves` must be 0 on processors that do not multiply bfloat16, but is "
+            f"{halves} instead. Convert to float32."
+        )
+
     is_out_of_memory = find_function("products", "moxe_multiply")(
         ctypes.c_int64(len(numbers) // NUM_NUMBERS),
         ctypes.c_void_p(numbers.buffer_info()[0]),
         ctypes.c_int(rounds_now()),
+        ctypes.c_int(halves),
         ctypes.c_int(adds),
         ctypes.c_int(streams),
         ctypes.c_int(torch.get_num_threads()),
@@ -102,6 +137,20 @@ def multiply_described(
 
     if is_out_of_memory:
         raise MemoryError("There is no memory for copies of the factors of a product.")
+
+
+def find_halves(lhs: Tensor, rhs: Tensor, out: Tensor) -> int:
+    """Tell what of a product is bfloat16.
+
+    :param lhs: The left factor.
+    :param rhs: The right one.
+    :param out: The result.
+
+    :returns: A bit for each, the lowest for ``lhs``.
+    """
+    return sum(
+        (x.dtype == torch.bfloat16) << bit for bit, x in enumerate((lhs, rhs, out))
+    )
 
 
 def rounds_now() -> bool:
@@ -139,7 +188,8 @@ def multiply_rows(
 ) -> None:
     """Multiply the rows of each expert by its weights, one for each group of channels.
 
-    :param rows: Sorted by expert, float32, on the CPU. *Shape:* ``(C,G*in)``.
+    :param rows: Sorted by expert, as a factor of a :class:`Product`. *Shape:*
+        ``(C,G*in)``.
     :param weight: Likewise. *Shape:* ``(E,G,in,out)``.
     :param out: Contiguous. *Shape:* ``(C,G*out)``.
     :param counts: The number of rows of each expert, C in all.
@@ -150,7 +200,8 @@ def multiply_rows(
     _check_out(out)
     num_groups, in_dim, out_dim = weight.shape[1:]
     row, column = rows.stride()
-    address, weight_address, out_address = _addresses(rows, weight, out)
+    sums = _sums_of(out, in_dim, adds=adds)
+    address, weight_address, out_address = _addresses(rows, weight, sums)
     numbers = array("q")
 
     for count in counts:
@@ -160,15 +211,16 @@ def multiply_rows(
                     *(num_groups, count, out_dim, in_dim),
                     *(address, in_dim * column, row, column),
                     *(weight_address, *weight.stride()[1:]),
-                    *(out_address, out_dim, out.stride(0)),
+                    *(out_address, out_dim, sums.stride(0)),
                 )
             )
 
-        address += _BYTES * count * row
-        weight_address += _BYTES * weight.stride(0)
-        out_address += _BYTES * count * out.stride(0)
+        address += rows.element_size() * count * row
+        weight_address += weight.element_size() * weight.stride(0)
+        out_address += sums.element_size() * count * sums.stride(0)
 
-    multiply_described(numbers, adds=adds)
+    multiply_described(numbers, halves=find_halves(rows, weight, sums), adds=adds)
+    _round_into(out, sums)
 
 
 def multiply_columns(
@@ -176,7 +228,8 @@ def multiply_columns(
 ) -> None:
     """Compute each expert's ``lhs^T rhs`` over its rows; 0 for one without a row.
 
-    :param lhs: Sorted by expert, float32, on the CPU. *Shape:* ``(C,G*in)``.
+    :param lhs: Sorted by expert, as a factor of a :class:`Product`. *Shape:*
+        ``(C,G*in)``.
     :param rhs: Likewise. *Shape:* ``(C,G*out)``.
     :param out: Its last stride is 1; as a rule large, and not read soon. *Shape:*
         ``(E,G,in,out)``.
@@ -186,7 +239,8 @@ def multiply_columns(
     """
     _check_out(out)
     num_groups, in_dim, out_dim = out.shape[1:]
-    address, rhs_address, out_address = _addresses(lhs, rhs, out)
+    sums = _sums_of(out, max(counts, default=0))
+    address, rhs_address, out_address = _addresses(lhs, rhs, sums)
     numbers = array("q")
 
     for count in counts:
@@ -195,15 +249,29 @@ def multiply_columns(
                 *(num_groups, in_dim, out_dim, count),
                 *(address, in_dim * lhs.stride(1), *reversed(lhs.stride())),
                 *(rhs_address, out_dim * rhs.stride(1), *rhs.stride()),
-                *(out_address, *out.stride()[1:3]),
+                *(out_address, *sums.stride()[1:3]),
             )
         )
 
-        address += _BYTES * count * lhs.stride(0)
-        rhs_address += _BYTES * count * rhs.stride(0)
-        out_address += _BYTES * out.stride(0)
+        address += lhs.element_size() * count * lhs.stride(0)
+        rhs_address += rhs.element_size() * count * rhs.stride(0)
+        out_address += sums.element_size() * sums.stride(0)
 
-    multiply_described(numbers, streams=True)
+    multiply_described(numbers, halves=find_halves(lhs, rhs, sums), streams=True)
+    _round_into(out, sums)
+
+
+def _sums_of(out: Tensor, inner: int, *, adds: bool = False) -> Tensor:
+    # Of a large inner dimension, several results are added: not in bfloat16.
+    if out.dtype != torch.bfloat16 or inner <= _MAX_INNER:
+        return out
+
+    return out.float() if adds else torch.empty(out.shape)
+
+
+def _round_into(out: Tensor, sums: Tensor) -> None:
+    if sums is not out:
+        out.copy_(sums)
 
 
 def _addresses(*tensors: Tensor) -> list[int]:
@@ -228,9 +296,11 @@ def _check(lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
 
 
 def _check_out(out: Tensor) -> None:
-    if out.dtype != torch.float32 or (out.size(-1) > 1 and out.stride(-1) != 1):
+    if out.dtype not in (torch.float32, torch.bfloat16) or (
+        out.size(-1) > 1 and out.stride(-1) != 1
+    ):
         raise ValueError(
-            "`out` must be float32 with a last stride of 1, but is "
+            "`out` must be float32 or bfloat16 with a last stride of 1, but is "
             f"{out.dtype} with strides {out.stride()} instead."
         )
 
