@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace moxe {
@@ -112,6 +113,28 @@ inline void pair_rows(const float* low, const float* high, int64_t count, float*
         pair_places(_mm512_maskz_loadu_ps(mask, low + i),
                     _mm512_maskz_loadu_ps(high ? mask : 0, high ? high + i : low + i)));
   }
+}
+
+// The same of numbers that are bfloat16.
+inline void pair_rows(const BFloat16* low, const BFloat16* high, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = first_floats(count - i);
+    const __m512i of_low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, low + i)),
+                  of_high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(
+                      high ? mask : 0, high ? high + i : low + i));
+    _mm512_mask_storeu_epi32(to + i, mask,
+                             _mm512_or_si512(of_low, _mm512_slli_epi32(of_high, 16)));
+  }
+}
+
+// Writes the `count` numbers of a row as floats.
+inline void widen_row(const float* from, int64_t count, float* to) {
+  std::copy_n(from, count, to);
+}
+
+inline void widen_row(const BFloat16* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += 16)
+    _mm512_mask_storeu_ps(to + i, first_floats(count - i), load_half(from + i, count - i));
 }
 
 #endif  // __AVX512F__

@@ -1,5 +1,6 @@
 // Queries, keys, values and gates of an mLSTM's rows, and the gradients of what they are made
-// of, for CPUs with AVX-512; see mlstm_projections.py for what it computes.
+// of, for CPUs with AVX-512; see mlstm_projections.py for what it computes. Numbers are kept in
+// T: floats, or bfloat16, to which sums are rounded when they are written.
 //
 // Products here are so small that reading and writing rows takes as long as they do: all that
 // is made of a row, or of some rows of a group of channels, is made while they are in the first
@@ -19,6 +20,7 @@
 namespace {
 
 using moxe::add_products;
+using moxe::BFloat16;
 using moxe::divide_up;
 using moxe::Factors;
 using moxe::kMultiplyDirect;
@@ -29,12 +31,14 @@ constexpr int kWidth = moxe::kTileCols;     // channels of a group
 constexpr int kRows = moxe::kTileRows;
 constexpr int kBlockRows = 4 * kRows;   // that are read at a time
 constexpr int64_t kGroupsOfTask = 4;
+constexpr int64_t kGroupsAhead = 4;     // whose channels are fetched
+constexpr int64_t kLine = 64;           // bytes of the caches
 constexpr int kKinds = 3;       // queries, keys and values
 constexpr int kMaxGates = 16;
 
 struct Shape {
   int64_t experts, groups, gates;  // `gates` of a row
-  int64_t input_row;               // floats from one row of values' inputs to the next
+  int64_t input_row;               // numbers from one row of values' inputs to the next
   const int64_t* counts;           // rows of each expert
 
   int64_t width() const { return groups * kWidth; }
@@ -71,6 +75,14 @@ template <Factors factors>
 constexpr auto kAddGates = moxe::by_rows<AddGates, kRows>(
     [](auto rows) { return &add_gates<factors, decltype(rows)::value>; });
 
+// Brings a group's channels of some rows into the caches.
+template <typename T>
+void fetch(const T* from, int64_t num_rows, int64_t next_row) {
+  for (int64_t r = 0; r < num_rows; ++r)
+    for (int64_t i = 0; i < kWidth; i += kLine / int64_t(sizeof(T)))
+      __builtin_prefetch(from + r * next_row + i);
+}
+
 // Copies `count` numbers that are multiplied by others in the same row.
 template <Factors factors>
 void set_row(const float* from, int64_t count, float* to) {
@@ -80,13 +92,20 @@ void set_row(const float* from, int64_t count, float* to) {
     moxe::pair_row(from, count, to);
 }
 
-// Copies rows of `count` numbers, each of which is multiplied by others of its column.
+// Of bfloat16, these are pairs already; `count` is even.
 template <Factors factors>
-void set_columns(const float* from, int64_t num_rows, int64_t next_row, int64_t count,
+void set_row(const BFloat16* from, int64_t count, float* to) {
+  static_assert(factors == Factors::kBFloat16, "no floats are made");
+  std::memcpy(to, from, count * sizeof(BFloat16));
+}
+
+// Copies rows of `count` numbers, each of which is multiplied by others of its column.
+template <Factors factors, typename T>
+void set_columns(const T* from, int64_t num_rows, int64_t next_row, int64_t count,
                  float* to) {
   if (factors == Factors::kFloat) {
     for (int64_t r = 0; r < num_rows; ++r)
-      std::copy_n(from + r * next_row, count, to + r * count);
+      moxe::widen_row(from + r * next_row, count, to + r * count);
     return;
   }
   for (int64_t r = 0; r < num_rows; r += 2)
@@ -96,8 +115,8 @@ void set_columns(const float* from, int64_t num_rows, int64_t next_row, int64_t 
 }
 
 // The same of the transposed matrix, (count,num_rows).
-template <Factors factors>
-void set_transposed(const float* from, int64_t num_rows, int64_t next_row, int64_t count,
+template <Factors factors, typename T>
+void set_transposed(const T* from, int64_t num_rows, int64_t next_row, int64_t count,
                     float* to) {
   const int64_t places = num_places(count, factors);
   std::vector<float> row(places);
@@ -105,6 +124,23 @@ void set_transposed(const float* from, int64_t num_rows, int64_t next_row, int64
     set_row<factors>(from + r * next_row, count, row.data());
     for (int64_t i = 0; i < places; ++i) to[i * num_rows + r] = row[i];
   }
+}
+
+// Where rows of results are summed.
+struct Sums {
+  float* at;
+  int64_t next_row;
+};
+
+// Where they go or, before they are rounded, in a `tile` of rows of kWidth.
+Sums find_sums(float* out, int64_t next_row, float*) { return {out, next_row}; }
+Sums find_sums(BFloat16*, int64_t, float* tile) { return {tile, kWidth}; }
+
+// Rounds them to where they go.
+void round_sums(const Sums&, int64_t, float*, int64_t) {}
+void round_sums(const Sums& sums, int64_t num_rows, BFloat16* out, int64_t next_row) {
+  for (int64_t r = 0; r < num_rows; ++r)
+    moxe::store_row(sums.at + r * sums.next_row, kWidth, false, out + r * next_row);
 }
 
 std::vector<Rows> cut_rows(const Shape& s) {
@@ -122,8 +158,9 @@ struct Weights {
   static constexpr int64_t kPlaces = factors == Factors::kFloat ? kWidth : kWidth / 2;
   static constexpr int64_t kSize = kPlaces * kWidth;
 
-  Weights(const Shape& s, const std::array<const float*, kKinds>& weights,
-          const float* gate_weight, int num_threads)
+  template <typename T>
+  Weights(const Shape& s, const std::array<const T*, kKinds>& weights,
+          const T* gate_weight, int num_threads)
       : groups(s.groups),
         num_vectors(divide_up(2 * s.gates, kFloats)),
         gate_size(kPlaces / 2 * num_vectors * kFloats),
@@ -136,7 +173,7 @@ struct Weights {
                            &projections[i * kSize]);
 
       const int64_t expert = rest / groups, group = rest % groups;
-      const float* from =
+      const T* from =
           gate_weight + ((expert * kKinds + kind) * groups + group) * kWidth * s.gates;
       float columns[kWidth * kMaxGates];
       set_columns<factors>(from, kWidth, s.gates, s.gates, columns);
@@ -156,11 +193,10 @@ struct Weights {
   std::vector<float> gates;
 };
 
-template <Factors factors>
-void project(const Shape& s, int num_threads, const float* conv_input,
-             const float* convolved, const std::array<const float*, kKinds>& weights,
-             const float* gate_weight, const float* gate_bias,
-             const std::array<float*, kKinds>& outs, float* gates) {
+template <typename T, Factors factors>
+void project(const Shape& s, int num_threads, const T* conv_input, const T* convolved,
+             const std::array<const T*, kKinds>& weights, const T* gate_weight,
+             const float* gate_bias, const std::array<T*, kKinds>& outs, float* gates) {
   using Packed = Weights<factors>;
   constexpr int64_t places = Packed::kPlaces;
   const Packed packed(s, weights, gate_weight, num_threads);
@@ -172,6 +208,7 @@ void project(const Shape& s, int num_threads, const float* conv_input,
   for (int64_t block = 0; block < num_blocks; ++block) {
     const Rows& rows = blocks[block];
     float inputs[kRows * kWidth], outputs[kRows * kWidth], sums[kRows * 2 * kMaxGates];
+    alignas(64) float tile[kRows * kWidth];
 
     for (int64_t row = rows.begin; row < rows.end; row += kRows) {
       const int num = static_cast<int>(std::min<int64_t>(kRows, rows.end - row));
@@ -181,18 +218,24 @@ void project(const Shape& s, int num_threads, const float* conv_input,
         for (int kind = 0; kind < kKinds; ++kind) {
           const bool is_value = kind == kKinds - 1;
           // Queries and keys are made of the same.
-          if (kind != 1)
+          if (kind != 1) {
+            const T* from =
+                (is_value ? conv_input + row * s.input_row : convolved + row * width) +
+                group * kWidth;
+            const int64_t next_row = is_value ? s.input_row : width;
+            fetch(from + kGroupsAhead * kWidth, num, next_row);
             for (int r = 0; r < num; ++r)
-              set_row<factors>((is_value ? conv_input + (row + r) * s.input_row
-                                         : convolved + (row + r) * width) +
-                                   group * kWidth,
-                               kWidth, inputs + r * places);
+              set_row<factors>(from + r * next_row, kWidth, inputs + r * places);
+          }
 
           const int64_t at = packed.index(kind, s.experts, rows.expert, group);
-          float* out = outs[kind] + row * width + group * kWidth;
+          T* out = outs[kind] + row * width + group * kWidth;
+          const Sums of_out = find_sums(out, width, tile);
+          fetch(out + kGroupsAhead * kWidth, num, width);
           kMultiplyDirect<factors>[num](places, inputs, places, 1,
                                         &packed.projections[at * Packed::kSize], kWidth,
-                                        out, width, false);
+                                        of_out.at, of_out.next_row, false);
+          round_sums(of_out, num, out, width);
 
           for (int r = 0; r < num; ++r)
             set_row<factors>(out + r * width, kWidth, outputs + r * places);
@@ -211,22 +254,23 @@ void project(const Shape& s, int num_threads, const float* conv_input,
   }
 }
 
+template <typename T>
 struct Gradients {
-  std::array<const float*, kKinds> of_outs;  // of queries, keys and values
+  std::array<const T*, kKinds> of_outs;  // of queries, keys and values
   const float* of_gates;
-  float *of_conv_input, *of_convolved;
-  std::array<float*, kKinds> of_weights;  // null where none is wanted
-  float* of_gate_weight;
+  T *of_conv_input, *of_convolved;
+  std::array<T*, kKinds> of_weights;  // null where none is wanted
+  T* of_gate_weight;
 };
 
 // Of some groups of an expert: the way back through all of its rows.
-template <Factors factors>
+template <typename T, Factors factors>
 class WayBack {
  public:
   static constexpr int64_t kPlaces = Weights<factors>::kPlaces;
 
   WayBack(const Shape& s, int64_t expert, int64_t group,
-          const std::array<const float*, kKinds>& weights, const float* gate_weight)
+          const std::array<const T*, kKinds>& weights, const T* gate_weight)
       : s_(s), expert_(expert), group_(group) {
     for (int kind = 0; kind < kKinds; ++kind) {
       set_transposed<factors>(
@@ -238,8 +282,8 @@ class WayBack {
   }
 
   // `gate_rows` and `gate_columns` are places of the gates' gradients.
-  void add(const Rows& rows, const float* conv_input, const float* convolved,
-           const std::array<const float*, kKinds>& outs, const Gradients& grads,
+  void add(const Rows& rows, const T* conv_input, const T* convolved,
+           const std::array<const T*, kKinds>& outs, const Gradients<T>& grads,
            const float* gate_rows, const float* gate_columns) {
     const int64_t num = rows.end - rows.begin, width = s_.width(),
                   at = rows.begin * width + group_ * kWidth,
@@ -278,24 +322,30 @@ class WayBack {
 
     for (int64_t r = 0; r < num; r += kRows) {
       const int64_t n = std::min<int64_t>(kRows, num - r);
-      for (int kind = 0; kind < kKinds; ++kind)
+      for (int kind = 0; kind < kKinds; ++kind) {
+        T* out =
+            (kind == kKinds - 1 ? grads.of_conv_input : grads.of_convolved) + at + r * width;
+        const Sums sums = find_sums(out, width, of_out);
         multiply[n](kPlaces, of_out_rows[kind] + r * kPlaces, kPlaces, 1,
-                    transposed_[kind], kWidth,
-                    (kind == kKinds - 1 ? grads.of_conv_input : grads.of_convolved) + at +
-                        r * width,
-                    width, kind == 1);
+                    transposed_[kind], kWidth, sums.at, sums.next_row, kind == 1);
+        // Of queries and keys, both.
+        if (kind > 0) round_sums(sums, n, out, width);
+      }
     }
   }
 
-  void store(const Gradients& grads) const {
+  void store(const Gradients<T>& grads) const {
     for (int kind = 0; kind < kKinds; ++kind) {
-      if (float* to = grads.of_weights[kind])
-        std::copy_n(of_weights_[kind], kWidth * kWidth,
-                    to + (expert_ * s_.groups + group_) * kWidth * kWidth);
-      for (int64_t i = 0; i < kWidth; ++i)
+      if (T* to = grads.of_weights[kind])
+        moxe::store_row(of_weights_[kind], kWidth * kWidth, false,
+                        to + (expert_ * s_.groups + group_) * kWidth * kWidth);
+      for (int64_t i = 0; i < kWidth; ++i) {
+        float row[kMaxGates];
         for (int64_t gate = 0; gate < s_.gates; ++gate)
-          grads.of_gate_weight[at_gates(kind) + i * s_.gates + gate] =
-              of_gate_weights_[kind][gate * kWidth + i];
+          row[gate] = of_gate_weights_[kind][gate * kWidth + i];
+        moxe::store_row(row, s_.gates, false,
+                        grads.of_gate_weight + at_gates(kind) + i * s_.gates);
+      }
     }
   }
 
@@ -312,19 +362,18 @@ class WayBack {
   float of_gate_weights_[kKinds][kMaxGates * kWidth] = {};
 };
 
-template <Factors factors>
-void project_backward(const Shape& s, int num_threads, const float* conv_input,
-                      const float* convolved,
-                      const std::array<const float*, kKinds>& outs,
-                      const std::array<const float*, kKinds>& weights,
-                      const float* gate_weight, const Gradients& grads) {
+template <typename T, Factors factors>
+void project_backward(const Shape& s, int num_threads, const T* conv_input,
+                      const T* convolved, const std::array<const T*, kKinds>& outs,
+                      const std::array<const T*, kKinds>& weights, const T* gate_weight,
+                      const Gradients<T>& grads) {
   const std::vector<Rows> blocks = cut_rows(s);
   const int64_t num_tasks = divide_up(s.groups, kGroupsOfTask);
 
 #pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(num_threads)
   for (int64_t expert = 0; expert < s.experts; ++expert)
     for (int64_t task = 0; task < num_tasks; ++task) {
-      std::vector<WayBack<factors>> groups;
+      std::vector<WayBack<T, factors>> groups;
       for (int64_t g = task * kGroupsOfTask;
            g < std::min((task + 1) * kGroupsOfTask, s.groups); ++g)
         groups.emplace_back(s, expert, g, weights, gate_weight);
@@ -350,25 +399,23 @@ void project_backward(const Shape& s, int num_threads, const float* conv_input,
 
 }  // namespace
 
-#define MOXE_MLSTM_PROJECTIONS(FACTORS, SUFFIX)                                          \
+#define MOXE_MLSTM_PROJECTIONS(T, FACTORS, SUFFIX)                                       \
   extern "C" void moxe_mlstm_project_##SUFFIX(                                           \
-      const int64_t* shape, const int64_t* counts, int num_threads,                      \
-      const float* conv_input, const float* convolved, const float* q_weight,            \
-      const float* k_weight, const float* v_weight, const float* gate_weight,            \
-      const float* gate_bias, float* q, float* k, float* v, float* gates) {              \
-    project<FACTORS>({shape[0], shape[1], shape[2], shape[3], counts}, num_threads,      \
-                     conv_input, convolved, {q_weight, k_weight, v_weight}, gate_weight, \
-                     gate_bias, {q, k, v}, gates);                                       \
+      const int64_t* shape, const int64_t* counts, int num_threads, const T* conv_input, \
+      const T* convolved, const T* q_weight, const T* k_weight, const T* v_weight,       \
+      const T* gate_weight, const float* gate_bias, T* q, T* k, T* v, float* gates) {    \
+    project<T, FACTORS>({shape[0], shape[1], shape[2], shape[3], counts}, num_threads,   \
+                        conv_input, convolved, {q_weight, k_weight, v_weight},           \
+                        gate_weight, gate_bias, {q, k, v}, gates);                       \
   }                                                                                      \
   extern "C" void moxe_mlstm_project_backward_##SUFFIX(                                  \
-      const int64_t* shape, const int64_t* counts, int num_threads,                      \
-      const float* conv_input, const float* convolved, const float* q, const float* k,   \
-      const float* v, const float* q_weight, const float* k_weight,                      \
-      const float* v_weight, const float* gate_weight, const float* grad_q,              \
-      const float* grad_k, const float* grad_v, const float* grad_gates,                 \
-      float* grad_conv_input, float* grad_convolved, float* grad_q_weight,               \
-      float* grad_k_weight, float* grad_v_weight, float* grad_gate_weight) {             \
-    project_backward<FACTORS>(                                                           \
+      const int64_t* shape, const int64_t* counts, int num_threads, const T* conv_input, \
+      const T* convolved, const T* q, const T* k, const T* v, const T* q_weight,         \
+      const T* k_weight, const T* v_weight, const T* gate_weight, const T* grad_q,       \
+      const T* grad_k, const T* grad_v, const float* grad_gates, T* grad_conv_input,     \
+      T* grad_convolved, T* grad_q_weight, T* grad_k_weight, T* grad_v_weight,           \
+      T* grad_gate_weight) {                                                             \
+    project_backward<T, FACTORS>(                                                        \
         {shape[0], shape[1], shape[2], shape[3], counts}, num_threads, conv_input,       \
         convolved, {q, k, v}, {q_weight, k_weight, v_weight}, gate_weight,               \
         {{grad_q, grad_k, grad_v},                                                       \
@@ -379,7 +426,8 @@ void project_backward(const Shape& s, int num_threads, const float* conv_input,
          grad_gate_weight});                                                             \
   }
 
-MOXE_MLSTM_PROJECTIONS(Factors::kFloat, float)
+MOXE_MLSTM_PROJECTIONS(float, Factors::kFloat, float)
 #ifdef __AVX512BF16__
-MOXE_MLSTM_PROJECTIONS(Factors::kBFloat16, rounded)
+MOXE_MLSTM_PROJECTIONS(float, Factors::kBFloat16, rounded)
+MOXE_MLSTM_PROJECTIONS(BFloat16, Factors::kBFloat16, bfloat16)
 #endif

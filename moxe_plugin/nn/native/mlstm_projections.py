@@ -1,7 +1,8 @@
 """Queries, keys, values and gates of mLSTM blocks in C++, in one pass each way.
 
 Their products are small, so that passes over memory take as long as they do. Under
-autocast, factors are rounded as :mod:`moxe_plugin.nn.native.products` rounds them.
+autocast, factors are rounded as :mod:`moxe_plugin.nn.native.products` rounds them. Of
+bfloat16, sums are float32, and rounded when they are written; gates stay float32.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.library import find_function, int64_array
+from moxe_plugin.nn.native.library import SUFFIXES, find_function, int64_array
 from moxe_plugin.nn.native.mlstm_forms import CellGradients
 from moxe_plugin.nn.native.products import rounds_now
+from moxe_plugin.nn.padding import widen
 
 _GROUP_WIDTH: Final = 32
 """The channels of a group, and"""
@@ -48,7 +50,10 @@ class MLSTMProjections(NamedTuple):
 
 
 class ProjectionInputs(NamedTuple):
-    """What is projected: rows of all experts, float32, on the CPU."""
+    """What is projected: rows of all experts, on the CPU.
+
+    They and the weights are float32, or bfloat16 where products in C++ multiply it.
+    """
 
     conv_input: Tensor
     """What values are made of. *Shape:* ``(C,I)``."""
@@ -70,7 +75,8 @@ class ProjectedRows(NamedTuple):
     """*Shape:* ``(C,I)``."""
 
     gates: Tensor
-    """Pre-activations of input gates, then of forget gates. *Shape:* ``(C,2*H)``."""
+    """Pre-activations of input gates, then of forget gates; float32. *Shape:*
+    ``(C,2*H)``."""
 
 
 class ProjectionGradients(NamedTuple):
@@ -116,13 +122,16 @@ def project_rows(
     :raises NativeLibraryError: The C++ code cannot be compiled here.
     """
     conv_input, convolved = _densify(inputs)
-    weights = [x.contiguous() for x in projections]
+    weights = [x.contiguous() for x in projections[:-1]]
+    bias = widen(projections.gate_bias.contiguous())
 
     q, k, v = (torch.empty_like(convolved) for _ in range(3))
-    gates = convolved.new_empty(len(convolved), projections.gates.size(-1))
+    gates = bias.new_empty(len(convolved), bias.size(-1))
     projected = ProjectedRows(q, k, v, gates)
 
-    _call("project", weights, counts, [conv_input, convolved, *weights, *projected])
+    _call(
+        "project", weights, counts, [conv_input, convolved, *weights, bias, *projected]
+    )
 
     return projected
 
@@ -189,11 +198,13 @@ def _call(
     counts: Sequence[int],
     tensors: Sequence[Tensor | None],
 ) -> None:
-    q_weight, *_, gate_weight = weights[:4]
+    q_weight, *_, gate_weight = weights
     conv_input = tensors[0]
     assert conv_input is not None
     shape = *q_weight.shape[:2], gate_weight.size(-1), conv_input.stride(0)
-    suffix = "rounded" if rounds_now() else "float"
+    suffix = SUFFIXES[conv_input.dtype]
+    if suffix == "float" and rounds_now():
+        suffix = "rounded"
 
     # The tensors live until the call returns: the caller holds them.
     find_function("mlstm_projections", f"moxe_mlstm_{name}_{suffix}")(

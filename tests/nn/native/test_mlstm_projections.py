@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor, float64, nan
+from torch import Tensor, bfloat16, float32, float64, nan
 from torch.autograd import grad
 
 from moxe_plugin.nn.native.library import why_not_loaded
@@ -66,25 +66,47 @@ def project_with_torch(
     return [q, k, v, torch.einsum("ri,rio->ro", joint, of_gates) + bias]
 
 
+def convert(
+    inputs: ProjectionInputs, weights: MLSTMProjections, dtype: torch.dtype
+) -> tuple[ProjectionInputs, MLSTMProjections]:
+    return (
+        ProjectionInputs(*(x.to(dtype) for x in inputs)),
+        MLSTMProjections(*(x.to(dtype) for x in weights)),
+    )
+
+
 def check_all(
-    counts: list[int], num_groups: int, num_heads: int, tolerance: float
+    counts: list[int],
+    num_groups: int,
+    num_heads: int,
+    tolerance: float,
+    dtype: torch.dtype = float32,
 ) -> None:
     torch.manual_seed(1)
-    inputs = make_inputs(sum(counts), 32 * num_groups)
-    weights = make_weights(len(counts), num_groups, num_heads)
+    inputs, weights = convert(
+        make_inputs(sum(counts), 32 * num_groups),
+        make_weights(len(counts), num_groups, num_heads),
+        dtype,
+    )
+    # Gates and their gradients are float32.
+    dtypes = [dtype] * 3 + [float32]
     leaves = [x.to(float64).requires_grad_() for x in (*inputs, *weights)]
     expected = project_with_torch(leaves[:2], leaves[2:], counts)
-    upstream = [torch.randn(x.shape) for x in expected]
+    upstream = [
+        torch.randn(x.shape).to(y) for x, y in zip(expected, dtypes, strict=True)
+    ]
     expected_grads = grad(expected, leaves[:-1], [x.double() for x in upstream])
 
     projected = project_rows(inputs, weights, counts)
+    rounded = ProjectedRows(*(x.to(y) for x, y in zip(expected, dtypes, strict=True)))
     grads = project_rows_backward(
-        *(inputs, weights, ProjectedRows(*(x.float() for x in expected))),
-        *(CellGradients(*upstream), counts, [True] * 3),
+        inputs, weights, rounded, CellGradients(*upstream), counts, [True] * 3
     )
+    assert [x.dtype for x in projected] == dtypes
 
     of_weights = [x for x in grads.weights if x is not None]
     actual_grads = [grads.conv_input, grads.convolved, *of_weights, grads.gate_weight]
+    assert all(x.dtype == dtype for x in actual_grads)
     for x, y in [
         *zip(projected, expected, strict=True),
         *zip(actual_grads, expected_grads, strict=True),
@@ -120,16 +142,29 @@ def test_autocast_rounds_factors(counts: list[int], num_heads: int) -> None:
             check_all(counts, 6, num_heads, 1e-5)
 
 
+@needs_bfloat16
+@pytest.mark.parametrize("num_heads", [1, 4, 8])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_bfloat16_is_rounded_only_where_it_is_written(
+    counts: list[int], num_heads: int
+) -> None:
+    # 8 bits of each result, and of gradients of queries, keys and values, of two parts.
+    check_all(counts, 6, num_heads, 2**-7, bfloat16)
+
+
 @pytest.mark.parametrize(
-    "rounds",
+    ("dtype", "rounds"),
     [
-        pytest.param(False, id="float32"),
-        pytest.param(True, id="autocast", marks=needs_bfloat16),
+        pytest.param(float32, False, id="float32"),
+        pytest.param(float32, True, id="autocast", marks=needs_bfloat16),
+        pytest.param(bfloat16, False, id="bfloat16", marks=needs_bfloat16),
     ],
 )
-def test_experts_without_a_row_get_no_gradient(rounds: bool) -> None:
+def test_experts_without_a_row_get_no_gradient(
+    dtype: torch.dtype, rounds: bool
+) -> None:
     counts = [0, 3, 0]
-    inputs, weights = make_inputs(3, 64), make_weights(3, 2, 2)
+    inputs, weights = convert(make_inputs(3, 64), make_weights(3, 2, 2), dtype)
     context = torch.autocast("cpu", torch.bfloat16) if rounds else nullcontext()
 
     with context:
@@ -146,10 +181,17 @@ def test_experts_without_a_row_get_no_gradient(rounds: bool) -> None:
         assert x[1].all()
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(float32, id="float32"),
+        pytest.param(bfloat16, id="bfloat16", marks=needs_bfloat16),
+    ],
+)
 @pytest.mark.usefixtures("_restored_threads")
-def test_nothing_depends_on_the_number_of_threads() -> None:
+def test_nothing_depends_on_the_number_of_threads(dtype: torch.dtype) -> None:
     counts = [120, 7]
-    inputs, weights = make_inputs(127, 192), make_weights(2, 6, 4)
+    inputs, weights = convert(make_inputs(127, 192), make_weights(2, 6, 4), dtype)
     results = []
 
     for num_threads in (1, 3):
