@@ -1,7 +1,7 @@
 """What an mLSTM block does between its convolution and its gate, as one function.
 
-On a CPU in float32, where products are C++. Queries, keys and values are read by the
-cell and by its gates: the gradients of both add up where they are made.
+On a CPU in float32 or bfloat16, where products are C++. Queries, keys and values are
+read by the cell and by its gates: the gradients of both add up where they are made.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def mlstm_hidden_rows(
 ) -> Tensor:
     """Project rows to what the cell reads, and run it.
 
-    All are float32 and on the CPU, where products are C++, and
+    All are of one type and on the CPU, where products of it are C++, and
     :func:`~moxe_plugin.nn.native.mlstm_projections.fits`.
 
     :param conv_input: What values are made of; rows may lie apart. *Shape:* ``(C,I)``.
@@ -99,7 +99,7 @@ class _MLSTMHidden(Function):
 
         return (
             *(None, None, of.conv_input, of.convolved),
-            *(*of.weights, of.gate_weight, of_bias),
+            *(*of.weights, of.gate_weight, of_bias.to(weights.gate_bias.dtype)),
         )
 
 

@@ -25,7 +25,7 @@ from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.mlstm_chunkwise import MLSTMChunkwiseForm
 from moxe_plugin.nn.native.mlstm_forms import MLSTMForm, NormalizerLimits, run_form
 from moxe_plugin.nn.native.mlstm_parallel import MLSTMParallelForm
-from moxe_plugin.nn.padding import widen
+from moxe_plugin.nn.passes import widen_for_native
 from moxe_plugin.nn.products import runs_native
 from moxe_plugin.nn.rows import Rows
 
@@ -239,7 +239,7 @@ class MLSTMRecurrence(NamedTuple):
         :returns: The form, or ``None`` if it is not C++.
         """
         if self.backend not in ("auto", "native") or not runs_native(
-            *(widen(x[:0]) for x in inputs)
+            *(widen_for_native(x[:0]) for x in inputs), mixes=True
         ):
             return None
 
@@ -265,7 +265,8 @@ class MLSTMRecurrence(NamedTuple):
 
     def _run(self, form: MLSTMForm, inputs: MLSTMCellInputs) -> Tensor:
         q, k, v = (
-            torch.unflatten(widen(x), -1, (self.num_heads, -1)) for x in inputs[:3]
+            torch.unflatten(widen_for_native(x), -1, (self.num_heads, -1))
+            for x in inputs[:3]
         )
 
         return run_form(form, q, k, v, inputs.gates).flatten(-2).to(inputs.q.dtype)

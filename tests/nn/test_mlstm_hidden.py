@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, tensor
+from torch import Tensor, bfloat16, float64, tensor
 from torch.autograd import grad
 
 from moxe_plugin.nn import mlstm_branch
 from moxe_plugin.nn.backend import ScanBackend
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.mlstm_hidden import mlstm_hidden_rows
+from moxe_plugin.nn.mlstm_recurrence import follow_each_other
 from moxe_plugin.nn.native.library import why_not_loaded
-from moxe_plugin.nn.products import why_torch
+from moxe_plugin.nn.products import rounds_to_bfloat16, why_torch
+from moxe_plugin.nn.rows import find_rows
+from moxe_plugin.nn.stacked import project_head_wise
 
 pytestmark = pytest.mark.skipif(
     why_torch() is not None or why_not_loaded("mlstm_parallel") is not None,
@@ -82,6 +86,75 @@ def test_block_and_gradients_are_those_of_torch(
     assert num_calls == 1
     for x, y in zip(actual, expected, strict=True):
         assert (x - y).norm() <= 2e-5 * y.norm()
+
+
+def differentiate_hidden(
+    block: MLSTMBlock, inputs: list[Tensor], lens: Tensor, upstream: Tensor
+) -> list[Tensor]:
+    rows = find_rows(lens, int(lens.max()))
+    conv_input, convolved = inputs
+    hidden = block.hidden_natively(
+        conv_input, convolved, rows.counts, follow_each_other(rows.seq_lens)
+    )
+    # In float64, it is torch's.
+    assert (hidden is None) == (inputs[0].dtype == float64)
+    if hidden is None:
+        cell_inputs = block.cell_inputs(conv_input, convolved, rows.counts)
+        hidden, _ = block.recurrence.apply_to_rows(
+            cell_inputs, rows, None, return_memory=False
+        )
+    wanted = [*inputs, *(x for x in cell_parameters(block) if x.requires_grad)]
+
+    return [hidden, *grad(hidden, wanted, upstream.to(hidden.dtype))]
+
+
+def cell_parameters(block: MLSTMBlock) -> list[Tensor]:
+    return [
+        *(block.q_proj, block.k_proj, block.v_proj),
+        *(block.input_gate_weight, block.forget_gate_weight),
+        *(block.input_gate_bias, block.forget_gate_bias),
+    ]
+
+
+@pytest.mark.skipif(
+    why_torch() is not None or not rounds_to_bfloat16(),
+    reason="no products of bfloat16 in C++ here",
+)
+@pytest.mark.parametrize(
+    "lens",
+    [
+        pytest.param([[70, 4], [0, 0], [0, 1], [14, 15]], id="parallel"),
+        pytest.param([[300, 0], [20, 291]], id="chunkwise"),
+    ],
+)
+def test_hidden_and_gradients_of_bfloat16_are_those_of_float64(
+    lens: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def project_and_round(*args: Any) -> Tensor:
+        projected = project_head_wise(*args)
+
+        return projected + (projected.bfloat16() - projected).detach()
+
+    # Where a normaliser is small, a cell magnifies what its inputs are rounded by.
+    monkeypatch.setattr(mlstm_branch, "project_head_wise", project_and_round)
+    block = make_block(len(lens)).bfloat16()
+    block.k_proj.requires_grad = False
+    seq_lens = tensor(lens)
+    num_rows = int(seq_lens.sum())
+    # Rows of the first lie apart, as a half of what is projected up does.
+    joint = torch.randn(num_rows, 2 * block.inner_dim).bfloat16()
+    convolved, upstream = torch.randn(2, num_rows, block.inner_dim).bfloat16()
+    inputs = [x.requires_grad_() for x in (joint[:, : block.inner_dim], convolved)]
+    wide_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    wide_block = deepcopy(block).double()
+
+    actual = differentiate_hidden(block, inputs, seq_lens, upstream)
+    expected = differentiate_hidden(wide_block, wide_inputs, seq_lens, upstream)
+
+    assert len(actual) == 9
+    for x, y in zip(actual, expected, strict=True):
+        assert x.dtype == bfloat16
+        assert (x - y).norm() <= 2**-7 * y.norm()
 
 
 def test_sizes_that_cpp_is_not_made_for_are_those_of_torch(

@@ -1,7 +1,8 @@
 """Causal squares ``(S,S)`` of sequences in rows, and their products.
 
 What lies above the diagonal is neither computed nor read, but for blocks that it cuts.
-No gradients here.
+No gradients here. Where products in C++ multiply bfloat16, rows may be it, beside
+squares of float32.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ them, and ``added = exp(a - peak_L) / sqrt(D)``. With primes for the memory befo
 What chunks add to memories, and what they read, are products of all chunks at once; one
 after the other they only decay and add. Backward, all weights are exponentials, and the
 gradients of their exponents products that are there anyway: ``da = k dk``, ``dpeak = -q
-dq``; that of ``m'`` in a memory is ``<dC', C'> + <dn', n'>``.
+dq``; that of ``m'`` in a memory is ``<dC', C'> + <dn', n'>``. All is float32 inside:
+rows of bfloat16 are widened, and results rounded.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from moxe_plugin.nn.native.causal_squares import (
 )
 from moxe_plugin.nn.native.library import SUFFIXES, find_function, int64_array
 from moxe_plugin.nn.native.mlstm_forms import CellGradients, NormalizerLimits
-from moxe_plugin.nn.padding import EMPTY
+from moxe_plugin.nn.padding import EMPTY, widen
 from moxe_plugin.nn.ragged_products import multiply_parts
 
 _ROWS_AT_ONCE: Final = 32
@@ -70,6 +71,8 @@ class MLSTMChunkwiseForm:
         """See :class:`~moxe_plugin.nn.native.mlstm_forms.MLSTMForm`."""
         num_rows, num_heads, dim = q.shape
         chunks, limits = self._chunks, self._limits
+        rows = q, k, v
+        q, k, v = (widen(x) for x in rows)
 
         log_weights = q.new_zeros(num_heads, num_rows)
         peak, m, kept, added, total = (
@@ -98,15 +101,17 @@ class MLSTMChunkwiseForm:
         hidden /= normalizer.unsqueeze(-1)
 
         saved = [
-            *(q, k, v, gates, weights, c, n, hidden),
+            *(*rows, gates, weights, c, n, hidden),
             *(*gate_stats, decay, total, normalizer),
         ]
 
-        return hidden, saved
+        return hidden.to(rows[0].dtype), saved
 
     def backward(self, saved: Sequence[Tensor], grad_hidden: Tensor) -> CellGradients:
         """See :class:`~moxe_plugin.nn.native.mlstm_forms.MLSTMForm`."""
-        q, k, v, gates, weights, c, n, hidden, *stats = saved
+        dtype = saved[0].dtype
+        q, k, v, grad_hidden = (widen(x) for x in (*saved[:3], grad_hidden))
+        gates, weights, c, n, hidden, *stats = saved[3:]
         log_weights, peak, m, kept, added, decay, total, normalizer = stats
         chunks, limits = self._chunks, self._limits
         grad_numerator, grad_q, grad_k, grad_v = (
@@ -153,6 +158,8 @@ class MLSTMChunkwiseForm:
             *("stabilise_backward", q, chunks, limits, gates, log_weights, peak),
             *(q_dots, k_dots, grad_m, dots.sum(dim=0), grad_gates),
         )
+
+        grad_q, grad_k, grad_v = (x.to(dtype) for x in (grad_q, grad_k, grad_v))
 
         return CellGradients(grad_q, grad_k, grad_v, grad_gates)
 

@@ -47,7 +47,8 @@ class MLSTMForm(Protocol):
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the cell, from an empty memory.
 
-        All are float32 or all float64, contiguous and on the CPU.
+        All are float32 or all float64, contiguous and on the CPU. Beside gates of
+        float32, the others may be bfloat16 where products in C++ multiply it.
 
         :param q: The queries. *Shape:* ``(C,H,D)``.
         :param k: The keys. *Shape:* ``(C,H,D)``.
@@ -55,8 +56,8 @@ class MLSTMForm(Protocol):
         :param gates: The pre-activations of the input gates, then those of the forget
             gates. *Shape:* ``(C,2H)``.
 
-        :returns: The outputs ``(C,H,D)``, 0 at padding, and what :meth:`backward`
-            wants.
+        :returns: The outputs ``(C,H,D)``, as ``q`` and 0 at padding, and what
+            :meth:`backward` wants.
 
         :raises NativeLibraryError: The C++ code cannot be compiled here.
         """

@@ -4,7 +4,7 @@ The same function as :func:`~moxe_plugin.nn.mlstm_cell.mlstm_parallel`, whose do
 has the equations, with an empty memory before and none wanted after. Sequences of any
 lengths stand one after the other in rows, heads side by side in a row, as the products
 around the cell make and read them. What lies above the diagonal is not computed, but
-for blocks that it cuts.
+for blocks that it cuts. Rows may be bfloat16: squares and gates are float32 then.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class MLSTMParallelForm:
         """See :class:`~moxe_plugin.nn.native.mlstm_forms.MLSTMForm`."""
         num_rows, num_heads, _ = q.shape
 
-        weights = q.new_empty(self._squares.size)
+        weights = gates.new_empty(self._squares.size)
         multiply_into_lower(q, k, weights, self._squares)
 
         # a, its maximum, m, the sum of weights, the normaliser
-        stats = [q.new_empty(num_rows, num_heads) for _ in range(5)]
-        self._call("weigh", q, gates, weights, *stats)
+        stats = [gates.new_empty(num_rows, num_heads) for _ in range(5)]
+        self._call("weigh", q.size(-1), gates, weights, *stats)
 
         hidden = self._seqs.rows_like(q)
         multiply_lower(weights, v, hidden, self._squares)
@@ -71,7 +71,9 @@ class MLSTMParallelForm:
         grad_q, grad_k, grad_v, grad_gates = (
             self._seqs.rows_like(x) for x in (q, k, v, gates)
         )
-        self._call("weigh_backward", q, gates, weights, *stats, grads, grad_gates)
+        self._call(
+            "weigh_backward", q.size(-1), gates, weights, *stats, grads, grad_gates
+        )
 
         multiply_lower(grads, k, grad_q, self._squares)
         multiply_lower(grads, q, grad_k, self._squares, transposed=True)
@@ -79,14 +81,14 @@ class MLSTMParallelForm:
 
         return CellGradients(grad_q, grad_k, grad_v, grad_gates)
 
-    def _call(self, name: str, q: Tensor, *tensors: Tensor) -> None:
+    def _call(self, name: str, head_dim: int, gates: Tensor, *others: Tensor) -> None:
         function = find_function(
-            "mlstm_parallel", f"moxe_mlstm_{name}_{SUFFIXES[q.dtype]}"
+            "mlstm_parallel", f"moxe_mlstm_{name}_{SUFFIXES[gates.dtype]}"
         )
 
         squares = self._squares
         lists = squares.begins, squares.lens, squares.offsets
-        constants = (1 / math.sqrt(q.size(-1)), EMPTY, *self._limits)
+        constants = (1 / math.sqrt(head_dim), EMPTY, *self._limits)
 
         # The tensors live until the call returns: the caller holds them.
         function(
@@ -94,5 +96,5 @@ class MLSTMParallelForm:
             (ctypes.c_double * len(constants))(*constants),
             ctypes.c_int(torch.get_num_threads()),
             *(int64_array(x) for x in lists),
-            *(ctypes.c_void_p(x.data_ptr()) for x in tensors),
+            *(ctypes.c_void_p(x.data_ptr()) for x in (gates, *others)),
         )

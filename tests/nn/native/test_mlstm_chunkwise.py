@@ -119,6 +119,24 @@ def test_rows_are_sequences_by_themselves_with_all_gradients(
     )
 
 
+def test_bfloat16_is_rounded_only_where_it_is_written() -> None:
+    torch.manual_seed(0)
+    lens = [200, 0, 77, 1]
+    *rows, gates = make_inputs(lens, torch.float32, head_dim=48)
+    inputs = [*(x.detach().bfloat16().requires_grad_() for x in rows), gates]
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+
+    output = run(inputs, find_sequences(lens), chunk_size=64)
+    upstream = torch.randn_like(output)
+    actual = [output, *grad(output, inputs, upstream)]
+    output = run(wide, find_sequences(lens), chunk_size=64)
+    expected = [output, *grad(output, wide, upstream.float())]
+
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y.to(x.dtype))
+    assert [x.dtype for x in actual[1:]] == [x.dtype for x in inputs]
+
+
 def test_float32_is_as_near_to_float64_as_the_reference() -> None:
     torch.manual_seed(0)
     lens = [200, 77]

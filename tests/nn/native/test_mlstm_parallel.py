@@ -15,6 +15,7 @@ from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.mlstm_forms import NormalizerLimits, run_form
 from moxe_plugin.nn.native.mlstm_parallel import MLSTMParallelForm
+from moxe_plugin.nn.products import rounds_to_bfloat16, why_torch
 
 LIMITS = NormalizerLimits(MAX_EXPONENT, NORMALIZER_EPS)
 NUM_HEADS = 2
@@ -100,6 +101,41 @@ def test_rows_are_sequences_by_themselves_with_all_gradients(
         rtol=tolerance,
         atol=tolerance * max(1.0, gate_scale),
     )
+
+
+@pytest.mark.skipif(
+    why_torch() is not None or not rounds_to_bfloat16(),
+    reason="no products of bfloat16 in C++ here",
+)
+@pytest.mark.parametrize(
+    "lens",
+    [
+        pytest.param([5], id="one"),
+        pytest.param([1, 0, 70, 3], id="ragged"),
+        pytest.param([130, 64, 65], id="several-blocks"),
+    ],
+)
+def test_rows_of_bfloat16_are_rounded_only_where_they_are_multiplied_or_written(
+    lens: list[int],
+) -> None:
+    torch.manual_seed(0)
+    *rows, gates = make_inputs(lens, torch.float32, 1.0)
+    inputs = [*(x.detach().bfloat16().requires_grad_() for x in rows), gates]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+
+    actual = run(inputs, find_sequences(lens))
+    expected = run_one_by_one(lens, wide)
+    upstream = torch.randn_like(actual)
+
+    actual_grads = grad(actual, inputs, upstream)
+    expected_grads = grad(expected, wide, upstream.double())
+    assert [x.dtype for x in (actual, *actual_grads)] == [
+        *([torch.bfloat16] * 4),
+        torch.float32,
+    ]
+    # 8 bits of the squares, of their gradients and of each result; sums cancel.
+    for x, y in zip((actual, *actual_grads), (expected, *expected_grads), strict=True):
+        assert (x - y).norm() <= 2**-7 * y.norm()
 
 
 def test_a_normaliser_at_its_floor_passes_its_gradient_to_the_gates() -> None:
