@@ -251,18 +251,18 @@ def test_types_are_mixed_only_where_that_is_asked_for(
 
 @needs_bfloat16
 @pytest.mark.usefixtures("takes_native")
-@pytest.mark.parametrize(
-    ("batch", "m", "k", "n"), [((), 33, 257, 31), ((3,), 9, 40, 5)]
-)
-def test_gradients_of_bfloat16_are_rounded_once(
-    batch: tuple[int, ...], m: int, k: int, n: int
-) -> None:
-    lhs = torch.randn(*batch, m, k, dtype=bfloat16, requires_grad=True)
-    rhs = torch.randn(*batch, k, n, dtype=bfloat16, requires_grad=True)
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+def test_gradients_of_bfloat16_are_rounded_once(batch: tuple[int, ...]) -> None:
+    lhs = torch.randn(*batch, 33, 257, dtype=bfloat16)
+    rhs = torch.randn(*batch, 257, 31, dtype=bfloat16)
+    grad = torch.randn(*batch, 33, 31, dtype=bfloat16)
+    leaves = [x.requires_grad_() for x in (lhs, rhs)]
 
-    actual = differentiate(matmul, lhs, rhs)
-    expected = differentiate(torch.matmul, lhs.double(), rhs.double())
+    out = matmul(lhs, rhs)
+    actual = [out, *torch.autograd.grad(out, leaves, grad)]
 
+    left, right, of_out = (x.detach().double() for x in (lhs, rhs, grad))
+    expected = [left @ right, of_out @ right.mT, left.mT @ of_out]
     for result, exact in zip(actual, expected, strict=True):
         assert result.dtype == bfloat16
         # Half a unit in the last of 8 places; the rest is for sums in float32.
