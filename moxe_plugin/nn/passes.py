@@ -30,6 +30,20 @@ def passes_natively(source: NativeSource, *tensors: Tensor) -> bool:
     )
 
 
+def has_native_dtype(x: Tensor) -> bool:
+    """Tell whether C++ reads the numbers of a tensor as they are.
+
+    :param x: The tensor.
+
+    :returns: Whether they are float32 or float64, or bfloat16 on a CPU where products
+        in C++ multiply it.
+    """
+    if x.dtype == torch.bfloat16:
+        return x.is_cpu and rounds_to_bfloat16()
+
+    return x.dtype in (torch.float32, torch.float64)
+
+
 def widen_for_native(x: Tensor) -> Tensor:
     """Convert to what C++ reads: bfloat16 as it is where products in C++ multiply it.
 
@@ -37,10 +51,7 @@ def widen_for_native(x: Tensor) -> Tensor:
 
     :returns: The same values in float32, float64 or, where that is read, bfloat16.
     """
-    if x.dtype == torch.bfloat16 and x.is_cpu and rounds_to_bfloat16():
-        return x
-
-    return widen(x)
+    return x if has_native_dtype(x) else widen(x)
 
 
 def runs_on_host_rows(
