@@ -63,11 +63,16 @@ def runs_on_host_rows(
     :param seqs: What sends it rows. *Shape:* ``(N,S,M)``.
     :param expert_weights: The weights of its outputs. *Shape:* ``(T,K)``.
 
-    :returns: Whether it does: with ``auto`` and ``native``, in float32 and float64,
-        where :func:`passes_natively`.
+    :returns: Whether it does: with ``auto`` and ``native``, where
+        :func:`has_native_dtype` and :func:`passes_natively`. The weights of bfloat16
+        are float32.
     """
+    wide = torch.promote_types(seqs.dtype, torch.float32)
+
     return (
         backend in ("auto", "native")
-        and seqs.dtype in (torch.float32, torch.float64)
-        and passes_natively("row_dispatch", seqs, expert_weights)
+        and has_native_dtype(seqs)
+        and expert_weights.dtype == wide
+        and is_readable(expert_weights)
+        and passes_natively("row_dispatch", seqs)
     )
