@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import Module, init
 
 from moxe_plugin.nn.native.gating import silu_product
-from moxe_plugin.nn.padding import widen
-from moxe_plugin.nn.passes import passes_natively
+from moxe_plugin.nn.passes import has_native_dtype, passes_natively
 from moxe_plugin.nn.stacked import expert_parameter, project
 
 
@@ -59,7 +58,7 @@ class GatedFeedForward(Module):
         """
         joint = project(seqs, self.up_proj, counts)
 
-        if joint.dtype == widen(joint[:0]).dtype and passes_natively("gating", joint):
+        if has_native_dtype(joint) and passes_natively("gating", joint):
             gated = silu_product(joint)
         else:
             gate, value = joint.chunk(2, dim=-1)

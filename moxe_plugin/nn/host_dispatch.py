@@ -104,7 +104,8 @@ def plan_rows(
 def send_tokens(tokens: Tensor, plan: HostPlan) -> tuple[Tensor, ...]:
     """Copy tokens into the rows of their experts.
 
-    :param tokens: Float32 or float64, on the CPU. *Shape:* ``(T,M)``.
+    :param tokens: Of a dtype of :data:`~moxe_plugin.nn.native.library.SUFFIXES`, on the
+        CPU. *Shape:* ``(T,M)``.
     :param plan: Where they go.
 
     :returns: The rows of each bank; they lie one behind the other, and must not be
@@ -120,7 +121,8 @@ def combine_rows(banks: Sequence[Tensor], weights: Tensor, plan: HostPlan) -> Te
 
     :param banks: The outputs of the rows of each bank. *Shape:* ``(C,M)`` each, C may
         differ.
-    :param weights: The weights of the experts, of the same type. *Shape:* ``(T,K)``.
+    :param weights: The weights of the experts, of the same type, but float32 for
+        bfloat16. *Shape:* ``(T,K)``.
     :param plan: The plan by which the banks' inputs were sent.
 
     :returns: The sums; exactly 0 for tokens that were not sent. *Shape:* ``(T,M)``.

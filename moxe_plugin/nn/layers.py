@@ -14,8 +14,7 @@ from moxe_plugin.nn.backend import ScanBackend, convolves_natively
 from moxe_plugin.nn.grouped import spread
 from moxe_plugin.nn.native.causal_conv import causal_conv
 from moxe_plugin.nn.native.scale_norm import scale_norm
-from moxe_plugin.nn.padding import widen
-from moxe_plugin.nn.passes import passes_natively
+from moxe_plugin.nn.passes import passes_natively, widen_for_native
 from moxe_plugin.nn.rows import Rows, shift_rows
 from moxe_plugin.nn.stacked import equal_counts, expert_parameter, per_channel
 
@@ -59,14 +58,12 @@ class ScaleNorm(Module):
         if passes_natively("scale_norm", seqs, self.weight):
             # One norm is that of one expert: all positions of all experts alike, unless
             # they are rows.
-            weight = self.weight.view(-1, self.weight.size(-1))
-            flat = seqs.flatten(0, -2)
+            weight = widen_for_native(self.weight.view(-1, self.weight.size(-1)))
+            flat = widen_for_native(seqs.flatten(0, -2))
             if counts is None:
                 counts = equal_counts(flat, weight)
 
-            normed = scale_norm(
-                widen(flat), widen(weight), counts, self.num_heads, NORM_EPS
-            )
+            normed = scale_norm(flat, weight, counts, self.num_heads, NORM_EPS)
 
             return normed.to(seqs.dtype).view(seqs.shape)
 
@@ -207,12 +204,12 @@ class CausalConv(Module):
         self, flat: Tensor, windows: Tensor | None, seq_lens: Sequence[int]
     ) -> Tensor:
         # A single convolution is that of one expert: ([E,]K,M) -> (E,K,M)
-        weight = self.weight.view(-1, *self.weight.shape[-2:])
-        bias = self.bias.view(-1, self.bias.size(-1))
-        windows = None if windows is None else widen(windows)
+        weight = widen_for_native(self.weight.view(-1, *self.weight.shape[-2:]))
+        bias = widen_for_native(self.bias.view(-1, self.bias.size(-1)))
+        windows = None if windows is None else widen_for_native(windows)
 
         return causal_conv(
-            *(widen(flat), windows, widen(weight), widen(bias), seq_lens),
+            *(widen_for_native(flat), windows, weight, bias, seq_lens),
             activates=self.activates,
         ).to(flat.dtype)
 

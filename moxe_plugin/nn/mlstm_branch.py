@@ -17,7 +17,7 @@ from moxe_plugin.nn.native.gating import MLSTMOutput, gate_mlstm_output
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.mlstm_projections import MLSTMProjections, fits
 from moxe_plugin.nn.padding import widen
-from moxe_plugin.nn.passes import passes_natively
+from moxe_plugin.nn.passes import has_native_dtype, passes_natively
 from moxe_plugin.nn.products import runs_native
 from moxe_plugin.nn.stacked import (
     equal_counts,
@@ -86,7 +86,7 @@ class MLSTMBranch(MLSTMParameters):
     def _gates_natively(self, inputs: MLSTMOutput) -> bool:
         return (
             self.backend in ("auto", "native")
-            and inputs.hidden.dtype == widen(inputs.hidden[:0]).dtype
+            and has_native_dtype(inputs.hidden)
             and passes_natively("gating", *inputs)
         )
 

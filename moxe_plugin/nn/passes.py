@@ -30,6 +30,20 @@ def passes_natively(source: NativeSource, *tensors: Tensor) -> bool:
     )
 
 
+def has_native_dtype(x: Tensor) -> bool:
+    """Tell whether C++ reads the numbers of a tensor as they are.
+
+    :param x: The tensor.
+
+    :returns: Whether they are float32 or float64, or bfloat16 on a CPU where products
+        in C++ multiply it.
+    """
+    if x.dtype == torch.bfloat16:
+        return x.is_cpu and rounds_to_bfloat16()
+
+    return x.dtype in (torch.float32, torch.float64)
+
+
 def widen_for_native(x: Tensor) -> Tensor:
     """Convert to what C++ reads: bfloat16 as it is where products in C++ multiply it.
 
@@ -37,10 +51,7 @@ def widen_for_native(x: Tensor) -> Tensor:
 
     :returns: The same values in float32, float64 or, where that is read, bfloat16.
     """
-    if x.dtype == torch.bfloat16 and x.is_cpu and rounds_to_bfloat16():
-        return x
-
-    return widen(x)
+    return x if has_native_dtype(x) else widen(x)
 
 
 def runs_on_host_rows(
@@ -52,11 +63,16 @@ def runs_on_host_rows(
     :param seqs: What sends it rows. *Shape:* ``(N,S,M)``.
     :param expert_weights: The weights of its outputs. *Shape:* ``(T,K)``.
 
-    :returns: Whether it does: with ``auto`` and ``native``, in float32 and float64,
-        where :func:`passes_natively`.
+    :returns: Whether it does: with ``auto`` and ``native``, where
+        :func:`has_native_dtype` and :func:`passes_natively`. The weights of bfloat16
+        are float32.
     """
+    wide = torch.promote_types(seqs.dtype, torch.float32)
+
     return (
         backend in ("auto", "native")
-        and seqs.dtype in (torch.float32, torch.float64)
-        and passes_natively("row_dispatch", seqs, expert_weights)
+        and has_native_dtype(seqs)
+        and expert_weights.dtype == wide
+        and is_readable(expert_weights)
+        and passes_natively("row_dispatch", seqs)
     )

@@ -124,7 +124,10 @@ def multiply_all(products: Sequence[Product]) -> None:
     :param products: What to multiply, and where the results go.
     """
     # Of none, all would run in C++, and nothing could tell whether it is there.
-    if products and all(runs_native(lhs, rhs) for lhs, rhs, _ in products):
+    if products and all(
+        runs_native(lhs, rhs) and not is_thin(lhs, lhs.size(-2))
+        for lhs, rhs, _ in products
+    ):
         native.multiply_all(products)
 
         return
@@ -257,7 +260,7 @@ def why_torch() -> str | None:
 
 @cache
 def rounds_to_bfloat16() -> bool:
-    """Tell whether products in C++ round factors under autocast to bfloat16.
+    """Tell whether products in C++ multiply bfloat16, or what is rounded to it.
 
     :returns: Whether products run in C++, and the processor multiplies bfloat16.
 

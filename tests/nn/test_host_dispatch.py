@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, float32, float64
+from torch import Tensor, bfloat16, float32, float64
 from torch.autograd import grad
 from torch.testing import assert_close
 
@@ -18,6 +19,7 @@ from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.row_dispatch import sum_choices, sum_choices_backward
 from moxe_plugin.nn.rows import find_rows, pack, unpack
 from moxe_plugin.nn.slstm import SLSTMBlock
+from tests.nn.bfloat16_cases import assert_rounded_once, needs_bfloat16
 from tests.nn.expert_cases import make_case, make_experts
 
 needs_compiler = pytest.mark.skipif(
@@ -149,6 +151,44 @@ def test_threads_change_no_bit() -> None:
 
 
 @needs_compiler
+@needs_bfloat16
+@pytest.mark.parametrize("width", [1, 32, WIDTH])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_sums_and_gradients_of_bfloat16_are_rounded_once(
+    top_k: int, width: int
+) -> None:
+    row_of_choice = torch.randperm(40 * top_k).view(40, top_k)
+    row_of_choice[3] = -1
+    row_of_choice[5, 0] = -1
+    is_row = torch.zeros(40 * top_k, dtype=torch.bool)
+    is_row[row_of_choice[row_of_choice >= 0]] = True
+    banks = [torch.randn(n, width).bfloat16() for n in (25, 0, 40 * top_k - 25)]
+    weights, upstream = torch.rand(40, top_k), torch.randn(40, width).bfloat16()
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        rows = [bank.to(dtype) for bank in banks]
+        wide = weights.to(torch.promote_types(dtype, float32))
+        of_rows, of_weights = sum_choices_backward(
+            *(upstream.to(dtype), rows, wide, row_of_choice)
+        )
+
+        return [
+            sum_choices(rows, wide, row_of_choice),
+            sum_choices(rows, None, row_of_choice),
+            # Rows of no choice are not set.
+            of_rows[is_row],
+            of_weights,
+        ]
+
+    *actual, of_weights = run(bfloat16)
+    *expected, expected_of_weights = run(float64)
+
+    assert_rounded_once(actual, expected)
+    assert of_weights.dtype == float32
+    assert_close(of_weights, expected_of_weights.float(), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
 def test_experts_send_tokens_so_where_no_state_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -183,3 +223,49 @@ def test_experts_send_tokens_so_where_no_state_is_kept(
             bank.backend = "torch"
     assert_close(run(experts, return_state=False), expected)
     assert num_calls == 1
+
+
+@needs_compiler
+@needs_bfloat16
+def test_experts_of_bfloat16_send_tokens_so_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = torch.device("cpu")
+    experts = make_experts("subsequence", (2, 3, 0), device).bfloat16()
+    case = make_case(device)
+    routing = case._replace(weights=case.weights.float()).routing
+    seqs = case.seqs.bfloat16()
+
+    def run(dtype: torch.dtype, *, return_state: bool) -> list[Tensor]:
+        module, x = deepcopy(experts).to(dtype), seqs.to(dtype).requires_grad_()
+        weights = routing.expert_weights.to(torch.promote_types(dtype, float32))
+        weights = weights.detach().requires_grad_()
+        output, _ = module(
+            *(x, routing._replace(expert_weights=weights), None),
+            return_state=return_state,
+        )
+
+        return [output, *grad(output.sum(), [x, weights])]
+
+    exact = run(float64, return_state=True)
+    in_grids = run(bfloat16, return_state=True)
+    calls: list[object] = []
+
+    def count(*args: Any) -> Tensor:
+        calls.append(args)
+
+        return combine_rows(*args)
+
+    monkeypatch.setattr(host_dispatch, "combine_rows", count)
+    in_rows = run(bfloat16, return_state=False)
+
+    assert len(calls) == 1
+    assert [x.dtype for x in in_rows] == [bfloat16, bfloat16, float32]
+    # What all functions of the blocks round adds up.
+    for x, y, z in zip(in_rows, in_grids, exact, strict=True):
+        error, error_in_grids = ((w.double() - z).norm() / z.norm() for w in (x, y))
+        assert error <= max(0.02, 1.2 * error_in_grids.item())
+
+    monkeypatch.setattr(passes, "rounds_to_bfloat16", lambda: False)
+    assert_close(run(bfloat16, return_state=False)[0], in_grids[0], rtol=0.02, atol=0.1)
+    assert len(calls) == 1

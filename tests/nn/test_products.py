@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from moxe_plugin.nn import products
+from moxe_plugin.nn.native import products as native
 from moxe_plugin.nn.native.library import (
     NativeLibraryError,
     load_library,
@@ -42,6 +43,11 @@ def find_obstacle() -> str | None:
 
 needs_avx512 = pytest.mark.skipif(
     find_obstacle() is not None, reason=f"no products in C++ here: {find_obstacle()}"
+)
+
+needs_bfloat16 = pytest.mark.skipif(
+    find_obstacle() is not None or not native.rounds_to_bfloat16(),
+    reason="no products of bfloat16 in C++ here",
 )
 
 ERROR_OF_NATIVE: Final = "`MOXE_PRODUCTS` must be 'auto' or 'torch' on this machine"
@@ -85,6 +91,12 @@ def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Product]]:
     monkeypatch.setattr("moxe_plugin.nn.native.products.multiply_all", record)
 
     return calls
+
+
+@pytest.fixture
+def _multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Say that the processor multiplies it."""
+    monkeypatch.setattr(products, "rounds_to_bfloat16", lambda: True)
 
 
 def differentiate(
@@ -188,12 +200,73 @@ def test_float32_on_a_cpu_is_given_to_cpp(
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [float64, bfloat16], ids=str)
 def test_other_types_are_torchs(
-    name: str, dtype: torch.dtype, native_calls: list[Sequence[Product]]
+    name: str,
+    dtype: torch.dtype,
+    native_calls: list[Sequence[Product]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(products, "rounds_to_bfloat16", lambda: False)
     lhs, rhs = torch.randn(3, 5, dtype=dtype), torch.randn(5, 4, dtype=dtype)
 
     assert_close(FUNCTIONS[name](lhs, rhs), lhs @ rhs)
     assert native_calls == []
+
+
+@pytest.mark.usefixtures("_multiplies_bfloat16")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_bfloat16_is_given_to_cpp_where_the_processor_multiplies_it(
+    name: str, native_calls: list[Sequence[Product]]
+) -> None:
+    lhs, rhs = torch.randn(9, 5, dtype=bfloat16), torch.randn(5, 4, dtype=bfloat16)
+
+    out = FUNCTIONS[name](lhs, rhs)
+
+    assert_close(out, lhs @ rhs)
+    assert len(native_calls) == 1
+
+
+@pytest.mark.usefixtures("_multiplies_bfloat16")
+@pytest.mark.parametrize("name", ["matmul", "multiply", "multiply_all"])
+def test_few_rows_of_bfloat16_are_torchs(
+    name: str, native_calls: list[Sequence[Product]]
+) -> None:
+    lhs, rhs = torch.randn(4, 5, dtype=bfloat16), torch.randn(5, 4, dtype=bfloat16)
+
+    assert_close(FUNCTIONS[name](lhs, rhs), lhs @ rhs)
+    assert native_calls == []
+
+
+@pytest.mark.usefixtures("_multiplies_bfloat16")
+def test_types_are_mixed_only_where_that_is_asked_for(
+    native_calls: list[Sequence[Product]],
+) -> None:
+    lhs, rhs = torch.randn(9, 5), torch.randn(5, 4, dtype=bfloat16)
+
+    assert runs_native(lhs, rhs, mixes=True)
+    assert not runs_native(lhs, rhs)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        multiply(lhs, rhs)
+    assert native_calls == []
+
+
+@needs_bfloat16
+@pytest.mark.usefixtures("takes_native")
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+def test_gradients_of_bfloat16_are_rounded_once(batch: tuple[int, ...]) -> None:
+    lhs = torch.randn(*batch, 33, 257, dtype=bfloat16)
+    rhs = torch.randn(*batch, 257, 31, dtype=bfloat16)
+    grad = torch.randn(*batch, 33, 31, dtype=bfloat16)
+    leaves = [x.requires_grad_() for x in (lhs, rhs)]
+
+    out = matmul(lhs, rhs)
+    actual = [out, *torch.autograd.grad(out, leaves, grad)]
+
+    left, right, of_out = (x.detach().double() for x in (lhs, rhs, grad))
+    expected = [left @ right, of_out @ right.mT, left.mT @ of_out]
+    for result, exact in zip(actual, expected, strict=True):
+        assert result.dtype == bfloat16
+        # Half a unit in the last of 8 places; the rest is for sums in float32.
+        assert_close(result.double(), exact, rtol=2**-8, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -274,8 +347,9 @@ def test_compiled_code_is_torchs(native_calls: list[Sequence[Product]]) -> None:
 
 
 def test_sums_may_be_more_precise_than_factors(
-    native_calls: list[Sequence[Product]],
+    native_calls: list[Sequence[Product]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(products, "rounds_to_bfloat16", lambda: False)
     lhs, rhs = torch.randn(3, 5, dtype=bfloat16), torch.randn(5, 4, dtype=bfloat16)
     out, double = torch.ones(3, 4), torch.ones(3, 4, dtype=float64)
 

@@ -19,6 +19,7 @@ using moxe::load;
 using moxe::Silu;
 using moxe::store;
 using moxe::Vec;
+using moxe::Wide;
 
 // The rows that a thread takes at a time on the way forward, and that are summed before they
 // are added to the sum of all: the error grows with the length of a sum.
@@ -84,8 +85,9 @@ struct Inputs {
   }
 
   // The sum over taps, for `count` channels from `d` on.
-  Vec<T> convolve(const Shape& s, const T* w, const T* b, int64_t d, int64_t count) const {
-    Vec<T> sum = load(b + d, count);
+  Vec<Wide<T>> convolve(const Shape& s, const T* w, const T* b, int64_t d,
+                        int64_t count) const {
+    Vec<Wide<T>> sum = load(b + d, count);
     for (int64_t k = first; k < s.taps; ++k)
       sum = at::vec::fmadd(load(rows[k] + d, count), load(w + k * s.dim + d, count), sum);
     return sum;
@@ -143,9 +145,9 @@ void convolve_forward(const Shape& s, Rows<const T> x, const T* windows, const T
       inputs.find(run, t);
       T* to = out + (run.begin + t) * s.dim;
 
-      for_each_vector<T>(0, s.dim, [&](int64_t d, int64_t n) {
-        const Vec<T> sum = inputs.convolve(s, w, b, d, n);
-        store(s.activates ? Silu<T>(sum).value() : sum, to + d, n);
+      for_each_vector<Wide<T>>(0, s.dim, [&](int64_t d, int64_t n) {
+        const Vec<Wide<T>> sum = inputs.convolve(s, w, b, d, n);
+        store(s.activates ? Silu<Wide<T>>(sum).value() : sum, to + d, n);
       });
     }
   }
@@ -164,8 +166,8 @@ struct Block {
 
 // to = the sum over taps of the gradients that the step `at` of a run gets from later ones.
 // Steps below 0 are those of the window. `grad` are the block's, from the run's first on.
-template <typename T>
-void sum_taps(const Shape& s, const Run<T>& run, Rows<const T> grad, const T* w, int64_t at,
+template <typename T, typename G>
+void sum_taps(const Shape& s, const Run<T>& run, Rows<const G> grad, const T* w, int64_t at,
               const Block& block, T* to) {
   // Tap k is met at the step `at + taps - 1 - k` of the run.
   const int64_t last = at + s.taps - 1;
@@ -176,8 +178,8 @@ void sum_taps(const Shape& s, const Run<T>& run, Rows<const T> grad, const T* w,
   w += block.begin;
   to += block.begin;
 
-  for_each_vector<T>(0, count, [=](int64_t d, int64_t n) {
-    Vec<T> sum(T(0));
+  for_each_vector<Wide<T>>(0, count, [=](int64_t d, int64_t n) {
+    Vec<Wide<T>> sum(Wide<T>(0));
     for (int64_t k = first_tap; k < end_tap; ++k)
       sum = at::vec::fmadd(load(grad[last - k] + d, n), load(w + k * dim + d, n), sum);
     store(sum, to + d, n);
@@ -187,15 +189,70 @@ void sum_taps(const Shape& s, const Run<T>& run, Rows<const T> grad, const T* w,
 // The gradients of the sums over taps, from those of the results.
 template <typename T>
 void pass_silu(const Shape& s, const Run<T>& run, Rows<const T> grad, const T* w, const T* b,
-               const Block& block, Rows<T> to) {
+               const Block& block, Rows<Wide<T>> to) {
   Inputs<T> inputs(s.taps);
 
   for (int64_t t = 0; t < run.len; ++t) {
     inputs.find(run, t);
-    for_each_vector<T>(0, block.end - block.begin, [&](int64_t d, int64_t n) {
-      const Silu<T> silu(inputs.convolve(s, w, b, block.begin + d, n));
+    for_each_vector<Wide<T>>(0, block.end - block.begin, [&](int64_t d, int64_t n) {
+      const Silu<Wide<T>> silu(inputs.convolve(s, w, b, block.begin + d, n));
       store(load(grad[t] + d, n) * silu.slope(), to[t] + d, n);
     });
+  }
+}
+
+// The gradients of an expert's parameters, summed over its rows; of channels of a block.
+template <typename T>
+struct Sums {
+  using W = Wide<T>;
+
+  Sums(const Shape& s, const Block& block)
+      : taps(s.taps),
+        count(block.end - block.begin),
+        sums((taps + 1) * count, W(0)),
+        totals(sums) {}
+
+  // Adds a row's; grad: that of its result, from the block's first channel on.
+  template <typename G>
+  void add(const Run<T>& run, int64_t step, const Block& block, const G* grad) {
+    W* bias_sum = &sums[taps * count];
+    for_each_vector<W>(0, count, [&](int64_t d, int64_t n) {
+      store(load(bias_sum + d, n) + load(grad + d, n), bias_sum + d, n);
+    });
+    for (int64_t k = 0; k < taps; ++k)
+      if (const T* input = run.input(step, k)) {
+        W* sum = &sums[k * count];
+        for_each_vector<W>(0, count, [&](int64_t d, int64_t n) {
+          store(at::vec::fmadd(load(grad + d, n), load(input + block.begin + d, n),
+                               load(sum + d, n)),
+                sum + d, n);
+        });
+      }
+
+    if (++num_summed % kRows == 0) end();
+  }
+
+  void end() { flush(sums.data(), totals.data(), static_cast<int64_t>(sums.size())); }
+
+  int64_t taps, count;
+  // Those of the taps, then that of the bias.
+  std::vector<W> sums, totals;
+  int64_t num_summed = 0;
+};
+
+// grad: of the sums over taps of a run, from its first row and the block's first channel on.
+template <typename T, typename G>
+void walk_run(const Shape& s, const Run<T>& run, Rows<const G> grad, const T* w,
+              const Gradients<T>& grads, const Block& block, Sums<T>& sums) {
+  if (grads.windows != nullptr)
+    for (int64_t i = 0; i < run.before; ++i)
+      sum_taps(s, run, grad, w, i - run.before, block,
+               grads.windows + (run.index * run.before + i) * s.dim);
+
+  for (int64_t t = 0; t < run.len; ++t) {
+    if (grads.x != nullptr)
+      sum_taps(s, run, grad, w, t, block, grads.x + (run.begin + t) * s.dim);
+    if (grads.weight != nullptr) sums.add(run, t, block, grad[t]);
   }
 }
 
@@ -203,61 +260,32 @@ template <typename T>
 void walk_back(const Shape& s, const std::vector<Run<T>>& runs, Rows<const T> grad,
                const T* weight, const T* bias, const Gradients<T>& grads,
                const Block& block) {
+  using W = Wide<T>;
+
   const int64_t count = block.end - block.begin;
   const T* w = weight + block.expert * s.taps * s.dim;
-  // Those of the taps, then that of the bias.
-  std::vector<T> sums((s.taps + 1) * count, T(0)), totals(sums);
-  T* bias_sum = &sums[s.taps * count];
-  int64_t num_summed = 0;
-  std::vector<T> of_sums;
+  Sums<T> sums(s, block);
+  std::vector<W> of_sums;
 
   for (int64_t r = block.expert * s.runs; r < (block.expert + 1) * s.runs; ++r) {
     const Run<T>& run = runs[r];
+    const Rows<const T> of_run = {grad[run.begin] + block.begin, grad.stride};
 
-    Rows<const T> of_run = {grad[run.begin] + block.begin, grad.stride};
     if (s.activates) {
       of_sums.resize(run.len * count);
       pass_silu(s, run, of_run, w, bias + block.expert * s.dim, block,
                 {of_sums.data(), count});
-      of_run = {of_sums.data(), count};
-    }
-
-    if (grads.windows != nullptr)
-      for (int64_t i = 0; i < run.before; ++i)
-        sum_taps(s, run, of_run, w, i - run.before, block,
-                 grads.windows + (run.index * run.before + i) * s.dim);
-
-    for (int64_t t = 0; t < run.len; ++t) {
-      const T* g = of_run[t];
-
-      if (grads.x != nullptr)
-        sum_taps(s, run, of_run, w, t, block, grads.x + (run.begin + t) * s.dim);
-
-      if (grads.weight == nullptr) continue;
-
-      for_each_vector<T>(0, count, [&](int64_t d, int64_t n) {
-        store(load(bias_sum + d, n) + load(g + d, n), bias_sum + d, n);
-      });
-      for (int64_t k = 0; k < s.taps; ++k)
-        if (const T* input = run.input(t, k)) {
-          T* sum = &sums[k * count];
-          for_each_vector<T>(0, count, [&](int64_t d, int64_t n) {
-            store(at::vec::fmadd(load(g + d, n),
-                                 load(input + block.begin + d, n), load(sum + d, n)),
-                  sum + d, n);
-          });
-        }
-
-      if (++num_summed % kRows == 0)
-        flush(sums.data(), totals.data(), static_cast<int64_t>(sums.size()));
+      walk_run(s, run, Rows<const W>{of_sums.data(), count}, w, grads, block, sums);
+    } else {
+      walk_run(s, run, of_run, w, grads, block, sums);
     }
   }
 
   if (grads.weight == nullptr) return;
 
-  flush(sums.data(), totals.data(), static_cast<int64_t>(sums.size()));
+  sums.end();
   for (int64_t k = 0; k <= s.taps; ++k)
-    std::copy_n(&totals[k * count], count,
+    std::copy_n(&sums.totals[k * count], count,
                 (k < s.taps ? grads.weight + (block.expert * s.taps + k) * s.dim
                             : grads.bias + block.expert * s.dim) +
                     block.begin);
@@ -271,8 +299,8 @@ void convolve_backward(const Shape& s, Rows<const T> x, const T* windows, const 
 
   const int64_t num_blocks = divide_up(kTasksPerThread * num_threads, s.experts);
   const int64_t width =
-      divide_up(std::max(kMinChannels, divide_up(s.dim, num_blocks)), Vec<T>::size()) *
-      Vec<T>::size();
+      divide_up(std::max(kMinChannels, divide_up(s.dim, num_blocks)), Vec<Wide<T>>::size()) *
+      Vec<Wide<T>>::size();
 
   std::vector<Block> blocks;
   for (int64_t expert = 0; expert < s.experts; ++expert)
@@ -307,3 +335,6 @@ void convolve_backward(const Shape& s, Rows<const T> x, const T* windows, const 
 
 MOXE_CAUSAL_CONV(float, float)
 MOXE_CAUSAL_CONV(double, double)
+#ifdef __AVX512BF16__
+MOXE_CAUSAL_CONV(at::BFloat16, bfloat16)
+#endif

@@ -32,7 +32,8 @@ def causal_conv(
 ) -> Tensor:
     """Convolve sequences that follow each other without a gap, expert by expert.
 
-    All tensors are of one dtype, float32 or float64, and on the CPU.
+    All tensors are of one dtype of :data:`~moxe_plugin.nn.native.library.SUFFIXES`, and
+    on the CPU. Those of bfloat16 are computed in float32.
 
     :param flat: *Shape:* ``(C,M)``.
     :param window: The K-1 inputs before each sequence; zeros if ``None``. *Shape:*

@@ -15,6 +15,7 @@ using moxe::load;
 using moxe::Silu;
 using moxe::store;
 using moxe::Vec;
+using moxe::Wide;
 
 struct Shape {
   int64_t experts, heads, dim;  // dim: channels of a head
@@ -27,7 +28,8 @@ struct Shape {
 template <typename T>
 void output_forward(const Shape& s, double eps, int num_threads, const T* hidden,
                     const T* weight, const T* convolved, const T* skip, const T* gate,
-                    T* out, T* stats) {
+                    T* out, Wide<T>* stats) {
+  using W = Wide<T>;
   const std::vector<moxe::RowBlock> blocks = moxe::cut_rows(s.experts, s.counts);
   const int64_t num_blocks = blocks.size(), width = s.width();
 
@@ -38,17 +40,17 @@ void output_forward(const Shape& s, double eps, int num_threads, const T* hidden
         const int64_t channel = head * s.dim, at = row * width + channel;
         const int64_t of_expert = blocks[b].expert * width + channel;
         const T* z = gate + row * s.gate_stride + channel;
-        T* stat = stats + 2 * (row * s.heads + head);
+        W* stat = stats + 2 * (row * s.heads + head);
 
         moxe::find_stats(hidden + at, s.dim, eps, stat);
-        const Vec<T> mean(stat[0]), rstd(stat[1]);
+        const Vec<W> mean(stat[0]), rstd(stat[1]);
 
-        for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
-          const Vec<T> normed = (load(hidden + at + i, n) - mean) * rstd;
-          const Vec<T> skipped =
+        for_each_vector<W>(0, s.dim, [&](int64_t i, int64_t n) {
+          const Vec<W> normed = (load(hidden + at + i, n) - mean) * rstd;
+          const Vec<W> skipped =
               load(skip + of_expert + i, n) * load(convolved + at + i, n);
-          const Vec<T> let = at::vec::fmadd(normed, load(weight + of_expert + i, n), skipped);
-          store(let * Silu<T>(load(z + i, n)).value(), out + at + i, n);
+          const Vec<W> let = at::vec::fmadd(normed, load(weight + of_expert + i, n), skipped);
+          store(let * Silu<W>(load(z + i, n)).value(), out + at + i, n);
         });
       }
 }
@@ -56,75 +58,75 @@ void output_forward(const Shape& s, double eps, int num_threads, const T* hidden
 // grads: of hidden, weight, convolved, skip and gate.
 template <typename T>
 void output_backward(const Shape& s, int num_threads, const T* hidden, const T* weight,
-                     const T* convolved, const T* skip, const T* gate, const T* stats,
-                     const T* grad, T* grad_hidden, T* grad_weight, T* grad_convolved,
-                     T* grad_skip, T* grad_gate) {
+                     const T* convolved, const T* skip, const T* gate,
+                     const Wide<T>* stats, const T* grad, T* grad_hidden, T* grad_weight,
+                     T* grad_convolved, T* grad_skip, T* grad_gate) {
+  using W = Wide<T>;
   const std::vector<moxe::RowBlock> blocks = moxe::cut_rows(s.experts, s.counts);
   const int64_t num_blocks = blocks.size(), width = s.width();
   // Of the norm's weight, then of the skip's.
-  std::vector<T> parts(num_blocks * 2 * width);
+  std::vector<W> parts(num_blocks * 2 * width);
 
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_blocks > 1)
-  for (int64_t b = 0; b < num_blocks; ++b)
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    // Gradients of a head's normalised outputs, times their scale.
+    std::vector<W> scaled_of_head(s.dim);
+
     for (int64_t row = blocks[b].begin; row < blocks[b].end; ++row)
       for (int64_t head = 0; head < s.heads; ++head) {
         const int64_t channel = head * s.dim, at = row * width + channel;
         const int64_t of_expert = blocks[b].expert * width + channel;
         const T* z = gate + row * s.gate_stride + channel;
-        T* of_weight = parts.data() + 2 * b * width + channel;
-        T* of_skip = of_weight + width;
-        const Vec<T> mean(stats[2 * (row * s.heads + head)]);
-        const Vec<T> rstd(stats[2 * (row * s.heads + head) + 1]);
+        W* of_weight = parts.data() + 2 * b * width + channel;
+        W* of_skip = of_weight + width;
+        const Vec<W> mean(stats[2 * (row * s.heads + head)]);
+        const Vec<W> rstd(stats[2 * (row * s.heads + head) + 1]);
 
         // Beyond the end, gradients are 0.
-        Vec<T> sums(0), products(0);
-        for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
-          const Vec<T> normed = (load(hidden + at + i, n) - mean) * rstd;
-          const Vec<T> scale = load(weight + of_expert + i, n);
-          const Vec<T> factor = load(skip + of_expert + i, n);
-          const Vec<T> u = load(convolved + at + i, n), g = load(grad + at + i, n);
-          const Silu<T> silu(load(z + i, n));
+        Vec<W> sums(0), products(0);
+        for_each_vector<W>(0, s.dim, [&](int64_t i, int64_t n) {
+          const Vec<W> normed = (load(hidden + at + i, n) - mean) * rstd;
+          const Vec<W> scale = load(weight + of_expert + i, n);
+          const Vec<W> factor = load(skip + of_expert + i, n);
+          const Vec<W> u = load(convolved + at + i, n), g = load(grad + at + i, n);
+          const Silu<W> silu(load(z + i, n));
 
-          const Vec<T> let = at::vec::fmadd(normed, scale, factor * u);
+          const Vec<W> let = at::vec::fmadd(normed, scale, factor * u);
           store(g * let * silu.slope(), grad_gate + at + i, n);
 
-          const Vec<T> of_let = g * silu.value(), scaled = of_let * scale;
+          const Vec<W> of_let = g * silu.value(), scaled = of_let * scale;
           store(of_let * factor, grad_convolved + at + i, n);
-          store(scaled, grad_hidden + at + i, n);
+          store(scaled, &scaled_of_head[i], n);
           sums = sums + scaled;
           products = at::vec::fmadd(scaled, normed, products);
           store(at::vec::fmadd(of_let, normed, load(of_weight + i, n)), of_weight + i, n);
           store(at::vec::fmadd(of_let, u, load(of_skip + i, n)), of_skip + i, n);
         });
 
-        const Vec<T> first(moxe::sum(sums) / s.dim), second(moxe::sum(products) / s.dim);
-        for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
-          const Vec<T> normed = (load(hidden + at + i, n) - mean) * rstd;
-          const Vec<T> scaled = load(grad_hidden + at + i, n);
+        const Vec<W> first(moxe::sum(sums) / s.dim), second(moxe::sum(products) / s.dim);
+        for_each_vector<W>(0, s.dim, [&](int64_t i, int64_t n) {
+          const Vec<W> normed = (load(hidden + at + i, n) - mean) * rstd;
+          const Vec<W> scaled = load(&scaled_of_head[i], n);
           store((scaled - first - normed * second) * rstd, grad_hidden + at + i, n);
         });
       }
-
-  std::fill_n(grad_weight, s.experts * width, T(0));
-  std::fill_n(grad_skip, s.experts * width, T(0));
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    const int64_t to = blocks[b].expert * width;
-    const T* part = parts.data() + 2 * b * width;
-    for (int64_t i = 0; i < width; ++i) {
-      grad_weight[to + i] += part[i];
-      grad_skip[to + i] += part[width + i];
-    }
   }
+
+  const W* part = parts.data();
+  moxe::sum_parts(blocks, s.experts, width, part, 2 * width, grad_weight);
+  moxe::sum_parts(blocks, s.experts, width, part + width, 2 * width, grad_skip);
 }
 
 // joint: rows of gates, then values, `dim` each.
 template <typename T>
 void silu_forward(int64_t rows, int64_t dim, int num_threads, const T* joint, T* out) {
+  using W = Wide<T>;
+
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (rows > 1)
   for (int64_t row = 0; row < rows; ++row) {
     const T *gate = joint + 2 * row * dim, *value = gate + dim;
-    for_each_vector<T>(0, dim, [&](int64_t i, int64_t n) {
-      store(Silu<T>(load(gate + i, n)).value() * load(value + i, n), out + row * dim + i, n);
+    for_each_vector<W>(0, dim, [&](int64_t i, int64_t n) {
+      store(Silu<W>(load(gate + i, n)).value() * load(value + i, n), out + row * dim + i, n);
     });
   }
 }
@@ -132,13 +134,15 @@ void silu_forward(int64_t rows, int64_t dim, int num_threads, const T* joint, T*
 template <typename T>
 void silu_backward(int64_t rows, int64_t dim, int num_threads, const T* joint, const T* grad,
                    T* grad_joint) {
+  using W = Wide<T>;
+
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (rows > 1)
   for (int64_t row = 0; row < rows; ++row) {
     const T *gate = joint + 2 * row * dim, *value = gate + dim;
     T *of_gate = grad_joint + 2 * row * dim, *of_value = of_gate + dim;
-    for_each_vector<T>(0, dim, [&](int64_t i, int64_t n) {
-      const Silu<T> silu(load(gate + i, n));
-      const Vec<T> g = load(grad + row * dim + i, n);
+    for_each_vector<W>(0, dim, [&](int64_t i, int64_t n) {
+      const Silu<W> silu(load(gate + i, n));
+      const Vec<W> g = load(grad + row * dim + i, n);
       store(g * load(value + i, n) * silu.slope(), of_gate + i, n);
       store(g * silu.value(), of_value + i, n);
     });
@@ -149,31 +153,35 @@ void silu_backward(int64_t rows, int64_t dim, int num_threads, const T* joint, c
 
 // shape: experts, heads, channels of a head, stride of gates. stats: mean and 1 / deviation of
 // each head.
-#define MOXE_GATING(T)                                                                       \
-  extern "C" void moxe_output_forward_##T(                                                   \
-      const int64_t* shape, const int64_t* counts, double eps, int num_threads,              \
-      const T* hidden, const T* weight, const T* convolved, const T* skip, const T* gate,    \
-      T* out, T* stats) {                                                                    \
-    output_forward<T>({shape[0], shape[1], shape[2], shape[3], counts}, eps, num_threads,    \
-                      hidden, weight, convolved, skip, gate, out, stats);                    \
-  }                                                                                          \
-  extern "C" void moxe_output_backward_##T(                                                  \
-      const int64_t* shape, const int64_t* counts, double, int num_threads, const T* hidden, \
-      const T* weight, const T* convolved, const T* skip, const T* gate, const T* stats,     \
-      const T* grad, T* grad_hidden, T* grad_weight, T* grad_convolved, T* grad_skip,        \
-      T* grad_gate) {                                                                        \
-    output_backward<T>({shape[0], shape[1], shape[2], shape[3], counts}, num_threads,        \
-                       hidden, weight, convolved, skip, gate, stats, grad, grad_hidden,      \
-                       grad_weight, grad_convolved, grad_skip, grad_gate);                   \
-  }                                                                                          \
-  extern "C" void moxe_silu_forward_##T(int64_t rows, int64_t dim, int num_threads,          \
-                                        const T* joint, T* out) {                            \
-    silu_forward<T>(rows, dim, num_threads, joint, out);                                     \
-  }                                                                                          \
-  extern "C" void moxe_silu_backward_##T(int64_t rows, int64_t dim, int num_threads,         \
-                                         const T* joint, const T* grad, T* grad_joint) {     \
-    silu_backward<T>(rows, dim, num_threads, joint, grad, grad_joint);                       \
+#define MOXE_GATING(T, SUFFIX)                                                            \
+  extern "C" void moxe_output_forward_##SUFFIX(                                           \
+      const int64_t* shape, const int64_t* counts, double eps, int num_threads,           \
+      const T* hidden, const T* weight, const T* convolved, const T* skip, const T* gate, \
+      T* out, Wide<T>* stats) {                                                           \
+    output_forward<T>({shape[0], shape[1], shape[2], shape[3], counts}, eps, num_threads, \
+                      hidden, weight, convolved, skip, gate, out, stats);                 \
+  }                                                                                       \
+  extern "C" void moxe_output_backward_##SUFFIX(                                          \
+      const int64_t* shape, const int64_t* counts, double, int num_threads,               \
+      const T* hidden, const T* weight, const T* convolved, const T* skip, const T* gate, \
+      const Wide<T>* stats, const T* grad, T* grad_hidden, T* grad_weight,                \
+      T* grad_convolved, T* grad_skip, T* grad_gate) {                                    \
+    output_backward<T>({shape[0], shape[1], shape[2], shape[3], counts}, num_threads,     \
+                       hidden, weight, convolved, skip, gate, stats, grad, grad_hidden,   \
+                       grad_weight, grad_convolved, grad_skip, grad_gate);                \
+  }                                                                                       \
+  extern "C" void moxe_silu_forward_##SUFFIX(int64_t rows, int64_t dim, int num_threads,  \
+                                             const T* joint, T* out) {                    \
+    silu_forward<T>(rows, dim, num_threads, joint, out);                                  \
+  }                                                                                       \
+  extern "C" void moxe_silu_backward_##SUFFIX(int64_t rows, int64_t dim, int num_threads, \
+                                              const T* joint, const T* grad,              \
+                                              T* grad_joint) {                            \
+    silu_backward<T>(rows, dim, num_threads, joint, grad, grad_joint);                    \
   }
 
-MOXE_GATING(float)
-MOXE_GATING(double)
+MOXE_GATING(float, float)
+MOXE_GATING(double, double)
+#ifdef __AVX512BF16__
+MOXE_GATING(at::BFloat16, bfloat16)
+#endif

@@ -1,7 +1,7 @@
 """The ends of the blocks' branches, where a gate meets what it lets through, in C++.
 
-Each is one pass over memory. The sums of gradients are added in an order that does not
-depend on the number of threads.
+Each is one pass over memory, computed in float32 where that keeps bfloat16. The sums of
+gradients are added in an order that does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from moxe_plugin.nn.native.library import SUFFIXES, find_function
 class MLSTMOutput(NamedTuple):
     """What meets at the end of the mLSTM's branch.
 
-    All are of one dtype, float32 or float64, and on the CPU. Rows are sorted by expert.
+    All are of one dtype of :data:`~moxe_plugin.nn.native.library.SUFFIXES`, and on the
+    CPU. Rows are sorted by expert.
     """
 
     hidden: Tensor
@@ -62,7 +63,8 @@ def gate_mlstm_output(
 def silu_product(joint: Tensor) -> Tensor:
     """Compute ``silu(a) * b`` of ``joint = [a, b]``.
 
-    :param joint: Float32 or float64, on the CPU. *Shape:* ``(…,2I)``.
+    :param joint: Of a dtype of :data:`~moxe_plugin.nn.native.library.SUFFIXES`, on the
+        CPU. *Shape:* ``(…,2I)``.
 
     :returns: *Shape:* ``(…,I)``.
 
@@ -83,7 +85,8 @@ class _GateMLSTMOutput(Function):
 
         out = torch.empty_like(hidden)
         # The mean, and one over the deviation
-        stats = hidden.new_empty(hidden.size(0), num_heads, 2)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        stats = hidden.new_empty(hidden.size(0), num_heads, 2, dtype=wide)
 
         _call_output(
             *("forward", counts, num_heads, eps),

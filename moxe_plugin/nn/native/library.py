@@ -44,8 +44,8 @@ SUFFIXES: Final = {
     torch.float64: "double",
     torch.bfloat16: "bfloat16",
 }
-"""How the functions for each type end. Those for bfloat16, which is only what numbers are
-kept in, are compiled for processors that multiply it."""
+"""How the functions for each type end. Those for bfloat16, in which numbers are only
+kept, are compiled for processors that multiply it."""
 
 _TIMEOUT_S: Final = 300
 

@@ -30,22 +30,24 @@ inline std::vector<RowBlock> cut_rows(int64_t experts, const int64_t* counts) {
 
 // stats: the mean, and 1 / sqrt(variance + eps).
 template <typename T>
-void find_stats(const T* x, int64_t dim, double eps, T* stats) {
-  Vec<T> sums(0);
-  for_each_vector<T>(0, dim, [&](int64_t i, int64_t n) { sums = sums + load(x + i, n); });
-  const T mean = sum(sums) / dim;
+void find_stats(const T* x, int64_t dim, double eps, Wide<T>* stats) {
+  using W = Wide<T>;
+
+  Vec<W> sums(0);
+  for_each_vector<W>(0, dim, [&](int64_t i, int64_t n) { sums = sums + load(x + i, n); });
+  const W mean = sum(sums) / dim;
 
   // What is left of the mean is that of the differences, as sums are rounded.
-  Vec<T> diffs(0), squares(0);
+  Vec<W> diffs(0), squares(0);
   double rest = 0, rest_of_squares = 0;
-  for_each_vector<T>(0, dim, [&](int64_t i, int64_t n) {
-    if (n == Vec<T>::size()) {
-      const Vec<T> diff = Vec<T>::loadu(x + i) - Vec<T>(mean);
+  for_each_vector<W>(0, dim, [&](int64_t i, int64_t n) {
+    if (n == Vec<W>::size()) {
+      const Vec<W> diff = load(x + i, n) - Vec<W>(mean);
       diffs = diffs + diff;
       squares = at::vec::fmadd(diff, diff, squares);
     } else {
       for (int64_t j = i; j < i + n; ++j) {
-        const double diff = x[j] - mean;
+        const double diff = static_cast<W>(x[j]) - mean;
         rest += diff;
         rest_of_squares += diff * diff;
       }
@@ -56,6 +58,21 @@ void find_stats(const T* x, int64_t dim, double eps, T* stats) {
 
   stats[0] = mean + left;
   stats[1] = 1 / std::sqrt(square - left * left + eps);
+}
+
+// to: of each expert, the sum of the parts of its blocks, in their order, rounded once. Parts
+// of `width` numbers lie `stride` apart.
+template <typename T>
+void sum_parts(const std::vector<RowBlock>& blocks, int64_t experts, int64_t width,
+               const Wide<T>* parts, int64_t stride, T* to) {
+  std::vector<Wide<T>> sums(width);
+  auto block = blocks.begin();
+  for (int64_t expert = 0; expert < experts; ++expert, to += width) {
+    std::fill(sums.begin(), sums.end(), Wide<T>(0));
+    for (; block != blocks.end() && block->expert == expert; ++block, parts += stride)
+      for (int64_t i = 0; i < width; ++i) sums[i] += parts[i];
+    std::copy(sums.begin(), sums.end(), to);
+  }
 }
 
 }  // namespace moxe

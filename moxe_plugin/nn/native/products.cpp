@@ -665,12 +665,12 @@ void run_packed(const Task& task, const Task* next, bool adds, bool streams,
   pack<kCols>(part.types.factors, part.types.is_rhs_half, part.rhs(task.col), p.rhs_row,
               p.rhs_col, part.inner, task.num_cols, kCols, panels);
 
-  if (part.types.is_out_half)
-    run_tiles<Factors::kBFloat16, BFloat16>(task, next, adds, streams, panels);
-  else if (part.types.factors == Factors::kBFloat16)
-    run_tiles<Factors::kBFloat16, float>(task, next, adds, streams, panels);
-  else
-    run_tiles<Factors::kFloat, float>(task, next, adds, streams, panels);
+  const bool pairs = part.types.factors == Factors::kBFloat16;
+  const auto run = part.types.is_out_half ? pairs ? run_tiles<Factors::kBFloat16, BFloat16>
+                                                  : run_tiles<Factors::kFloat, BFloat16>
+                   : pairs                ? run_tiles<Factors::kBFloat16, float>
+                                          : run_tiles<Factors::kFloat, float>;
+  run(task, next, adds, streams, panels);
 }
 
 void run(const Task& task, const Task* next, bool adds, bool streams, float* panels) {
@@ -890,12 +890,12 @@ extern "C" int moxe_multiplies_bfloat16() {
   return moxe::kHasBFloat16;
 }
 
-// Returns 0, or 1 if there is no memory for copies of the factors. Which are rounded to bfloat16
-// with `rounds`, where that is possible, and always where a bit of `halves` is set: left factors
-// (1), right ones (2) or results (4) are kept in it then.
+// Returns 0, or 1 if there is no memory for copies of the factors. Where bits of `halves` are
+// set, left factors (1), right ones (2) or results (4) are kept in bfloat16. Factors are rounded
+// to it where one is, and, where that is possible, with `rounds`.
 extern "C" int moxe_multiply(int64_t num_products, const Product* products, int rounds,
                              int halves, int adds, int streams, int num_threads) {
-  const bool pairs = (rounds || halves) && moxe::kHasBFloat16;
+  const bool pairs = (rounds || (halves & 3)) && moxe::kHasBFloat16;
   const Types types = {(halves & 1) != 0, (halves & 2) != 0, (halves & 4) != 0,
                        pairs ? Factors::kBFloat16 : Factors::kFloat};
   try {

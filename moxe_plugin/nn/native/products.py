@@ -10,8 +10,8 @@ Under autocast to bfloat16, factors are rounded to it where they are copied, if 
 processor can multiply it; products, sums and results stay float32. Small products,
 whose factors are not copied, round nothing.
 
-On such processors, factors and results may be kept in bfloat16, too. Where one is, all
-factors are rounded to it; sums are float32, and rounded once.
+On such processors, factors and results may be kept in bfloat16, too. Where a factor is,
+both are rounded to it; sums are float32, and results are rounded once.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ _MAX_INNER: Final = 2048
 
 
 class Product(NamedTuple):
-    """What is multiplied: matrices, or B of them each. On the CPU; each is float32, or
-    bfloat16 where the processor multiplies it."""
+    """What is multiplied: matrices, or B of them each, on the CPU.
+
+    Each is float32, or bfloat16 where the processor multiplies it.
+    """
 
     lhs: Tensor
     """*Shape:* ``([B,]m,k)``, any strides."""
@@ -67,9 +69,7 @@ def multiply_all(
     numbers = array("q")
     # What holds the sums of results
     sums = [_sums_of(x.out, x.lhs.size(-1), adds=adds) for x in products]
-    halves = {
-        find_halves(x.lhs, x.rhs, y) for x, y in zip(products, sums, strict=True)
-    }
+    halves = {find_halves(x.lhs, x.rhs, y) for x, y in zip(products, sums, strict=True)}
 
     if len(halves) > 1:
         raise ValueError(

@@ -1,7 +1,8 @@
 """Sums of the rows of tokens' choices, and their gradients, in C++.
 
 Each token has K choices, and each choice that was sent a row of its own in one of the
-banks, whose rows are numbered through.
+banks, whose rows are numbered through. Sums of bfloat16 are float32 until they are
+written.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ def sum_choices(
 ) -> Tensor:
     """Sum the rows of each token's choices.
 
-    :param banks: The rows of each bank, all float32 or all float64, contiguous and on
-        the CPU. *Shape:* ``(C,M)`` each, C may differ.
-    :param weights: What to multiply them by, of the same type and contiguous; nothing
-        if ``None``. *Shape:* ``(T,K)``.
+    :param banks: The rows of each bank, all of one dtype of
+        :data:`~moxe_plugin.nn.native.library.SUFFIXES`, contiguous and on the CPU.
+        *Shape:* ``(C,M)`` each, C may differ.
+    :param weights: What to multiply them by, contiguous and of the same type, but
+        float32 for bfloat16; nothing if ``None``. *Shape:* ``(T,K)``.
     :param row_of_choice: The row of each choice, int64 and contiguous; -1 if it was not
         sent, which adds nothing. *Shape:* ``(T,K)``.
 

@@ -15,6 +15,7 @@ using moxe::load;
 using moxe::store;
 using moxe::sum;
 using moxe::Vec;
+using moxe::Wide;
 
 struct Shape {
   int64_t experts, heads, dim;  // dim: channels of a head
@@ -23,7 +24,8 @@ struct Shape {
 
 template <typename T>
 void norm_forward(const Shape& s, double eps, int num_threads, const T* x, const T* weight,
-                  T* out, T* stats) {
+                  T* out, Wide<T>* stats) {
+  using W = Wide<T>;
   const std::vector<moxe::RowBlock> blocks = moxe::cut_rows(s.experts, s.counts);
   const int64_t num_blocks = blocks.size(), width = s.heads * s.dim;
 
@@ -35,12 +37,12 @@ void norm_forward(const Shape& s, double eps, int num_threads, const T* x, const
         const T* scale = weight + blocks[b].expert * width + head * s.dim;
         T* to = out + row * width + head * s.dim;
 
-        T* stat = stats + 2 * (row * s.heads + head);
+        W* stat = stats + 2 * (row * s.heads + head);
         moxe::find_stats(from, s.dim, eps, stat);
-        const Vec<T> mean(stat[0]), rstd(stat[1]);
+        const Vec<W> mean(stat[0]), rstd(stat[1]);
 
-        for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
-          const Vec<T> normed = (load(from + i, n) - mean) * rstd;
+        for_each_vector<W>(0, s.dim, [&](int64_t i, int64_t n) {
+          const Vec<W> normed = (load(from + i, n) - mean) * rstd;
           store(normed * load(scale + i, n), to + i, n);
         });
       }
@@ -48,10 +50,11 @@ void norm_forward(const Shape& s, double eps, int num_threads, const T* x, const
 
 template <typename T>
 void norm_backward(const Shape& s, int num_threads, const T* x, const T* weight,
-                   const T* stats, const T* grad, T* grad_x, T* grad_weight) {
+                   const Wide<T>* stats, const T* grad, T* grad_x, T* grad_weight) {
+  using W = Wide<T>;
   const std::vector<moxe::RowBlock> blocks = moxe::cut_rows(s.experts, s.counts);
   const int64_t num_blocks = blocks.size(), width = s.heads * s.dim;
-  std::vector<T> parts(num_blocks * width);
+  std::vector<W> parts(num_blocks * width);
 
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_blocks > 1)
   for (int64_t b = 0; b < num_blocks; ++b)
@@ -59,52 +62,50 @@ void norm_backward(const Shape& s, int num_threads, const T* x, const T* weight,
       for (int64_t head = 0; head < s.heads; ++head) {
         const int64_t at = row * width + head * s.dim;
         const T* scale = weight + blocks[b].expert * width + head * s.dim;
-        T* part = parts.data() + b * width + head * s.dim;
-        const Vec<T> mean(stats[2 * (row * s.heads + head)]);
-        const Vec<T> rstd(stats[2 * (row * s.heads + head) + 1]);
+        W* part = parts.data() + b * width + head * s.dim;
+        const Vec<W> mean(stats[2 * (row * s.heads + head)]);
+        const Vec<W> rstd(stats[2 * (row * s.heads + head) + 1]);
 
         // Beyond the end, gradients are 0.
-        Vec<T> sums(0), products(0);
-        for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
-          const Vec<T> normed = (load(x + at + i, n) - mean) * rstd;
-          const Vec<T> g = load(grad + at + i, n), scaled = g * load(scale + i, n);
+        Vec<W> sums(0), products(0);
+        for_each_vector<W>(0, s.dim, [&](int64_t i, int64_t n) {
+          const Vec<W> normed = (load(x + at + i, n) - mean) * rstd;
+          const Vec<W> g = load(grad + at + i, n), scaled = g * load(scale + i, n);
           sums = sums + scaled;
           products = at::vec::fmadd(scaled, normed, products);
           store(at::vec::fmadd(g, normed, load(part + i, n)), part + i, n);
         });
 
-        const Vec<T> first(sum(sums) / s.dim), second(sum(products) / s.dim);
-        for_each_vector<T>(0, s.dim, [&](int64_t i, int64_t n) {
-          const Vec<T> normed = (load(x + at + i, n) - mean) * rstd;
-          const Vec<T> scaled = load(grad + at + i, n) * load(scale + i, n);
+        const Vec<W> first(sum(sums) / s.dim), second(sum(products) / s.dim);
+        for_each_vector<W>(0, s.dim, [&](int64_t i, int64_t n) {
+          const Vec<W> normed = (load(x + at + i, n) - mean) * rstd;
+          const Vec<W> scaled = load(grad + at + i, n) * load(scale + i, n);
           store((scaled - first - normed * second) * rstd, grad_x + at + i, n);
         });
       }
 
-  std::fill_n(grad_weight, s.experts * width, T(0));
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    T* to = grad_weight + blocks[b].expert * width;
-    const T* part = parts.data() + b * width;
-    for (int64_t i = 0; i < width; ++i) to[i] += part[i];
-  }
+  moxe::sum_parts(blocks, s.experts, width, parts.data(), width, grad_weight);
 }
 
 }  // namespace
 
 // shape: experts, heads, channels of a head. stats: mean and 1 / deviation of each head.
-#define MOXE_SCALE_NORM(T)                                                                \
-  extern "C" void moxe_norm_forward_##T(const int64_t* shape, const int64_t* counts,      \
-                                        double eps, int num_threads, const T* x,          \
-                                        const T* weight, T* out, T* stats) {              \
+#define MOXE_SCALE_NORM(T, SUFFIX)                                                        \
+  extern "C" void moxe_norm_forward_##SUFFIX(                                             \
+      const int64_t* shape, const int64_t* counts, double eps, int num_threads,           \
+      const T* x, const T* weight, T* out, Wide<T>* stats) {                              \
     norm_forward<T>({shape[0], shape[1], shape[2], counts}, eps, num_threads, x, weight,  \
                     out, stats);                                                          \
   }                                                                                       \
-  extern "C" void moxe_norm_backward_##T(                                                 \
+  extern "C" void moxe_norm_backward_##SUFFIX(                                            \
       const int64_t* shape, const int64_t* counts, double, int num_threads, const T* x,   \
-      const T* weight, const T* stats, const T* grad, T* grad_x, T* grad_weight) {        \
+      const T* weight, const Wide<T>* stats, const T* grad, T* grad_x, T* grad_weight) {  \
     norm_backward<T>({shape[0], shape[1], shape[2], counts}, num_threads, x, weight,      \
                      stats, grad, grad_x, grad_weight);                                   \
   }
 
-MOXE_SCALE_NORM(float)
-MOXE_SCALE_NORM(double)
+MOXE_SCALE_NORM(float, float)
+MOXE_SCALE_NORM(double, double)
+#ifdef __AVX512BF16__
+MOXE_SCALE_NORM(at::BFloat16, bfloat16)
+#endif

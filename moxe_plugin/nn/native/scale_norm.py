@@ -26,7 +26,8 @@ def scale_norm(
 ) -> Tensor:
     """Normalise each head of each row, and scale it.
 
-    Both tensors are of one dtype, float32 or float64, and on the CPU.
+    Both tensors are of one dtype of :data:`~moxe_plugin.nn.native.library.SUFFIXES`,
+    and on the CPU. Those of bfloat16 are computed in float32.
 
     :param flat: Sorted by expert. *Shape:* ``(C,M)``.
     :param weight: *Shape:* ``(E,M)``.
@@ -55,7 +56,8 @@ class _ScaleNorm(Function):
         flat, weight = flat.contiguous(), weight.contiguous()
         out = torch.empty_like(flat)
         # The mean, and one over the deviation
-        stats = flat.new_empty(flat.size(0), num_heads, 2)
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        stats = flat.new_empty(flat.size(0), num_heads, 2, dtype=wide)
 
         _call("forward", counts, num_heads, eps, flat, weight, out, stats)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, float32, float64, tensor
+from torch import Tensor, bfloat16, float32, float64, tensor
 from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
@@ -24,6 +25,7 @@ from moxe_plugin.nn.native.library import (
 from moxe_plugin.nn.products import follows_autocast
 from moxe_plugin.nn.rows import find_rows
 from moxe_plugin.nn.slstm import SLSTMBlock
+from tests.nn.bfloat16_cases import assert_rounded_once, needs_bfloat16
 
 needs_compiler = pytest.mark.skipif(
     why_not_loaded("causal_conv") is not None,
@@ -54,8 +56,10 @@ def make_conv(
 def differentiate(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """Return outputs and the gradients of a function of all."""
     directions = torch.Generator().manual_seed(3)
+    # The same in every type.
     upstream = [
-        torch.randn(x.shape, generator=directions, dtype=x.dtype) for x in outputs
+        torch.randn(x.shape, generator=directions).bfloat16().to(x.dtype)
+        for x in outputs
     ]
 
     return [*outputs, *torch.autograd.grad(outputs, inputs, upstream)]
@@ -129,6 +133,38 @@ def test_native_batches_are_those_of_torch_with_all_gradients(
         return differentiate([*outputs], [seqs, window, *conv.parameters()])
 
     assert_same(run, dtype)
+
+
+@needs_compiler
+@needs_bfloat16
+@pytest.mark.parametrize("activates", [False, True], ids=["sums", "silu"])
+@pytest.mark.parametrize("has_window", [False, True], ids=["begin", "window"])
+@pytest.mark.parametrize("dim", [5, 32, 101])
+@pytest.mark.parametrize("kernel_size", [1, 4])
+def test_bfloat16_is_rounded_once(
+    kernel_size: int, dim: int, has_window: bool, activates: bool
+) -> None:
+    num_experts, num_seqs = len(LENS), len(LENS[0])
+    conv = make_conv(dim, kernel_size, num_experts, bfloat16, activates=activates)
+    rows = find_rows(tensor(LENS), 130)
+
+    joint = torch.randn(sum(rows.counts), 2 * dim).bfloat16()
+    window = torch.randn(num_experts, num_seqs, kernel_size - 1, dim).bfloat16()
+
+    def run(backend: ScanBackend, dtype: torch.dtype) -> list[Tensor]:
+        module = deepcopy(conv).to(dtype)
+        leaves = [x.to(dtype).requires_grad_() for x in (joint, window)]
+        flat = leaves[0].chunk(2, dim=-1)[1]
+        reads_window = has_window and kernel_size > 1
+        out = module.convolve_rows(
+            flat, rows, leaves[1] if reads_window else None, backend
+        )
+
+        return differentiate(
+            [out], [*leaves[: 2 if reads_window else 1], *module.parameters()]
+        )
+
+    assert_rounded_once(run("native", bfloat16), run("torch", float64))
 
 
 @needs_compiler

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import Tensor, float32, float64
+from torch import Tensor, bfloat16, float32, float64
 from torch.autograd import grad
 from torch.nn.functional import layer_norm, silu
 from torch.testing import assert_close
@@ -21,6 +21,11 @@ from moxe_plugin.nn.native.gating import (
     silu_product,
 )
 from moxe_plugin.nn.native.library import why_not_loaded
+from tests.nn.bfloat16_cases import (
+    assert_rounded_once,
+    differentiate,
+    needs_bfloat16,
+)
 
 needs_compiler = pytest.mark.skipif(
     why_not_loaded("gating") is not None,
@@ -88,6 +93,35 @@ def test_outputs_and_gradients_are_those_of_torch(
 
 
 @needs_compiler
+@needs_bfloat16
+@pytest.mark.parametrize("head_dim", [3, 16, 40])
+@pytest.mark.parametrize("num_heads", [1, 3])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_outputs_and_gradients_of_bfloat16_are_rounded_once(
+    counts: list[int], num_heads: int, head_dim: int
+) -> None:
+    dim = num_heads * head_dim
+    inputs, joint = make_inputs(counts, dim, bfloat16)
+    leaves = [*inputs[:-1], joint]
+
+    def split_gate(tensors: Sequence[Tensor]) -> MLSTMOutput:
+        hidden, weight, convolved, skip, joint = tensors
+
+        return MLSTMOutput(hidden, weight, convolved, skip, joint[:, dim:])
+
+    def in_cpp(*tensors: Tensor) -> Tensor:
+        return gate_mlstm_output(split_gate(tensors), counts, num_heads, NORM_EPS)
+
+    def in_torch(*tensors: Tensor) -> Tensor:
+        return gate_in_torch(split_gate(tensors), counts, num_heads)
+
+    assert_rounded_once(
+        differentiate(in_cpp, leaves, bfloat16),
+        differentiate(in_torch, leaves, float64),
+    )
+
+
+@needs_compiler
 @pytest.mark.usefixtures("_restored_threads")
 def test_threads_change_no_bit() -> None:
     counts = [100, 0, 37]
@@ -123,6 +157,25 @@ def test_products_with_silu_are_those_of_torch(
         grad(expected, joint, upstream),
         rtol=tol,
         atol=tol,
+    )
+
+
+@needs_compiler
+@needs_bfloat16
+@pytest.mark.parametrize("shape", [(0, 8), (1, 2), (5, 66), (2, 3, 4, 32)], ids=str)
+def test_products_of_bfloat16_with_silu_are_rounded_once(
+    shape: tuple[int, ...],
+) -> None:
+    joint = torch.randn(shape).bfloat16()
+
+    def in_torch(joint: Tensor) -> Tensor:
+        gate, value = joint.chunk(2, dim=-1)
+
+        return silu(gate) * value
+
+    assert_rounded_once(
+        differentiate(silu_product, [joint], bfloat16),
+        differentiate(in_torch, [joint], float64),
     )
 
 
@@ -165,15 +218,16 @@ def test_what_is_no_number_stays_so() -> None:
     assert_close(actual, silu(numbers), equal_nan=True)
 
 
+def list_nodes(node: object) -> set[str]:
+    if node is None:
+        return set()
+    parts = [list_nodes(x) for x, _ in node.next_functions]  # type: ignore[attr-defined]  # of autograd
+    return {type(node).__name__}.union(*parts)
+
+
 def compare_with_and_without(
     run: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    def list_nodes(node: object) -> set[str]:
-        if node is None:
-            return set()
-        parts = [list_nodes(x) for x, _ in node.next_functions]  # type: ignore[attr-defined]  # of autograd
-        return {type(node).__name__}.union(*parts)
-
     with_cpp = run()
     assert name in list_nodes(with_cpp.grad_fn)
     monkeypatch.setattr(passes, "why_not_loaded", lambda _: "no compiler")
@@ -212,3 +266,18 @@ def test_block_is_the_same_with_and_without_cpp(
         monkeypatch,
         "_GateMLSTMOutputBackward",
     )
+
+
+@needs_compiler
+@needs_bfloat16
+def test_blocks_of_bfloat16_run_in_cpp_too() -> None:
+    block = MLSTMBlock(32, num_heads=2).bfloat16()
+    network = GatedFeedForward(32, 20, up_std=0.3, down_std=0.3).bfloat16()
+    seqs = torch.randn(2, 5, 32).bfloat16()
+
+    hidden, _ = block(seqs, return_state=False)
+    out = network(hidden)
+
+    assert out.dtype == bfloat16
+    names = {"_GateMLSTMOutputBackward", "_SiluProductBackward"}
+    assert names <= list_nodes(out.grad_fn)

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, product
 from typing import Final
 
 import pytest
@@ -18,6 +19,8 @@ from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.products import (
     Product,
     multiply_all,
+    multiply_columns,
+    multiply_rows,
     rounds_to_bfloat16,
 )
 
@@ -472,3 +475,97 @@ def test_rounded_products_write_past_the_caches_and_keep_what_is_not_finite() ->
     assert_close(streamed, plain, rtol=0, atol=0, equal_nan=True)
     keeps_row, keeps_column = torch.arange(70) != 7, torch.arange(96) != 44
     assert plain.isfinite().equal(keeps_row.unsqueeze(1) & keeps_column)
+
+
+HALVES: Final = tuple(product((torch.float32, torch.bfloat16), repeat=3))[1:]
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("adds", [False, True], ids=["sets", "adds"])
+@pytest.mark.parametrize("dtypes", HALVES, ids=str)
+def test_matrices_may_be_kept_in_bfloat16(
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], adds: bool
+) -> None:
+    # The last is summed in pieces.
+    sizes = [*list_sizes(1), (66, 65, 4200)]
+    for (left, right), (m, n, k) in zip(cycle(product(LAYOUTS, LAYOUTS)), sizes):
+        lhs = LAYOUTS[left](2, m, k).to(dtypes[0])
+        rhs = LAYOUTS[right](2, k, n).to(dtypes[1])
+        old = torch.randn(2, m, n).to(dtypes[2])
+        # Lines of the cache, and others.
+        out = old.clone() if adds else torch.full((2, m, n), nan, dtype=dtypes[2])
+
+        multiply_all([Product(lhs, rhs, out)], adds=adds, streams=m % 2 == 0)
+
+        if torch.bfloat16 in dtypes[:2]:
+            lhs, rhs = lhs.bfloat16(), rhs.bfloat16()
+        check_rounded(lhs, rhs, out, old if adds else None)
+
+
+def check_rounded(lhs: Tensor, rhs: Tensor, actual: Tensor, old: Tensor | None) -> None:
+    """Check a product as :func:`check_product` does, but for one rounding of it."""
+    if actual.dtype == torch.float32:
+        check_product(lhs, rhs, actual, old)
+        return
+
+    expected = lhs.double() @ rhs.double() + (0 if old is None else old.double())
+    # Half a unit in the last of 8 places; the rest is for sums in float32.
+    assert_close(actual.double(), expected, rtol=2**-8, atol=1e-3)
+
+
+@needs_bfloat16
+def test_nothing_beside_a_result_in_bfloat16_is_touched() -> None:
+    for m, n, k in list_sizes(3):
+        matrices = torch.full((2, m + 3, n + 21), GUARD, dtype=torch.bfloat16)
+        out = matrices[:, 1 : m + 1, 4 : n + 4]
+        lhs, rhs = torch.randn(2, m, k), torch.randn(2, k, n)
+
+        multiply_all([Product(lhs, rhs, out)])
+
+        check_rounded(lhs, rhs, out, None)
+        out.fill_(GUARD)
+        assert (matrices == GUARD).all()
+
+
+@needs_bfloat16
+def test_rows_of_experts_are_kept_in_bfloat16() -> None:
+    counts = [5, 0, 2100, 33]
+    rows = torch.randn(sum(counts), 2 * 20, dtype=torch.bfloat16)
+    grads = torch.randn(sum(counts), 2 * 36, dtype=torch.bfloat16)
+    weight = torch.randn(4, 2, 20, 36, dtype=torch.bfloat16)
+    out, of_weight = torch.empty_like(grads), torch.empty_like(weight)
+
+    multiply_rows(rows, weight, out, counts)
+    multiply_columns(rows, grads, of_weight, counts)
+
+    begin = 0
+    for expert, count in enumerate(counts):
+        # (C_e,G*D) -> (G,C_e,D)
+        x, y, g = (
+            t[begin : begin + count].unflatten(1, (2, -1)).transpose(0, 1)
+            for t in (rows, out, grads)
+        )
+        check_rounded(x, weight[expert], y, None)
+        check_rounded(x.mT, g, of_weight[expert], None)
+        begin += count
+
+
+@needs_bfloat16
+def test_products_of_several_types_are_refused() -> None:
+    lhs, rhs, out = torch.ones(2, 3), torch.ones(3, 4), torch.ones(2, 4)
+
+    with pytest.raises(
+        ValueError, match="`products` must have left factors of one type"
+    ):
+        multiply_all([Product(lhs, rhs, out), Product(lhs.bfloat16(), rhs, out)])
+
+
+@needs_avx512
+def test_bfloat16_is_refused_where_no_processor_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "rounds_to_bfloat16", lambda: False)
+    lhs = torch.ones(2, 3, dtype=torch.bfloat16)
+
+    with pytest.raises(ValueError, match="`halves` must be 0 on processors"):
+        multiply_all([Product(lhs, torch.ones(3, 4), torch.ones(2, 4))])

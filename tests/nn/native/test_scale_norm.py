@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, float32, float64
+from torch import Tensor, bfloat16, float32, float64
 from torch.autograd import grad
 from torch.nn.functional import layer_norm
 from torch.testing import assert_close
@@ -13,6 +13,11 @@ from moxe_plugin.nn import passes
 from moxe_plugin.nn.layers import NORM_EPS, ScaleNorm
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.scale_norm import scale_norm
+from tests.nn.bfloat16_cases import (
+    assert_rounded_once,
+    differentiate,
+    needs_bfloat16,
+)
 
 needs_compiler = pytest.mark.skipif(
     why_not_loaded("scale_norm") is not None,
@@ -69,6 +74,28 @@ def test_results_and_gradients_are_those_of_torch(
         grad(expected, leaves, upstream),
         rtol=tol,
         atol=10 * tol,
+    )
+
+
+@needs_compiler
+@needs_bfloat16
+@pytest.mark.parametrize("head_dim", [1, 7, 16, 40])
+@pytest.mark.parametrize("num_heads", [1, 3])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_results_and_gradients_of_bfloat16_are_rounded_once(
+    counts: list[int], num_heads: int, head_dim: int
+) -> None:
+    leaves = make_inputs(counts, num_heads * head_dim, bfloat16)
+
+    def in_cpp(flat: Tensor, weight: Tensor) -> Tensor:
+        return scale_norm(flat, weight, counts, num_heads, NORM_EPS)
+
+    def in_torch(flat: Tensor, weight: Tensor) -> Tensor:
+        return norm_in_torch(flat, weight, counts, num_heads)
+
+    assert_rounded_once(
+        differentiate(in_cpp, leaves, bfloat16),
+        differentiate(in_torch, leaves, float64),
     )
 
 
