@@ -38,11 +38,15 @@ void pair_row(const at::BFloat16* from, int64_t count, float* to) {
   if (count % 2 == 1) reinterpret_cast<at::BFloat16*>(to)[count] = 0;
 }
 
-void pair_rows(const at::BFloat16* low, const at::BFloat16* high, int64_t count, float* to) {
+void pair_rows(const at::BFloat16* low, const at::BFloat16* high, int64_t count,
+               float* to) {
   moxe::for_each_vector<float>(0, count, [&](int64_t i, int64_t n) {
-    const __m512i bits = _mm512_castps_si512(load(low + i, n));
-    const __m512 next = high ? load(high + i, n) : Vec<float>(0);
-    const __m512i pairs = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_castps_si512(next));
+    // The bits of a bfloat16 are the upper ones of a float.
+    const Vec<float> first = load(low + i, n),
+                     second = high == nullptr ? Vec<float>(0) : load(high + i, n);
+    const __m512i pairs =
+        _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16),
+                        _mm512_castps_si512(second));
     store(Vec<float>(_mm512_castsi512_ps(pairs)), to + i, n);
   });
 }
@@ -229,6 +233,14 @@ struct Task {
   int64_t max_len = 0;
 };
 
+// Fetches what the next step reads, which lies too far from this one's for the processor to
+// foresee it, while this one's product is computed.
+template <typename S>
+void fetch(const S* from, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(S);
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i);
+}
+
 // The pre-activations of a row's gates but for what recurs, (4,dim).
 template <typename S>
 void add_bias(const S* gates_if, const S* gates_zo, const Wide<S>* bias, int64_t dim,
@@ -245,17 +257,18 @@ struct Memory {
   T *c, *log_n, *y;
 };
 
-// Takes a row a step further. gates: (4,dim); saved, (4,dim), and cs may be null.
+// Takes a row a step further. gates: (4,dim); saved, (5,dim), may be null.
 template <typename S>
 void advance(const Wide<S>* gates, int64_t dim, const Memory<Wide<S>>& memory, S* out,
-             S* saved, S* cs) {
+             S* saved) {
   using T = Wide<S>;
   const Vec<T> zero(T(0));
 
   moxe::for_each_vector<T>(0, dim, [&](int64_t d, int64_t n) {
     const Vec<T> i = load(gates + d, n), f = load(gates + dim + d, n);
     const Sigmoid<T> forget(f);
-    const Vec<T> log_forget = at::vec::minimum(f, zero) - moxe::log1p_of_share<T>(forget.exp);
+    const Vec<T> log_forget =
+        at::vec::minimum(f, zero) - moxe::log1p_of_share<T>(forget.exp);
     const Vec<T> log_kept = log_forget + load(memory.log_n + d, n);
 
     const Sigmoid<T> share(i - log_kept);
@@ -265,7 +278,8 @@ void advance(const Wide<S>* gates, int64_t dim, const Memory<Wide<S>>& memory, S
 
     const Vec<T> z = moxe::tanh<T>(load(gates + 2 * dim + d, n));
     const Vec<T> old_c = load(memory.c + d, n);
-    const Vec<T> new_c = at::vec::fmadd(w, z - old_c, old_c);
+    const Vec<T> difference = z - old_c;
+    const Vec<T> new_c = at::vec::fmadd(w, difference, old_c);
     const Vec<T> o = Sigmoid<T>(load(gates + 3 * dim + d, n)).value();
     const Vec<T> new_y = o * new_c;
 
@@ -279,7 +293,8 @@ void advance(const Wide<S>* gates, int64_t dim, const Memory<Wide<S>>& memory, S
     store(forget.complement(), saved + dim + d, n);
     store(z, saved + 2 * dim + d, n);
     store(o, saved + 3 * dim + d, n);
-    store(new_c, cs + d, n);
+    // Of z and c that are rounded, it would lose digits.
+    store(difference, saved + 4 * dim + d, n);
   });
 }
 
@@ -287,7 +302,7 @@ template <typename S, Factors factors>
 void scan_forward(const Shape& s, const S* gates_if, const S* gates_zo,
                   const Wide<S>* bias, const S* weight, const Wide<S>* c0,
                   const Wide<S>* log_n0, const Wide<S>* y0, S* outputs, S* activations,
-                  S* cs, Wide<S>* c_last, Wide<S>* log_n_last, Wide<S>* y_last,
+                  Wide<S>* c_last, Wide<S>* log_n_last, Wide<S>* y_last,
                   int num_threads) {
   using T = Wide<S>;
   const int64_t dim = s.dim;
@@ -315,6 +330,12 @@ void scan_forward(const Shape& s, const S* gates_if, const S* gates_zo,
         const int64_t at = task.position(s, r, t) * 2 * dim;
         add_bias(gates_if + at, gates_zo + at, bias + task.head * 4 * dim, dim,
                  &gates[r * 4 * dim]);
+
+        if (t + 1 < task.len[r]) {
+          const int64_t next = at + 2 * s.heads * dim;
+          fetch(gates_if + next, 2 * dim);
+          fetch(gates_zo + next, 2 * dim);
+        }
       }
 
       old_y.set_rows(y.data(), task.rows, dim);
@@ -324,10 +345,8 @@ void scan_forward(const Shape& s, const S* gates_if, const S* gates_zo,
         if (t >= task.len[r]) continue;
 
         const int64_t at = task.position(s, r, t) * dim;
-        const bool saves = activations != nullptr;
         advance(&gates[r * 4 * dim], dim, {&c[r * dim], &log_n[r * dim], &y[r * dim]},
-                outputs + at, saves ? activations + 4 * at : nullptr,
-                saves ? cs + at : nullptr);
+                outputs + at, activations ? activations + 5 * at : nullptr);
       }
     }
 
@@ -343,32 +362,27 @@ void scan_forward(const Shape& s, const S* gates_if, const S* gates_zo,
   }
 }
 
-// What a row's step saved, (4,dim) and (dim) each: activations, and c before and y after it.
-template <typename S>
-struct Saved {
-  const S *activations, *old_c, *y;
-};
-
-// Takes the gradients of what a row remembers a step back. Those of pre-activations become
+// Takes the gradients of what a row remembers a step back. saved: (5,dim). Those of pre-activations become
 // `gates`, (4,dim), are written, (2,dim) each, and are added to the bias's, (4,dim).
 template <typename S>
-void revert(const Saved<S>& saved, int64_t dim, const S* grad_out,
+void revert(const S* saved, const S* out, int64_t dim, const S* grad_out,
             const Memory<Wide<S>>& grads, Wide<S>* gates, S* grad_if, S* grad_zo,
             Wide<S>* of_bias) {
   using T = Wide<S>;
   const Vec<T> one(T(1));
 
   moxe::for_each_vector<T>(0, dim, [&](int64_t d, int64_t n) {
-    const S* from = saved.activations + d;
+    const S* from = saved + d;
     const Vec<T> w = load(from, n), not_f = load(from + dim, n),
-                 z = load(from + 2 * dim, n), o = load(from + 3 * dim, n);
+                 z = load(from + 2 * dim, n), o = load(from + 3 * dim, n),
+                 difference = load(from + 4 * dim, n);
     const Vec<T> kept = one - w;
 
     const Vec<T> dy = load(grads.y + d, n) + load(grad_out + d, n);
     const Vec<T> dc = at::vec::fmadd(dy, o, load(grads.c + d, n));
     const Vec<T> old_dn = load(grads.log_n + d, n);
 
-    const Vec<T> di = w * (dc * kept * (z - load(saved.old_c + d, n)) + old_dn);
+    const Vec<T> di = w * (dc * kept * difference + old_dn);
     const Vec<T> dn = old_dn - di;
 
     const auto give = [&](const Vec<T>& x, int64_t gate, S* to) {
@@ -380,15 +394,15 @@ void revert(const Saved<S>& saved, int64_t dim, const S* grad_out,
     give(di, 0, grad_if);
     give(dn * not_f, 1, grad_if + dim);
     give(dc * w * (one - z * z), 2, grad_zo);
-    give(dy * load(saved.y + d, n) * (one - o), 3, grad_zo + dim);
+    give(dy * load(out + d, n) * (one - o), 3, grad_zo + dim);
     store(dc * kept, grads.c + d, n);
     store(dn, grads.log_n + d, n);
   });
 }
 
 template <typename S, Factors factors>
-void scan_backward(const Shape& s, const S* weight, const Wide<S>* c0, const S* outputs,
-                   const S* activations, const S* cs, const S* grad_outputs,
+void scan_backward(const Shape& s, const S* weight, const S* outputs,
+                   const S* activations, const S* grad_outputs,
                    const Wide<S>* grad_c_last, const Wide<S>* grad_log_n_last,
                    const Wide<S>* grad_y_last, S* grad_if, S* grad_zo,
                    Wide<S>* grad_bias, Wide<S>* grad_c0, Wide<S>* grad_log_n0,
@@ -403,8 +417,6 @@ void scan_backward(const Shape& s, const S* weight, const Wide<S>* c0, const S* 
     std::vector<T> gates(kRows * 4 * dim, T(0)), grad_y(kRows * dim, T(0)),
         grad_c(kRows * dim), grad_log_n(kRows * dim), of_bias(4 * dim, T(0)),
         transposed(num_places(4 * dim, factors) * dim);
-    // As those that were saved.
-    std::vector<S> first_c(kRows * dim);
     Rounded<T, factors> recurrent, of_gates, of_columns;
     // A place holds what is multiplied, before and after.
     recurrent.set_rows(weight + task.head * 4 * dim * dim, dim, 4 * dim);
@@ -414,7 +426,6 @@ void scan_backward(const Shape& s, const S* weight, const Wide<S>* c0, const S* 
 
     for (int r = 0; r < task.rows; ++r) {
       const int64_t from = task.state(s, r);
-      std::copy_n(c0 + from, dim, &first_c[r * dim]);
       std::copy_n(grad_c_last + from, dim, &grad_c[r * dim]);
       std::copy_n(grad_log_n_last + from, dim, &grad_log_n[r * dim]);
 
@@ -433,10 +444,16 @@ void scan_backward(const Shape& s, const S* weight, const Wide<S>* c0, const S* 
         T* gy = &grad_y[r * dim];
         if (t == task.len[r] - 1) std::copy_n(grad_y_last + task.state(s, r), dim, gy);
 
-        const S* old_c = t > 0 ? cs + at - s.heads * dim : &first_c[r * dim];
-        revert<S>({activations + 4 * at, old_c, outputs + at}, dim, grad_outputs + at,
-                  {&grad_c[r * dim], &grad_log_n[r * dim], gy}, &gates[r * 4 * dim],
-                  grad_if + 2 * at, grad_zo + 2 * at, of_bias.data());
+        revert(activations + 5 * at, outputs + at, dim, grad_outputs + at,
+               {&grad_c[r * dim], &grad_log_n[r * dim], gy}, &gates[r * 4 * dim],
+               grad_if + 2 * at, grad_zo + 2 * at, of_bias.data());
+
+        if (t > 0) {
+          const int64_t next = at - s.heads * dim;
+          fetch(activations + 5 * next, 5 * dim);
+          fetch(outputs + next, dim);
+          fetch(grad_outputs + next, dim);
+        }
       }
       if (t % kSummedSteps == 0) flush(of_bias, grad_bias + id * 4 * dim);
 
@@ -457,31 +474,29 @@ void scan_backward(const Shape& s, const S* weight, const Wide<S>* c0, const S* 
 
 }  // namespace
 
-// S is the type of rows and of R; all else is as wide as what is computed. grad_bias: a row for
-// each task of the way back: experts, heads, kRows rows each.
+// S is the type of rows and of R; all else is as wide as what is computed. grad_bias: a row
+// for each task of the way back: experts, heads, kRows rows each.
 #define MOXE_SLSTM_SCAN(S, FACTORS, SUFFIX)                                              \
   extern "C" void moxe_slstm_forward_##SUFFIX(                                           \
       const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \
       const S* gates_if, const S* gates_zo, const Wide<S>* bias, const S* weight,        \
       const Wide<S>* c0, const Wide<S>* log_n0, const Wide<S>* y0, S* outputs,           \
-      S* activations, S* cs, Wide<S>* c_last, Wide<S>* log_n_last, Wide<S>* y_last) {    \
+      S* activations, Wide<S>* c_last, Wide<S>* log_n_last, Wide<S>* y_last) {           \
     scan_forward<S, FACTORS>(                                                            \
         {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, gates_if,      \
-        gates_zo, bias, weight, c0, log_n0, y0, outputs, activations, cs, c_last,        \
-        log_n_last, y_last, num_threads);                                                \
+        gates_zo, bias, weight, c0, log_n0, y0, outputs, activations, c_last, log_n_last, \
+        y_last, num_threads);                                                            \
   }                                                                                      \
   extern "C" void moxe_slstm_backward_##SUFFIX(                                          \
       const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \
-      const S* weight, const Wide<S>* c0, const S* outputs, const S* activations,        \
-      const S* cs, const S* grad_outputs, const Wide<S>* grad_c_last,                    \
-      const Wide<S>* grad_log_n_last, const Wide<S>* grad_y_last, S* grad_if,            \
-      S* grad_zo, Wide<S>* grad_bias, Wide<S>* grad_c0, Wide<S>* grad_log_n0,            \
-      Wide<S>* grad_y0) {                                                                \
+      const S* weight, const S* outputs, const S* activations, const S* grad_outputs,    \
+      const Wide<S>* grad_c_last, const Wide<S>* grad_log_n_last,                        \
+      const Wide<S>* grad_y_last, S* grad_if, S* grad_zo, Wide<S>* grad_bias,            \
+      Wide<S>* grad_c0, Wide<S>* grad_log_n0, Wide<S>* grad_y0) {                        \
     scan_backward<S, FACTORS>(                                                           \
-        {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, weight, c0,    \
-        outputs, activations, cs, grad_outputs, grad_c_last, grad_log_n_last,            \
-        grad_y_last, grad_if, grad_zo, grad_bias, grad_c0, grad_log_n0, grad_y0,         \
-        num_threads);                                                                    \
+        {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, weight,        \
+        outputs, activations, grad_outputs, grad_c_last, grad_log_n_last, grad_y_last,   \
+        grad_if, grad_zo, grad_bias, grad_c0, grad_log_n0, grad_y0, num_threads);        \
   }
 
 MOXE_SLSTM_SCAN(float, Factors::kFloat, float)

@@ -98,21 +98,18 @@ class _SLSTMScan(Function):
 
         outputs = gates_if.new_empty(num_rows, num_heads * head_dim)
         last = [torch.empty_like(x) for x in memory]
-        # w, 1 - sigmoid(f), tanh(z), sigmoid(o); and c
-        activations, cs = None, None
+        # w, 1 - sigmoid(f), tanh(z), sigmoid(o), tanh(z) - c'/n'
+        activations = None
         if any(ctx.needs_input_grad):
-            activations = gates_if.new_empty(num_rows, num_heads, 4, head_dim)
-            cs = gates_if.new_empty(num_rows, num_heads, head_dim)
-
-        c, _, y = memory
+            activations = gates_if.new_empty(num_rows, num_heads, 5, head_dim)
 
         _call(
             *("forward", weight, bounds),
             *(gates_if, gates_zo, bias, weight, *memory),
-            *(outputs, activations, cs, *last),
+            *(outputs, activations, *last),
         )
 
-        ctx.save_for_backward(weight, c, y, outputs, activations, cs)
+        ctx.save_for_backward(weight, memory[-1], outputs, activations)
         ctx.bounds = bounds
 
         return outputs, *last
@@ -127,21 +124,21 @@ class _SLSTMScan(Function):
         grad_log_n: Tensor,
         grad_y: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        weight, c, y, outputs, activations, cs = ctx.saved_tensors
+        weight, y, outputs, activations = ctx.saved_tensors
         bounds: RowBounds = ctx.bounds
-        num_heads, head_dim = c.shape[2:]
+        num_heads, head_dim = y.shape[2:]
 
         grad_if = outputs.new_empty(outputs.size(0), 2 * num_heads * head_dim)
         grad_zo = torch.empty_like(grad_if)
-        grad_memory = [torch.empty_like(c) for _ in range(3)]
+        grad_memory = [torch.empty_like(y) for _ in range(3)]
 
         # Of some sequences each: (E,H,B,4,D)
-        num_blocks = -(-c.size(1) // _rows_of_task())
-        grad_bias = c.new_empty(*weight.shape[:2], num_blocks, *weight.shape[3:])
+        num_blocks = -(-y.size(1) // _rows_of_task())
+        grad_bias = y.new_empty(*weight.shape[:2], num_blocks, *weight.shape[3:])
 
         _call(
             *("backward", weight, bounds),
-            *(weight, c, outputs, activations, cs),
+            *(weight, outputs, activations),
             *(x.contiguous() for x in (grad_outputs, grad_c, grad_log_n, grad_y)),
             *(grad_if, grad_zo, grad_bias, *grad_memory),
         )
