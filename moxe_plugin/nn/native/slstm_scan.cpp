@@ -8,6 +8,8 @@
 #include "vector_math.h"
 
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -257,6 +259,38 @@ struct Memory {
   T *c, *log_n, *y;
 };
 
+// The share w of what is new, and what is kept of the old.
+template <typename T>
+struct Shares {
+  Vec<T> w, kept;
+};
+
+// Of a w near 1 that is rounded to 16 bits, 1 - w would be off: the smaller of both is saved,
+// negative if it is what is kept.
+template <typename S, typename T>
+void save_shares(const Sigmoid<T>& share, S* to, int64_t n) {
+  if constexpr (std::is_same_v<S, T>) {
+    store(share.value(), to, n);
+  } else {
+    const Vec<T> smaller = share.exp * share.at_abs, least(std::numeric_limits<T>::min());
+    const Vec<T> kept = at::vec::maximum(smaller, least);
+    store(Vec<T>::blendv(kept.neg(), smaller, share.is_negative), to, n);
+  }
+}
+
+template <typename S, typename T = Wide<S>>
+Shares<T> load_shares(const S* from, int64_t n) {
+  const Vec<T> saved = load(from, n), one(T(1));
+  if constexpr (std::is_same_v<S, T>) {
+    return {saved, one - saved};
+  } else {
+    const Vec<T> smaller = saved.abs(), larger = one - smaller;
+    const Vec<T> keeps_less = saved < Vec<T>(T(0));
+    return {Vec<T>::blendv(smaller, larger, keeps_less),
+            Vec<T>::blendv(larger, smaller, keeps_less)};
+  }
+}
+
 // Takes a row a step further. gates: (4,dim); saved, (5,dim), may be null.
 template <typename S>
 void advance(const Wide<S>* gates, int64_t dim, const Memory<Wide<S>>& memory, S* out,
@@ -289,7 +323,7 @@ void advance(const Wide<S>* gates, int64_t dim, const Memory<Wide<S>>& memory, S
 
     if (saved == nullptr) return;
 
-    store(w, saved + d, n);
+    save_shares(share, saved + d, n);
     store(forget.complement(), saved + dim + d, n);
     store(z, saved + 2 * dim + d, n);
     store(o, saved + 3 * dim + d, n);
@@ -362,8 +396,9 @@ void scan_forward(const Shape& s, const S* gates_if, const S* gates_zo,
   }
 }
 
-// Takes the gradients of what a row remembers a step back. saved: (5,dim). Those of pre-activations become
-// `gates`, (4,dim), are written, (2,dim) each, and are added to the bias's, (4,dim).
+// Takes the gradients of what a row remembers a step back; saved: (5,dim). Those of
+// pre-activations become `gates`, (4,dim), are written, (2,dim) each, and are added to the
+// bias's, (4,dim).
 template <typename S>
 void revert(const S* saved, const S* out, int64_t dim, const S* grad_out,
             const Memory<Wide<S>>& grads, Wide<S>* gates, S* grad_if, S* grad_zo,
@@ -373,10 +408,9 @@ void revert(const S* saved, const S* out, int64_t dim, const S* grad_out,
 
   moxe::for_each_vector<T>(0, dim, [&](int64_t d, int64_t n) {
     const S* from = saved + d;
-    const Vec<T> w = load(from, n), not_f = load(from + dim, n),
-                 z = load(from + 2 * dim, n), o = load(from + 3 * dim, n),
-                 difference = load(from + 4 * dim, n);
-    const Vec<T> kept = one - w;
+    const auto [w, kept] = load_shares(from, n);
+    const Vec<T> not_f = load(from + dim, n), z = load(from + 2 * dim, n),
+                 o = load(from + 3 * dim, n), difference = load(from + 4 * dim, n);
 
     const Vec<T> dy = load(grads.y + d, n) + load(grad_out + d, n);
     const Vec<T> dc = at::vec::fmadd(dy, o, load(grads.c + d, n));

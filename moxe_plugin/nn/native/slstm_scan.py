@@ -98,7 +98,7 @@ class _SLSTMScan(Function):
 
         outputs = gates_if.new_empty(num_rows, num_heads * head_dim)
         last = [torch.empty_like(x) for x in memory]
-        # w, 1 - sigmoid(f), tanh(z), sigmoid(o), tanh(z) - c'/n'
+        # w (or 1 - w), 1 - sigmoid(f), tanh(z), sigmoid(o), tanh(z) - c'/n'
         activations = None
         if any(ctx.needs_input_grad):
             activations = gates_if.new_empty(num_rows, num_heads, 5, head_dim)

@@ -38,13 +38,13 @@ NUMBERS = torch.cat(
 
 def step(i: Tensor, f: Tensor, z: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
     """Take a step of one head from log n = 0, and return its output and log n."""
-    zeros = torch.zeros(1, 1, 1, len(i))
+    zeros = torch.zeros(1, 1, 1, len(i), dtype=torch.promote_types(i.dtype, float32))
     memory = {"c": zeros, "log_n": zeros, "y": zeros}
     inputs = RowScanInputs(
         torch.cat([i, f]).unsqueeze(0),
         torch.cat([z, o]).unsqueeze(0),
-        torch.zeros(1, 1, 4, len(i)),
-        torch.zeros(1, 1, len(i), 4, len(i)),
+        zeros.expand(1, 1, 4, len(i)),
+        torch.zeros(1, 1, len(i), 4, len(i), dtype=i.dtype),
         **memory,
     )
     bounds = RowBounds([1], torch.zeros(1, 1).long(), torch.ones(1, 1).long(), 0)
@@ -110,12 +110,12 @@ def differentiate_scan(
     def draw(*shape: int, scale: float, dtype: torch.dtype) -> Tensor:
         return (scale * torch.randn(shape)).bfloat16().to(dtype)
 
-    inputs = RowScanInputs(
+    inputs = [
         *draw(2, sum(bounds.counts), 6 * head_dim, scale=1, dtype=dtype),
         draw(3, 3, 4, head_dim, scale=1, dtype=wide),
         draw(3, 3, head_dim, 4, head_dim, scale=head_dim**-0.5, dtype=dtype),
         *draw(3, 3, 5, 3, head_dim, scale=1, dtype=wide),
-    )
+    ]
 
     leaves = [x.requires_grad_() for x in inputs]
     outputs = slstm_scan(RowScanInputs(*leaves), bounds)
@@ -142,6 +142,24 @@ def test_rows_of_bfloat16_are_near_those_of_float64(
     for x, y in zip(actual, expected, strict=True):
         assert_close(x.double(), y, rtol=0, atol=2**-6 * y.abs().max().item())
         assert (x - y).norm() <= 2**-7 * y.norm()
+
+
+@needs_bfloat16
+def test_gradient_of_bfloat16_keeps_its_digits_where_little_is_kept() -> None:
+    numbers = torch.linspace(-20, 20, 401).bfloat16()
+
+    # y = w = sigmoid(i), as in `test_share_of_the_new_is_right_to_some_ulps`.
+    def differentiate(dtype: torch.dtype) -> Tensor:
+        i = numbers.to(dtype).requires_grad_()
+        open_gate = torch.full_like(i, 200.0)
+        y, _ = step(i, open_gate, open_gate, open_gate)
+
+        return torch.autograd.grad(y.sum(), i)[0]
+
+    # w, 1 - w and the gradient are rounded to 8 bits.
+    assert_close(
+        differentiate(bfloat16).double(), differentiate(float64), rtol=2**-7, atol=0
+    )
 
 
 @needs_bfloat16
