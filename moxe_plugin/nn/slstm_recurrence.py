@@ -12,6 +12,7 @@ from torch import Tensor
 from moxe_plugin.nn.native.slstm_scan import RowBounds, RowScanInputs
 from moxe_plugin.nn.native.slstm_scan import slstm_scan as scan_rows
 from moxe_plugin.nn.padding import close_gates, valid_positions, widen
+from moxe_plugin.nn.passes import widen_for_native
 from moxe_plugin.nn.rows import Rows, pack, unpack
 from moxe_plugin.nn.slstm_cell import SLSTMMemory, SLSTMScanInputs, slstm_sequence
 
@@ -83,15 +84,21 @@ class SLSTMCell(NamedTuple):
     def _scan_rows(
         self, inputs: GateRows, memory: SLSTMMemory
     ) -> tuple[Tensor, SLSTMMemory]:
-        bias = widen(self.gate_bias)
-        leaders = [bias, self.recurrent_weight.to(bias.dtype), *memory]
+        # bfloat16 if both are, and C++ reads it.
+        dtype = torch.promote_types(
+            *(
+                widen_for_native(x).dtype
+                for x in (inputs.gates[0], self.recurrent_weight)
+            )
+        )
+        leaders = [widen(self.gate_bias), self.recurrent_weight.to(dtype), *memory]
 
-        is_single = bias.ndim == 3
+        is_single = self.gate_bias.ndim == 3
         if is_single:
             leaders = [x.unsqueeze(0) for x in leaders]
 
         results = scan_rows(
-            RowScanInputs(*(x.to(bias.dtype) for x in inputs.gates), *leaders),
+            RowScanInputs(*(x.to(dtype) for x in inputs.gates), *leaders),
             _find_bounds(inputs, leaders[-1].shape[:2]),
         )
         outputs, *last = results

@@ -12,6 +12,9 @@ from moxe_plugin.nn.backend import ScanBackend
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.slstm import SLSTMBlock
+from moxe_plugin.nn.slstm_cell import SLSTMMemory
+from moxe_plugin.nn.slstm_recurrence import GateRows, SLSTMCell
+from tests.nn.bfloat16_cases import needs_bfloat16
 
 needs_compiler = pytest.mark.skipif(
     why_not_loaded("slstm_scan") is not None,
@@ -71,3 +74,25 @@ def test_cpp_rounds_no_more_than_torch(
 
         error, error_in_torch = ((w.double() - z).norm() / z.norm() for w in (x, y))
         assert error <= max(0.02, 1.2 * error_in_torch.item()), name
+
+
+@needs_compiler
+@needs_bfloat16
+@pytest.mark.parametrize("multiplies", [True, False], ids=["kept", "widened"])
+def test_cell_keeps_rows_in_bfloat16_where_cpp_multiplies_it(
+    multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moxe_plugin.nn.passes.rounds_to_bfloat16", lambda: multiplies)
+    gates = torch.randn(2, 6, 20, dtype=bfloat16, requires_grad=True)
+    weight = torch.randn(2, 5, 4, 5, dtype=bfloat16, requires_grad=True)
+    bias = torch.randn(2, 4, 5, dtype=bfloat16, requires_grad=True)
+    memory = SLSTMMemory(*torch.randn(3, 2, 2, 5))
+
+    outputs, last = SLSTMCell(bias, weight, "native").apply(
+        GateRows(gates.unbind(), (2, 3), None, None), memory
+    )
+    grads = torch.autograd.grad(outputs.sum(), [gates, weight, bias])
+
+    assert outputs.dtype == (bfloat16 if multiplies else torch.float32)
+    assert {x.dtype for x in last} == {torch.float32}
+    assert {x.dtype for x in grads} == {bfloat16}

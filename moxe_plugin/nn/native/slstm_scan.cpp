@@ -7,6 +7,9 @@
 #include "bfloat16.h"
 #include "vector_math.h"
 
+#include <cstring>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -18,6 +21,7 @@ using moxe::num_places;
 using moxe::Sigmoid;
 using moxe::store;
 using moxe::Vec;
+using moxe::Wide;
 
 // The most rows of the batch that a thread takes at a time.
 constexpr int kRows = 4;
@@ -25,33 +29,60 @@ constexpr int kRows = 4;
 // of a sum.
 constexpr int64_t kSummedSteps = 32;
 
-// The factors of the recurrent products: copies of floats as pairs of bfloat16, or floats as
-// they are.
+#ifdef __AVX512BF16__
+using moxe::pair_row;
+using moxe::pair_rows;
+
+// As those of bfloat16.h, of what need not be rounded.
+void pair_row(const at::BFloat16* from, int64_t count, float* to) {
+  std::memcpy(to, from, count * sizeof(at::BFloat16));
+  // What completes the last pair.
+  if (count % 2 == 1) reinterpret_cast<at::BFloat16*>(to)[count] = 0;
+}
+
+void pair_rows(const at::BFloat16* low, const at::BFloat16* high, int64_t count,
+               float* to) {
+  moxe::for_each_vector<float>(0, count, [&](int64_t i, int64_t n) {
+    // The bits of a bfloat16 are the upper ones of a float.
+    const Vec<float> first = load(low + i, n),
+                     second = high == nullptr ? Vec<float>(0) : load(high + i, n);
+    const __m512i pairs =
+        _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16),
+                        _mm512_castps_si512(second));
+    store(Vec<float>(_mm512_castsi512_ps(pairs)), to + i, n);
+  });
+}
+#endif
+
+// The factors of the recurrent products: pairs of bfloat16, to which floats are rounded, or
+// floats as they are.
 template <typename T, Factors factors>
 class Rounded {
  public:
   // Rows of `count` numbers.
-  void set_rows(const T* from, int64_t num_rows, int64_t count) {
-    data_ = from;
+  template <typename S>
+  void set_rows(const S* from, int64_t num_rows, int64_t count) {
+    if constexpr (factors == Factors::kFloat) data_ = from;
 #ifdef __AVX512BF16__
     if constexpr (factors == Factors::kBFloat16) {
       const int64_t places = num_places(count, factors);
       pairs_.resize(num_rows * places);
       for (int64_t i = 0; i < num_rows; ++i)
-        moxe::pair_row(from + i * count, count, &pairs_[i * places]);
+        pair_row(from + i * count, count, &pairs_[i * places]);
       data_ = pairs_.data();
     }
 #endif
   }
 
   // A matrix of which a column is multiplied, (num_in,num_out).
-  void set_columns(const T* from, int64_t num_in, int64_t num_out) {
-    data_ = from;
+  template <typename S>
+  void set_columns(const S* from, int64_t num_in, int64_t num_out) {
+    if constexpr (factors == Factors::kFloat) data_ = from;
 #ifdef __AVX512BF16__
     if constexpr (factors == Factors::kBFloat16) {
       pairs_.resize(num_places(num_in, factors) * num_out);
       for (int64_t i = 0; i < num_in; i += 2)
-        moxe::pair_rows(from + i * num_out,
+        pair_rows(from + i * num_out,
                         i + 1 < num_in ? from + (i + 1) * num_out : nullptr, num_out,
                         &pairs_[i / 2 * num_out]);
       data_ = pairs_.data();
@@ -174,7 +205,6 @@ struct Shape {
   const int64_t *begins, *lens;
 };
 
-template <typename T>
 struct Task {
   Task(const Shape& s, int64_t task)
       : blocks(divide_up(s.rows, kRows)),
@@ -205,18 +235,116 @@ struct Task {
   int64_t max_len = 0;
 };
 
-template <typename T, Factors factors>
-void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
-                  const T* bias, const T* weight, const T* c0,
-                  const T* log_n0, const T* y0, T* outputs, T* activations, T* cs,
-                  T* c_last, T* log_n_last, T* y_last, int num_threads) {
+// Fetches what the next step reads, which lies too far from this one's for the processor to
+// foresee it, while this one's product is computed.
+template <typename S>
+void fetch(const S* from, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(S);
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i);
+}
+
+// The pre-activations of a row's gates but for what recurs, (4,dim).
+template <typename S>
+void add_bias(const S* gates_if, const S* gates_zo, const Wide<S>* bias, int64_t dim,
+              Wide<S>* to) {
+  moxe::for_each_vector<Wide<S>>(0, 2 * dim, [&](int64_t d, int64_t n) {
+    store(load(gates_if + d, n) + load(bias + d, n), to + d, n);
+    store(load(gates_zo + d, n) + load(bias + 2 * dim + d, n), to + 2 * dim + d, n);
+  });
+}
+
+// What a row remembers, (dim) each.
+template <typename T>
+struct Memory {
+  T *c, *log_n, *y;
+};
+
+// The share w of what is new, and what is kept of the old.
+template <typename T>
+struct Shares {
+  Vec<T> w, kept;
+};
+
+// Of a w near 1 that is rounded to 16 bits, 1 - w would be off: the smaller of both is saved,
+// negative if it is what is kept.
+template <typename S, typename T>
+void save_shares(const Sigmoid<T>& share, S* to, int64_t n) {
+  if constexpr (std::is_same_v<S, T>) {
+    store(share.value(), to, n);
+  } else {
+    const Vec<T> smaller = share.exp * share.at_abs, least(std::numeric_limits<T>::min());
+    const Vec<T> kept = at::vec::maximum(smaller, least);
+    store(Vec<T>::blendv(kept.neg(), smaller, share.is_negative), to, n);
+  }
+}
+
+template <typename S, typename T = Wide<S>>
+Shares<T> load_shares(const S* from, int64_t n) {
+  const Vec<T> saved = load(from, n), one(T(1));
+  if constexpr (std::is_same_v<S, T>) {
+    return {saved, one - saved};
+  } else {
+    const Vec<T> smaller = saved.abs(), larger = one - smaller;
+    const Vec<T> keeps_less = saved < Vec<T>(T(0));
+    return {Vec<T>::blendv(smaller, larger, keeps_less),
+            Vec<T>::blendv(larger, smaller, keeps_less)};
+  }
+}
+
+// Takes a row a step further. gates: (4,dim); saved, (5,dim), may be null.
+template <typename S>
+void advance(const Wide<S>* gates, int64_t dim, const Memory<Wide<S>>& memory, S* out,
+             S* saved) {
+  using T = Wide<S>;
+  const Vec<T> zero(T(0));
+
+  moxe::for_each_vector<T>(0, dim, [&](int64_t d, int64_t n) {
+    const Vec<T> i = load(gates + d, n), f = load(gates + dim + d, n);
+    const Sigmoid<T> forget(f);
+    const Vec<T> log_forget =
+        at::vec::minimum(f, zero) - moxe::log1p_of_share<T>(forget.exp);
+    const Vec<T> log_kept = log_forget + load(memory.log_n + d, n);
+
+    const Sigmoid<T> share(i - log_kept);
+    const Vec<T> w = share.value();
+    store(at::vec::maximum(i, log_kept) + moxe::log1p_of_share<T>(share.exp),
+          memory.log_n + d, n);
+
+    const Vec<T> z = moxe::tanh<T>(load(gates + 2 * dim + d, n));
+    const Vec<T> old_c = load(memory.c + d, n);
+    const Vec<T> difference = z - old_c;
+    const Vec<T> new_c = at::vec::fmadd(w, difference, old_c);
+    const Vec<T> o = Sigmoid<T>(load(gates + 3 * dim + d, n)).value();
+    const Vec<T> new_y = o * new_c;
+
+    store(new_c, memory.c + d, n);
+    store(new_y, memory.y + d, n);
+    store(new_y, out + d, n);
+
+    if (saved == nullptr) return;
+
+    save_shares(share, saved + d, n);
+    store(forget.complement(), saved + dim + d, n);
+    store(z, saved + 2 * dim + d, n);
+    store(o, saved + 3 * dim + d, n);
+    // Of z and c that are rounded, it would lose digits.
+    store(difference, saved + 4 * dim + d, n);
+  });
+}
+
+template <typename S, Factors factors>
+void scan_forward(const Shape& s, const S* gates_if, const S* gates_zo,
+                  const Wide<S>* bias, const S* weight, const Wide<S>* c0,
+                  const Wide<S>* log_n0, const Wide<S>* y0, S* outputs, S* activations,
+                  Wide<S>* c_last, Wide<S>* log_n_last, Wide<S>* y_last,
+                  int num_threads) {
+  using T = Wide<S>;
   const int64_t dim = s.dim;
   const int64_t num_tasks = s.experts * s.heads * divide_up(s.rows, kRows);
-  const Vec<T> zero(T(0));
 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
   for (int64_t id = 0; id < num_tasks; ++id) {
-    const Task<T> task(s, id);
+    const Task task(s, id);
     std::vector<T> gates(kRows * 4 * dim), y(kRows * dim, T(0)), c(kRows * dim),
         log_n(kRows * dim);
     Rounded<T, factors> recurrent, old_y;
@@ -234,13 +362,14 @@ void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
         if (t >= task.len[r]) continue;
 
         const int64_t at = task.position(s, r, t) * 2 * dim;
-        T* gate = &gates[r * 4 * dim];
-        const T* b = bias + task.head * 4 * dim;
-        moxe::for_each_vector<T>(0, 2 * dim, [&](int64_t d, int64_t n) {
-          (load(gates_if + at + d, n) + load(b + d, n)).store(gate + d, n);
-          (load(gates_zo + at + d, n) + load(b + 2 * dim + d, n))
-              .store(gate + 2 * dim + d, n);
-        });
+        add_bias(gates_if + at, gates_zo + at, bias + task.head * 4 * dim, dim,
+                 &gates[r * 4 * dim]);
+
+        if (t + 1 < task.len[r]) {
+          const int64_t next = at + 2 * s.heads * dim;
+          fetch(gates_if + next, 2 * dim);
+          fetch(gates_zo + next, 2 * dim);
+        }
       }
 
       old_y.set_rows(y.data(), task.rows, dim);
@@ -250,39 +379,8 @@ void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
         if (t >= task.len[r]) continue;
 
         const int64_t at = task.position(s, r, t) * dim;
-        const T* gate = &gates[r * 4 * dim];
-        T *yr = &y[r * dim], *cr = &c[r * dim], *nr = &log_n[r * dim];
-        T* out = outputs + at;
-
-        moxe::for_each_vector<T>(0, dim, [&](int64_t d, int64_t n) {
-          const Vec<T> i = load(gate + d, n), f = load(gate + dim + d, n);
-          const Sigmoid<T> forget(f);
-          const Vec<T> log_forget = at::vec::minimum(f, zero) - moxe::log1p_of_share<T>(forget.exp);
-          const Vec<T> log_kept = log_forget + load(nr + d, n);
-
-          const Sigmoid<T> share(i - log_kept);
-          const Vec<T> w = share.value();
-          (at::vec::maximum(i, log_kept) + moxe::log1p_of_share<T>(share.exp)).store(nr + d, n);
-
-          const Vec<T> z = moxe::tanh<T>(load(gate + 2 * dim + d, n));
-          const Vec<T> old_c = load(cr + d, n);
-          const Vec<T> new_c = at::vec::fmadd(w, z - old_c, old_c);
-          const Vec<T> o = Sigmoid<T>(load(gate + 3 * dim + d, n)).value();
-          const Vec<T> new_y = o * new_c;
-
-          new_c.store(cr + d, n);
-          new_y.store(yr + d, n);
-          new_y.store(out + d, n);
-
-          if (activations == nullptr) return;
-
-          T* saved = activations + 4 * at + d;
-          w.store(saved, n);
-          forget.complement().store(saved + dim, n);
-          z.store(saved + 2 * dim, n);
-          o.store(saved + 3 * dim, n);
-          new_c.store(cs + at + d, n);
-        });
+        advance(&gates[r * 4 * dim], dim, {&c[r * dim], &log_n[r * dim], &y[r * dim]},
+                outputs + at, activations ? activations + 5 * at : nullptr);
       }
     }
 
@@ -293,24 +391,63 @@ void scan_forward(const Shape& s, const T* gates_if, const T* gates_zo,
       std::copy_n(&log_n[r * dim], dim, log_n_last + to);
 
       for (int64_t t = task.len[r]; t < s.steps; ++t)
-        std::fill_n(outputs + task.position(s, r, t) * dim, dim, T(0));
+        std::fill_n(outputs + task.position(s, r, t) * dim, dim, S(0));
     }
   }
 }
 
-template <typename T, Factors factors>
-void scan_backward(const Shape& s, const T* weight, const T* c0,
-                   const T* outputs, const T* activations, const T* cs,
-                   const T* grad_outputs, const T* grad_c_last, const T* grad_log_n_last,
-                   const T* grad_y_last, T* grad_if, T* grad_zo, T* grad_bias,
-                   T* grad_c0, T* grad_log_n0, T* grad_y0, int num_threads) {
+// Takes the gradients of what a row remembers a step back; saved: (5,dim). Those of
+// pre-activations become `gates`, (4,dim), are written, (2,dim) each, and are added to the
+// bias's, (4,dim).
+template <typename S>
+void revert(const S* saved, const S* out, int64_t dim, const S* grad_out,
+            const Memory<Wide<S>>& grads, Wide<S>* gates, S* grad_if, S* grad_zo,
+            Wide<S>* of_bias) {
+  using T = Wide<S>;
+  const Vec<T> one(T(1));
+
+  moxe::for_each_vector<T>(0, dim, [&](int64_t d, int64_t n) {
+    const S* from = saved + d;
+    const auto [w, kept] = load_shares(from, n);
+    const Vec<T> not_f = load(from + dim, n), z = load(from + 2 * dim, n),
+                 o = load(from + 3 * dim, n), difference = load(from + 4 * dim, n);
+
+    const Vec<T> dy = load(grads.y + d, n) + load(grad_out + d, n);
+    const Vec<T> dc = at::vec::fmadd(dy, o, load(grads.c + d, n));
+    const Vec<T> old_dn = load(grads.log_n + d, n);
+
+    const Vec<T> di = w * (dc * kept * difference + old_dn);
+    const Vec<T> dn = old_dn - di;
+
+    const auto give = [&](const Vec<T>& x, int64_t gate, S* to) {
+      store(x, gates + gate * dim + d, n);
+      store(x, to + d, n);
+      T* sum = of_bias + gate * dim + d;
+      store(load(sum, n) + x, sum, n);
+    };
+    give(di, 0, grad_if);
+    give(dn * not_f, 1, grad_if + dim);
+    give(dc * w * (one - z * z), 2, grad_zo);
+    give(dy * load(out + d, n) * (one - o), 3, grad_zo + dim);
+    store(dc * kept, grads.c + d, n);
+    store(dn, grads.log_n + d, n);
+  });
+}
+
+template <typename S, Factors factors>
+void scan_backward(const Shape& s, const S* weight, const S* outputs,
+                   const S* activations, const S* grad_outputs,
+                   const Wide<S>* grad_c_last, const Wide<S>* grad_log_n_last,
+                   const Wide<S>* grad_y_last, S* grad_if, S* grad_zo,
+                   Wide<S>* grad_bias, Wide<S>* grad_c0, Wide<S>* grad_log_n0,
+                   Wide<S>* grad_y0, int num_threads) {
+  using T = Wide<S>;
   const int64_t dim = s.dim;
   const int64_t num_tasks = s.experts * s.heads * divide_up(s.rows, kRows);
-  const Vec<T> one(T(1));
 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
   for (int64_t id = 0; id < num_tasks; ++id) {
-    const Task<T> task(s, id);
+    const Task task(s, id);
     std::vector<T> gates(kRows * 4 * dim, T(0)), grad_y(kRows * dim, T(0)),
         grad_c(kRows * dim), grad_log_n(kRows * dim), of_bias(4 * dim, T(0)),
         transposed(num_places(4 * dim, factors) * dim);
@@ -328,8 +465,8 @@ void scan_backward(const Shape& s, const T* weight, const T* c0,
 
       for (int64_t t = task.len[r]; t < s.steps; ++t) {
         const int64_t at = task.position(s, r, t) * 2 * dim;
-        std::fill_n(grad_if + at, 2 * dim, T(0));
-        std::fill_n(grad_zo + at, 2 * dim, T(0));
+        std::fill_n(grad_if + at, 2 * dim, S(0));
+        std::fill_n(grad_zo + at, 2 * dim, S(0));
       }
     }
 
@@ -338,40 +475,19 @@ void scan_backward(const Shape& s, const T* weight, const T* c0,
         if (t >= task.len[r]) continue;
 
         const int64_t at = task.position(s, r, t) * dim;
-        T *gate = &gates[r * 4 * dim], *gy = &grad_y[r * dim], *gc = &grad_c[r * dim],
-          *gn = &grad_log_n[r * dim];
-        const T* saved = activations + 4 * at;
-        const T* old_cs =
-            t > 0 ? cs + at - s.heads * dim : c0 + task.state(s, r);
-        if (t == task.len[r] - 1)
-          std::copy_n(grad_y_last + task.state(s, r), dim, gy);
+        T* gy = &grad_y[r * dim];
+        if (t == task.len[r] - 1) std::copy_n(grad_y_last + task.state(s, r), dim, gy);
 
-        moxe::for_each_vector<T>(0, dim, [&](int64_t d, int64_t n) {
-          const Vec<T> w = load(saved + d, n), not_f = load(saved + dim + d, n),
-                       z = load(saved + 2 * dim + d, n), o = load(saved + 3 * dim + d, n);
-          const Vec<T> kept = one - w;
+        revert(activations + 5 * at, outputs + at, dim, grad_outputs + at,
+               {&grad_c[r * dim], &grad_log_n[r * dim], gy}, &gates[r * 4 * dim],
+               grad_if + 2 * at, grad_zo + 2 * at, of_bias.data());
 
-          const Vec<T> dy = load(gy + d, n) + load(grad_outputs + at + d, n);
-          const Vec<T> dc = at::vec::fmadd(dy, o, load(gc + d, n));
-          const Vec<T> old_dn = load(gn + d, n);
-
-          const Vec<T> di =
-              w * (dc * kept * (z - load(old_cs + d, n)) + old_dn);
-          const Vec<T> dn = old_dn - di;
-
-          di.store(gate + d, n);
-          (dn * not_f).store(gate + dim + d, n);
-          (dc * w * (one - z * z)).store(gate + 2 * dim + d, n);
-          (dy * load(outputs + at + d, n) * (one - o)).store(gate + 3 * dim + d, n);
-          (dc * kept).store(gc + d, n);
-          dn.store(gn + d, n);
-        });
-
-        std::copy_n(gate, 2 * dim, grad_if + 2 * at);
-        std::copy_n(gate + 2 * dim, 2 * dim, grad_zo + 2 * at);
-        moxe::for_each_vector<T>(0, 4 * dim, [&](int64_t d, int64_t n) {
-          store(load(&of_bias[d], n) + load(gate + d, n), &of_bias[d], n);
-        });
+        if (t > 0) {
+          const int64_t next = at - s.heads * dim;
+          fetch(activations + 5 * next, 5 * dim);
+          fetch(outputs + next, dim);
+          fetch(grad_outputs + next, dim);
+        }
       }
       if (t % kSummedSteps == 0) flush(of_bias, grad_bias + id * 4 * dim);
 
@@ -392,35 +508,36 @@ void scan_backward(const Shape& s, const T* weight, const T* c0,
 
 }  // namespace
 
-// grad_bias: a row for each task of the way back: experts, heads, kRows rows each.
-#define MOXE_SLSTM_SCAN(T, FACTORS, SUFFIX)                                              \
+// S is the type of rows and of R; all else is as wide as what is computed. grad_bias: a row
+// for each task of the way back: experts, heads, kRows rows each.
+#define MOXE_SLSTM_SCAN(S, FACTORS, SUFFIX)                                              \
   extern "C" void moxe_slstm_forward_##SUFFIX(                                           \
       const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \
-      const T* gates_if, const T* gates_zo, const T* bias, const T* weight, const T* c0, \
-      const T* log_n0, const T* y0, T* outputs, T* activations, T* cs, T* c_last,        \
-      T* log_n_last, T* y_last) {                                                        \
-    scan_forward<T, FACTORS>(                                                            \
+      const S* gates_if, const S* gates_zo, const Wide<S>* bias, const S* weight,        \
+      const Wide<S>* c0, const Wide<S>* log_n0, const Wide<S>* y0, S* outputs,           \
+      S* activations, Wide<S>* c_last, Wide<S>* log_n_last, Wide<S>* y_last) {           \
+    scan_forward<S, FACTORS>(                                                            \
         {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, gates_if,      \
-        gates_zo, bias, weight, c0, log_n0, y0, outputs, activations, cs, c_last,        \
-        log_n_last, y_last, num_threads);                                                \
+        gates_zo, bias, weight, c0, log_n0, y0, outputs, activations, c_last, log_n_last, \
+        y_last, num_threads);                                                            \
   }                                                                                      \
   extern "C" void moxe_slstm_backward_##SUFFIX(                                          \
       const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \
-      const T* weight, const T* c0, const T* outputs, const T* activations, const T* cs, \
-      const T* grad_outputs, const T* grad_c_last, const T* grad_log_n_last,             \
-      const T* grad_y_last, T* grad_if, T* grad_zo, T* grad_bias, T* grad_c0,            \
-      T* grad_log_n0, T* grad_y0) {                                                      \
-    scan_backward<T, FACTORS>(                                                           \
-        {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, weight, c0,    \
-        outputs, activations, cs, grad_outputs, grad_c_last, grad_log_n_last,            \
-        grad_y_last, grad_if, grad_zo, grad_bias, grad_c0, grad_log_n0, grad_y0,         \
-        num_threads);                                                                    \
+      const S* weight, const S* outputs, const S* activations, const S* grad_outputs,    \
+      const Wide<S>* grad_c_last, const Wide<S>* grad_log_n_last,                        \
+      const Wide<S>* grad_y_last, S* grad_if, S* grad_zo, Wide<S>* grad_bias,            \
+      Wide<S>* grad_c0, Wide<S>* grad_log_n0, Wide<S>* grad_y0) {                        \
+    scan_backward<S, FACTORS>(                                                           \
+        {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, weight,        \
+        outputs, activations, grad_outputs, grad_c_last, grad_log_n_last, grad_y_last,   \
+        grad_if, grad_zo, grad_bias, grad_c0, grad_log_n0, grad_y0, num_threads);        \
   }
 
 MOXE_SLSTM_SCAN(float, Factors::kFloat, float)
 MOXE_SLSTM_SCAN(double, Factors::kFloat, double)
 #ifdef __AVX512BF16__
 MOXE_SLSTM_SCAN(float, Factors::kBFloat16, rounded)
+MOXE_SLSTM_SCAN(at::BFloat16, Factors::kBFloat16, bfloat16)
 #endif
 
 extern "C" int moxe_slstm_rows_of_task() { return kRows; }

@@ -4,6 +4,10 @@ The same function as :func:`~moxe_plugin.nn.slstm_cell.slstm_sequence`, whose do
 have the equations, but on rows without padding, which the products around it make and
 read as they are. Under autocast, its products are as those of
 :mod:`moxe_plugin.nn.products`: of factors rounded to bfloat16, where that is possible.
+
+What has a row for each position may be kept in bfloat16, where products in C++ multiply
+it. Then the arithmetic is that of autocast, and each number is rounded where it is
+written; what the cells remember is float32.
 """
 
 from __future__ import annotations
@@ -24,7 +28,10 @@ from moxe_plugin.nn.ragged_products import multiply_columns
 
 
 class RowScanInputs(NamedTuple):
-    """What the scan reads, all of one dtype, float32 or float64, on the CPU."""
+    """What the scan reads, all of one dtype, float32 or float64, on the CPU.
+
+    Or bfloat16, but for ``bias``, ``c``, ``log_n`` and ``y``, which are float32 then.
+    """
 
     gates_if: Tensor
     """The inputs' share of the pre-activations of i and f. *Shape:* ``(C,H*2D)``."""
@@ -73,8 +80,8 @@ def slstm_scan(
     :param inputs: Gates and memory.
     :param bounds: Which rows are a sequence.
 
-    :returns: The outputs ``(C,H*D)``, 0 at padding, and ``c``, ``log_n`` and ``y``
-        after the last valid position, ``(E,N,H,D)`` each.
+    :returns: The outputs ``(C,H*D)``, of the gates' type and 0 at padding, and ``c``,
+        ``log_n`` and ``y`` after the last valid position, ``(E,N,H,D)`` each.
 
     :raises NativeLibraryError: The C++ code cannot be compiled here.
     """
@@ -91,22 +98,18 @@ class _SLSTMScan(Function):
 
         outputs = gates_if.new_empty(num_rows, num_heads * head_dim)
         last = [torch.empty_like(x) for x in memory]
-        # w, 1 - sigmoid(f), tanh(z), sigmoid(o); and c
-        activations, cs = None, None
+        # w (or 1 - w), 1 - sigmoid(f), tanh(z), sigmoid(o), tanh(z) - c'/n'
+        activations = None
         if any(ctx.needs_input_grad):
-            activations = gates_if.new_empty(num_rows, num_heads, 4, head_dim)
-            cs = gates_if.new_empty(num_rows, num_heads, head_dim)
-
-        c, _, y = memory
+            activations = gates_if.new_empty(num_rows, num_heads, 5, head_dim)
 
         _call(
-            "forward",
-            (c, bounds),
+            *("forward", weight, bounds),
             *(gates_if, gates_zo, bias, weight, *memory),
-            *(outputs, activations, cs, *last),
+            *(outputs, activations, *last),
         )
 
-        ctx.save_for_backward(weight, c, y, outputs, activations, cs)
+        ctx.save_for_backward(weight, memory[-1], outputs, activations)
         ctx.bounds = bounds
 
         return outputs, *last
@@ -121,22 +124,21 @@ class _SLSTMScan(Function):
         grad_log_n: Tensor,
         grad_y: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        weight, c, y, outputs, activations, cs = ctx.saved_tensors
+        weight, y, outputs, activations = ctx.saved_tensors
         bounds: RowBounds = ctx.bounds
-        num_heads, head_dim = c.shape[2:]
+        num_heads, head_dim = y.shape[2:]
 
         grad_if = outputs.new_empty(outputs.size(0), 2 * num_heads * head_dim)
         grad_zo = torch.empty_like(grad_if)
-        grad_memory = [torch.empty_like(c) for _ in range(3)]
+        grad_memory = [torch.empty_like(y) for _ in range(3)]
 
         # Of some sequences each: (E,H,B,4,D)
-        num_blocks = -(-c.size(1) // _rows_of_task())
-        grad_bias = weight.new_empty(*weight.shape[:2], num_blocks, *weight.shape[3:])
+        num_blocks = -(-y.size(1) // _rows_of_task())
+        grad_bias = y.new_empty(*weight.shape[:2], num_blocks, *weight.shape[3:])
 
         _call(
-            "backward",
-            (c, bounds),
-            *(weight, c, outputs, activations, cs),
+            *("backward", weight, bounds),
+            *(weight, outputs, activations),
             *(x.contiguous() for x in (grad_outputs, grad_c, grad_log_n, grad_y)),
             *(grad_if, grad_zo, grad_bias, *grad_memory),
         )
@@ -158,7 +160,7 @@ def _shift(outputs: Tensor, y: Tensor, bounds: RowBounds) -> Tensor:
     old[1:] = outputs[:-1]
 
     has_rows = bounds.lens > 0
-    old[bounds.begins[has_rows]] = y.flatten(-2)[has_rows]
+    old[bounds.begins[has_rows]] = y.flatten(-2)[has_rows].to(old.dtype)
 
     return old
 
@@ -180,14 +182,11 @@ def _rows_of_task() -> int:
 
 
 def _call(
-    direction: str, layout: tuple[Tensor, RowBounds], *tensors: Tensor | None
+    direction: str, weight: Tensor, bounds: RowBounds, *tensors: Tensor | None
 ) -> None:
-    c, bounds = layout
-    num_experts, num_seqs, num_heads, head_dim = c.shape
+    num_experts, num_heads, head_dim = weight.shape[:3]
+    num_seqs = bounds.begins.size(1)
     shape = (num_experts, num_heads, num_seqs, bounds.padded_len, head_dim)
-
-    suffix = "rounded" if rounds_factors(c) else SUFFIXES[c.dtype]
-    function = find_function("slstm_scan", f"moxe_slstm_{direction}_{suffix}")
 
     # Each of `tensors` lives until the call returns: the caller holds them.
     pointers = [
@@ -195,8 +194,15 @@ def _call(
         for x in (bounds.begins, bounds.lens, *tensors)
     ]
 
-    function(
+    find_function("slstm_scan", f"moxe_slstm_{direction}_{_find_suffix(weight)}")(
         (ctypes.c_int64 * len(shape))(*shape),
         ctypes.c_int(torch.get_num_threads()),
         *pointers,
     )
+
+
+def _find_suffix(weight: Tensor) -> str:
+    if weight.dtype == torch.float32 and rounds_factors(weight):
+        return "rounded"
+
+    return SUFFIXES[weight.dtype]
