@@ -218,6 +218,15 @@ struct Task {
       len[r] = s.lens[expert * s.rows + first + r];
       max_len = std::max(max_len, len[r]);
     }
+    for (int r = 0; r < rows; ++r)
+      for (int q = 0; q < rows; ++q)
+        place[r] += len[q] > len[r] || (len[q] == len[r] && q < r);
+  }
+
+  // How many rows have a step t: those in the first places.
+  int rows_at(int64_t t) const {
+    return static_cast<int>(
+        std::count_if(len, len + rows, [t](int64_t steps) { return steps > t; }));
   }
 
   // Into what is laid out (C,H).
@@ -232,6 +241,8 @@ struct Task {
   int64_t blocks, head, expert, head_in_expert, first;
   int rows;
   int64_t begin[kRows] = {}, len[kRows] = {};
+  // Where a row is computed: the longest first, so that products leave out those that ended.
+  int64_t place[kRows] = {};
   int64_t max_len = 0;
 };
 
@@ -351,10 +362,10 @@ void scan_forward(const Shape& s, const S* gates_if, const S* gates_zo,
     recurrent.set_columns(weight + task.head * 4 * dim * dim, dim, 4 * dim);
 
     for (int r = 0; r < task.rows; ++r) {
-      const int64_t from = task.state(s, r);
-      std::copy_n(y0 + from, dim, &y[r * dim]);
-      std::copy_n(c0 + from, dim, &c[r * dim]);
-      std::copy_n(log_n0 + from, dim, &log_n[r * dim]);
+      const int64_t from = task.state(s, r), own = task.place[r] * dim;
+      std::copy_n(y0 + from, dim, &y[own]);
+      std::copy_n(c0 + from, dim, &c[own]);
+      std::copy_n(log_n0 + from, dim, &log_n[own]);
     }
 
     for (int64_t t = 0; t < task.max_len; ++t) {
@@ -363,7 +374,7 @@ void scan_forward(const Shape& s, const S* gates_if, const S* gates_zo,
 
         const int64_t at = task.position(s, r, t) * 2 * dim;
         add_bias(gates_if + at, gates_zo + at, bias + task.head * 4 * dim, dim,
-                 &gates[r * 4 * dim]);
+                 &gates[task.place[r] * 4 * dim]);
 
         if (t + 1 < task.len[r]) {
           const int64_t next = at + 2 * s.heads * dim;
@@ -372,23 +383,24 @@ void scan_forward(const Shape& s, const S* gates_if, const S* gates_zo,
         }
       }
 
-      old_y.set_rows(y.data(), task.rows, dim);
-      multiply(recurrent, dim, 4 * dim, old_y, gates.data(), task.rows);
+      const int rows = task.rows_at(t);
+      old_y.set_rows(y.data(), rows, dim);
+      multiply(recurrent, dim, 4 * dim, old_y, gates.data(), rows);
 
       for (int r = 0; r < task.rows; ++r) {
         if (t >= task.len[r]) continue;
 
-        const int64_t at = task.position(s, r, t) * dim;
-        advance(&gates[r * 4 * dim], dim, {&c[r * dim], &log_n[r * dim], &y[r * dim]},
+        const int64_t at = task.position(s, r, t) * dim, own = task.place[r] * dim;
+        advance(&gates[4 * own], dim, {&c[own], &log_n[own], &y[own]},
                 outputs + at, activations ? activations + 5 * at : nullptr);
       }
     }
 
     for (int r = 0; r < task.rows; ++r) {
-      const int64_t to = task.state(s, r);
-      std::copy_n(&y[r * dim], dim, y_last + to);
-      std::copy_n(&c[r * dim], dim, c_last + to);
-      std::copy_n(&log_n[r * dim], dim, log_n_last + to);
+      const int64_t to = task.state(s, r), own = task.place[r] * dim;
+      std::copy_n(&y[own], dim, y_last + to);
+      std::copy_n(&c[own], dim, c_last + to);
+      std::copy_n(&log_n[own], dim, log_n_last + to);
 
       for (int64_t t = task.len[r]; t < s.steps; ++t)
         std::fill_n(outputs + task.position(s, r, t) * dim, dim, S(0));
@@ -459,9 +471,9 @@ void scan_backward(const Shape& s, const S* weight, const S* outputs,
     std::fill_n(grad_bias + id * 4 * dim, 4 * dim, T(0));
 
     for (int r = 0; r < task.rows; ++r) {
-      const int64_t from = task.state(s, r);
-      std::copy_n(grad_c_last + from, dim, &grad_c[r * dim]);
-      std::copy_n(grad_log_n_last + from, dim, &grad_log_n[r * dim]);
+      const int64_t from = task.state(s, r), own = task.place[r] * dim;
+      std::copy_n(grad_c_last + from, dim, &grad_c[own]);
+      std::copy_n(grad_log_n_last + from, dim, &grad_log_n[own]);
 
       for (int64_t t = task.len[r]; t < s.steps; ++t) {
         const int64_t at = task.position(s, r, t) * 2 * dim;
@@ -474,13 +486,13 @@ void scan_backward(const Shape& s, const S* weight, const S* outputs,
       for (int r = 0; r < task.rows; ++r) {
         if (t >= task.len[r]) continue;
 
-        const int64_t at = task.position(s, r, t) * dim;
-        T* gy = &grad_y[r * dim];
+        const int64_t at = task.position(s, r, t) * dim, own = task.place[r] * dim;
+        T* gy = &grad_y[own];
         if (t == task.len[r] - 1) std::copy_n(grad_y_last + task.state(s, r), dim, gy);
 
         revert(activations + 5 * at, outputs + at, dim, grad_outputs + at,
-               {&grad_c[r * dim], &grad_log_n[r * dim], gy}, &gates[r * 4 * dim],
-               grad_if + 2 * at, grad_zo + 2 * at, of_bias.data());
+               {&grad_c[own], &grad_log_n[own], gy}, &gates[4 * own], grad_if + 2 * at,
+               grad_zo + 2 * at, of_bias.data());
 
         if (t > 0) {
           const int64_t next = at - s.heads * dim;
@@ -491,17 +503,17 @@ void scan_backward(const Shape& s, const S* weight, const S* outputs,
       }
       if (t % kSummedSteps == 0) flush(of_bias, grad_bias + id * 4 * dim);
 
-      std::fill_n(grad_y.data(), task.rows * dim, T(0));
-      of_gates.set_rows(gates.data(), task.rows, 4 * dim);
-      multiply(of_columns, 4 * dim, dim, of_gates, grad_y.data(), task.rows);
+      const int rows = task.rows_at(t);
+      std::fill_n(grad_y.data(), rows * dim, T(0));
+      of_gates.set_rows(gates.data(), rows, 4 * dim);
+      multiply(of_columns, 4 * dim, dim, of_gates, grad_y.data(), rows);
     }
 
     for (int r = 0; r < task.rows; ++r) {
-      const int64_t to = task.state(s, r);
-      std::copy_n(&grad_c[r * dim], dim, grad_c0 + to);
-      std::copy_n(&grad_log_n[r * dim], dim, grad_log_n0 + to);
-      std::copy_n(task.len[r] > 0 ? &grad_y[r * dim] : grad_y_last + to, dim,
-                  grad_y0 + to);
+      const int64_t to = task.state(s, r), own = task.place[r] * dim;
+      std::copy_n(&grad_c[own], dim, grad_c0 + to);
+      std::copy_n(&grad_log_n[own], dim, grad_log_n0 + to);
+      std::copy_n(task.len[r] > 0 ? &grad_y[own] : grad_y_last + to, dim, grad_y0 + to);
     }
   }
 }
