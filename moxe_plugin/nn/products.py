@@ -39,8 +39,6 @@ from moxe_plugin.nn.padding import widen
 
 _CHOICES: Final = ("auto", "native", "torch")
 
-_THIN_ROWS: Final = 4
-
 _log: Final = logging.getLogger(__name__)
 
 
@@ -71,7 +69,7 @@ def multiply(lhs: Tensor, rhs: Tensor, *, streams: bool = False) -> Tensor:
 
     :returns: *Shape:* ``(…,m,n)``.
     """
-    if not runs_native(lhs, rhs) or is_thin(lhs, lhs.size(-2)):
+    if not runs_native(lhs, rhs):
         return lhs @ rhs
 
     out = lhs.new_empty(*lhs.shape[:-1], rhs.size(-1))
@@ -124,10 +122,7 @@ def multiply_all(products: Sequence[Product]) -> None:
     :param products: What to multiply, and where the results go.
     """
     # Of none, all would run in C++, and nothing could tell whether it is there.
-    if products and all(
-        runs_native(lhs, rhs) and not is_thin(lhs, lhs.size(-2))
-        for lhs, rhs, _ in products
-    ):
+    if products and all(runs_native(lhs, rhs) for lhs, rhs, _ in products):
         native.multiply_all(products)
 
         return
@@ -168,29 +163,6 @@ def runs_native(*tensors: Tensor, mixes: bool = False) -> bool:
         and why_torch() is None
         and follows_autocast()
         and (torch.bfloat16 not in dtypes or rounds_to_bfloat16())
-    )
-
-
-def is_thin(lhs: Tensor, num_rows: float) -> bool:
-    """Tell whether torch multiplies a few rows of bfloat16: C++ would copy all weights.
-
-    :param lhs: The left factor.
-    :param num_rows: How many of its rows a right factor is read for.
-
-    :returns: Whether it does.
-    """
-    return lhs.dtype == torch.bfloat16 and num_rows <= _THIN_ROWS
-
-
-def _multiply_into(
-    out: Tensor, lhs: Tensor, rhs: Tensor, *, streams: bool = False
-) -> None:
-    batch = lhs.ndim > 2
-
-    # (…,m,n) -> (B,m,n)
-    native.multiply_all(
-        [Product(*(x.flatten(0, -3) if batch else x for x in (lhs, rhs, out)))],
-        streams=streams,
     )
 
 
@@ -268,6 +240,18 @@ def rounds_to_bfloat16() -> bool:
     :raises ValueError: As :func:`why_torch`.
     """
     return why_torch() is None and native.rounds_to_bfloat16()
+
+
+def _multiply_into(
+    out: Tensor, lhs: Tensor, rhs: Tensor, *, streams: bool = False
+) -> None:
+    batch = lhs.ndim > 2
+
+    # (…,m,n) -> (B,m,n)
+    native.multiply_all(
+        [Product(*(x.flatten(0, -3) if batch else x for x in (lhs, rhs, out)))],
+        streams=streams,
+    )
 
 
 def _find_vendor() -> str | None:

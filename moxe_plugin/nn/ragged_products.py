@@ -15,7 +15,7 @@ from torch import Tensor
 from moxe_plugin.nn.expert_products import head_outer_products, head_products
 from moxe_plugin.nn.native import products as native
 from moxe_plugin.nn.native.products import Product
-from moxe_plugin.nn.products import is_thin, multiply_all, runs_native
+from moxe_plugin.nn.products import multiply_all, runs_native
 
 
 def multiply_parts(
@@ -85,7 +85,7 @@ def multiply_rows(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor
 
     out = rows.new_empty(rows.size(0), weight.size(1) * weight.size(3))
 
-    if runs_native(rows, weight) and not is_thin(rows, max(counts, default=0)):
+    if runs_native(rows, weight):
         native.multiply_rows(rows, weight, out, counts)
 
         return out

@@ -226,17 +226,6 @@ def test_bfloat16_is_given_to_cpp_where_the_processor_multiplies_it(
 
 
 @pytest.mark.usefixtures("_multiplies_bfloat16")
-@pytest.mark.parametrize("name", ["matmul", "multiply", "multiply_all"])
-def test_few_rows_of_bfloat16_are_torchs(
-    name: str, native_calls: list[Sequence[Product]]
-) -> None:
-    lhs, rhs = torch.randn(4, 5, dtype=bfloat16), torch.randn(5, 4, dtype=bfloat16)
-
-    assert_close(FUNCTIONS[name](lhs, rhs), lhs @ rhs)
-    assert native_calls == []
-
-
-@pytest.mark.usefixtures("_multiplies_bfloat16")
 def test_types_are_mixed_only_where_that_is_asked_for(
     native_calls: list[Sequence[Product]],
 ) -> None:
