@@ -121,7 +121,7 @@ def probe_native() -> str:
         or why_not_loaded("mlstm_parallel")
         or why_not_loaded("mlstm_chunkwise")
         or why_not_loaded("mlstm_projections"),
-        "products under autocast": products
+        "bfloat16 products": products
         or (None if rounds_to_bfloat16() else "the processor has no AVX512_BF16"),
     }
     others: dict[str, list[str]] = {}

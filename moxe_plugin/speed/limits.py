@@ -11,7 +11,6 @@ from fairseq2.nn import Embedding
 from torch import Tensor, nn
 
 from moxe_plugin.nn import products
-from moxe_plugin.nn.products import rounds_to_bfloat16
 from moxe_plugin.speed.clock import measure_copy, measure_matmul, measure_new_memory
 from moxe_plugin.speed.options import MeasureOptions
 
@@ -63,19 +62,11 @@ def measure_limits(options: MeasureOptions) -> dict[str, Any]:
 
 def _measure_products(dtype_name: str, options: MeasureOptions) -> dict[str, float]:
     dtype, device = getattr(torch, dtype_name), options.device
-    rates = {
+
+    return {
         library: measure_matmul(dtype, options.matmul_size, device, product)
         for library, product in list_products(dtype, device).items()
     }
-
-    if (dtype, device.type) == (torch.bfloat16, "cpu") and rounds_to_bfloat16():
-        # Ours are of float32, rounded under autocast.
-        with torch.autocast("cpu", dtype):
-            rates["moxe_plugin"] = measure_matmul(
-                torch.float32, options.matmul_size, device, products.multiply
-            )
-
-    return rates
 
 
 def list_products(dtype: torch.dtype, device: torch.device) -> dict[str, Product]:
@@ -87,17 +78,17 @@ def list_products(dtype: torch.dtype, device: torch.device) -> dict[str, Product
     :param dtype: The data type of the matrices.
     :param device: Where they are.
 
-    :returns: Products by the name of their library: ``torch``, and for float32 on a CPU
-        ``onednn`` where torch has it, and our own, ``moxe_plugin``, where they run.
+    :returns: Products by the name of their library: ``torch``, and on a CPU ``onednn``
+        for float32 where torch has it, and our own, ``moxe_plugin``, where they run.
     """
     listed: dict[str, Product] = {"torch": torch.mm}
 
-    if (dtype, device.type) != (torch.float32, "cpu"):
+    if device.type != "cpu":
         return listed
 
-    if _has_onednn():
+    if dtype == torch.float32 and _has_onednn():
         listed["onednn"] = _multiply_by_onednn
-    if products.why_torch() is None:
+    if products.runs_native(torch.empty(0, dtype=dtype)):
         listed["moxe_plugin"] = products.multiply
 
     return listed

@@ -125,8 +125,8 @@ def _format_products(machine: Mapping[str, Any]) -> str:
     reason = machine["why_torch_products"]
     if reason is None:
         return (
-            "\nMoxE and xLSTM multiply float32 by our own products, under autocast "
-            "rounded to\nbfloat16 if the processor multiplies it."
+            "\nMoxE and xLSTM multiply float32 by our own products, and bfloat16, also "
+            "under\nautocast, if the processor multiplies it."
         )
 
     return f"\nMoxE and xLSTM multiply by torch's products: {reason}."

@@ -41,46 +41,34 @@ def test_our_products_are_measured_where_they_run(
     monkeypatch.setattr(products, "why_torch", lambda: reason)
 
     assert ("moxe_plugin" in list_products(torch.float32, _CPU)) == (reason is None)
-    assert "moxe_plugin" not in list_products(torch.bfloat16, _CPU)
+
+
+@pytest.mark.parametrize("multiplies", [True, False], ids=["ours", "torch"])
+def test_our_products_of_bfloat16_are_measured_where_they_run(
+    multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "why_torch", lambda: None)
+    monkeypatch.setattr(products, "rounds_to_bfloat16", lambda: multiplies)
+
+    assert ("moxe_plugin" in list_products(torch.bfloat16, _CPU)) == multiplies
 
 
 def test_onednn_is_measured_where_torch_has_it() -> None:
     has_onednn = torch.backends.mkldnn.is_available()
 
     assert ("onednn" in list_products(torch.float32, _CPU)) == has_onednn
-    assert list(list_products(torch.bfloat16, _CPU)) == ["torch"]
+    assert "onednn" not in list_products(torch.bfloat16, _CPU)
 
 
 def test_peak_is_that_of_the_fastest_library(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = {"slow": 3.0, "fast": 5.0}
     monkeypatch.setattr(limits, "list_products", lambda *_: {n: n for n in rates})
-    monkeypatch.setattr(limits, "rounds_to_bfloat16", lambda: False)
     monkeypatch.setattr(limits, "measure_matmul", lambda *args: rates[args[-1]])
 
     measured = measure_limits(MeasureOptions(device=_CPU, copy_bytes=64))
 
     assert measured["matmul_by_library"] == {"bfloat16": rates, "float32": rates}
     assert measured["matmul_gflop_per_s"] == {"bfloat16": 5.0, "float32": 5.0}
-
-
-def test_our_rounded_products_are_measured_under_autocast(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def measure(dtype: torch.dtype, *args: Any) -> float:
-        is_rounded = dtype == torch.float32 and torch.is_autocast_enabled("cpu")
-
-        return 7.0 if is_rounded and args[-1] is products.multiply else 5.0
-
-    monkeypatch.setattr(limits, "rounds_to_bfloat16", lambda: True)
-    monkeypatch.setattr(limits, "measure_matmul", measure)
-
-    measured = measure_limits(MeasureOptions(device=_CPU, copy_bytes=64))
-
-    assert measured["matmul_by_library"]["bfloat16"] == {
-        "torch": 5.0,
-        "moxe_plugin": 7.0,
-    }
-    assert measured["matmul_gflop_per_s"] == {"bfloat16": 7.0, "float32": 5.0}
 
 
 @pytest.mark.parametrize(("memory", "expected"), [(2**20, 2**16), (2**40, 2**17)])
