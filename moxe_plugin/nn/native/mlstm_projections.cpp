@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -35,6 +36,7 @@ constexpr int64_t kGroupsAhead = 4;     // whose channels are fetched
 constexpr int64_t kLine = 64;           // bytes of the caches
 constexpr int kKinds = 3;       // queries, keys and values
 constexpr int kMaxGates = 16;
+constexpr int kGatesOfTile = 8;    // whose sums are in registers
 
 struct Shape {
   int64_t experts, groups, gates;  // `gates` of a row
@@ -126,21 +128,119 @@ void set_transposed(const T* from, int64_t num_rows, int64_t next_row, int64_t c
   }
 }
 
-// Where rows of results are summed.
-struct Sums {
-  float* at;
-  int64_t next_row;
+// What is multiplied is kept as.
+template <Factors factors>
+using Factor = std::conditional_t<factors == Factors::kFloat, float, BFloat16>;
+
+// kWidth numbers of a row.
+struct Row {
+  __m512 low, high;
 };
 
-// Where they go or, before they are rounded, in a `tile` of rows of kWidth.
-Sums find_sums(float* out, int64_t next_row, float*) { return {out, next_row}; }
-Sums find_sums(BFloat16*, int64_t, float* tile) { return {tile, kWidth}; }
+inline Row load_row(const float* from) {
+  return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + kFloats)};
+}
+inline Row load_row(const BFloat16* from) {
+  return {moxe::load_half(from, kFloats), moxe::load_half(from + kFloats, kFloats)};
+}
 
-// Rounds them to where they go.
-void round_sums(const Sums&, int64_t, float*, int64_t) {}
-void round_sums(const Sums& sums, int64_t num_rows, BFloat16* out, int64_t next_row) {
-  for (int64_t r = 0; r < num_rows; ++r)
-    moxe::store_row(sums.at + r * sums.next_row, kWidth, false, out + r * next_row);
+inline void write_row(const Row& row, float* to) {
+  _mm512_storeu_ps(to, row.low);
+  _mm512_storeu_ps(to + kFloats, row.high);
+}
+inline void write_row(const Row& row, BFloat16* to) {
+  _mm512_storeu_ps(to, moxe::pair_neighbours(row.low, row.high));
+}
+
+// Pairs of the numbers of two rows.
+inline Row pair_two(const float* low, const float* high) {
+  const Row x = load_row(low), y = load_row(high);
+  return {moxe::pair_places(x.low, y.low), moxe::pair_places(x.high, y.high)};
+}
+inline Row pair_two(const BFloat16* low, const BFloat16* high) {
+  alignas(64) static constexpr int16_t order[64] = {
+      0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+      8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
+      16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+      24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+  const __m512i x = _mm512_loadu_si512(low), y = _mm512_loadu_si512(high);
+  const auto pick = [&](const int16_t* from) {
+    return _mm512_castsi512_ps(
+        _mm512_permutex2var_epi16(x, _mm512_load_si512(from), y));
+  };
+  return {pick(order), pick(order + 32)};
+}
+
+// Those of place `i` of `num_rows` rows, see set_columns.
+template <Factors factors, typename T>
+Row load_columns(const T* from, int64_t num_rows, int64_t next_row, int64_t i) {
+  static constexpr T zeros[kWidth] = {};
+  if (factors == Factors::kFloat) return load_row(from + i * next_row);
+  const T* low = from + 2 * i * next_row;
+  return pair_two(low, 2 * i + 1 < num_rows ? low + next_row : zeros);
+}
+
+// out (Rows,kWidth) = start + lhs (Rows,depth) @ rhs (depth,kWidth), rounded where it is
+// written. `start` may be null; `depth` are places of what is multiplied.
+template <Factors factors, typename T, typename Out, int Rows>
+void multiply_rows(int64_t depth, const float* lhs, int64_t lhs_row, const float* rhs,
+                   const T* start, Out* out, int64_t next_row, int64_t out_row) {
+  Row sums[Rows];
+  for (int r = 0; r < Rows; ++r) sums[r] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  if (start != nullptr)
+    for (int r = 0; r < Rows; ++r) sums[r] = load_row(start + r * next_row);
+
+  for (int64_t i = 0; i < depth; ++i, rhs += kWidth) {
+    const Row weights = load_row(rhs);
+    for (int r = 0; r < Rows; ++r) {
+      const __m512 value = _mm512_set1_ps(lhs[r * lhs_row + i]);
+      sums[r].low = add_products<factors>(sums[r].low, value, weights.low);
+      sums[r].high = add_products<factors>(sums[r].high, value, weights.high);
+    }
+  }
+
+  for (int r = 0; r < Rows; ++r) write_row(sums[r], out + r * out_row);
+}
+
+template <typename T, typename Out>
+using MultiplyRows = void (*)(int64_t, const float*, int64_t, const float*, const T*, Out*,
+                              int64_t, int64_t);
+template <Factors factors, typename T, typename Out>
+constexpr auto kMultiplyRows = moxe::by_rows<MultiplyRows<T, Out>, kRows>([](auto rows) {
+  return &multiply_rows<factors, T, Out, decltype(rows)::value>;
+});
+
+// sums (Gates,kWidth) += the transposed `gates` @ rows, as they lie. `gates` are places of
+// columns, from one of which it is `num_gates` to the next.
+template <Factors factors, typename T, int Gates>
+void add_gate_weights(const T* rows, int64_t num_rows, int64_t next_row, const float* gates,
+                      int64_t num_gates, float* sums) {
+  Row of_gates[Gates];
+  for (int gate = 0; gate < Gates; ++gate) of_gates[gate] = load_row(sums + gate * kWidth);
+
+  for (int64_t i = 0; i < num_places(num_rows, factors); ++i, gates += num_gates) {
+    const Row row = load_columns<factors>(rows, num_rows, next_row, i);
+    for (int gate = 0; gate < Gates; ++gate) {
+      const __m512 value = _mm512_set1_ps(gates[gate]);
+      of_gates[gate].low = add_products<factors>(of_gates[gate].low, value, row.low);
+      of_gates[gate].high = add_products<factors>(of_gates[gate].high, value, row.high);
+    }
+  }
+
+  for (int gate = 0; gate < Gates; ++gate) write_row(of_gates[gate], sums + gate * kWidth);
+}
+
+template <typename T>
+using AddGateWeights = void (*)(const T*, int64_t, int64_t, const float*, int64_t, float*);
+template <Factors factors, typename T>
+constexpr auto kAddGateWeights = moxe::by_rows<AddGateWeights<T>, kGatesOfTile>(
+    [](auto gates) { return &add_gate_weights<factors, T, decltype(gates)::value>; });
+
+// Copies rows of a group, each number of which is multiplied by others of its column.
+template <Factors factors, typename T>
+void set_group_columns(const T* from, int64_t num_rows, int64_t next_row, float* to) {
+  for (int64_t i = 0; i < num_places(num_rows, factors); ++i)
+    write_row(load_columns<factors>(from, num_rows, next_row, i), to + i * kWidth);
 }
 
 std::vector<Rows> cut_rows(const Shape& s) {
@@ -208,7 +308,6 @@ void project(const Shape& s, int num_threads, const T* conv_input, const T* conv
   for (int64_t block = 0; block < num_blocks; ++block) {
     const Rows& rows = blocks[block];
     float inputs[kRows * kWidth], outputs[kRows * kWidth], sums[kRows * 2 * kMaxGates];
-    alignas(64) float tile[kRows * kWidth];
 
     for (int64_t row = rows.begin; row < rows.end; row += kRows) {
       const int num = static_cast<int>(std::min<int64_t>(kRows, rows.end - row));
@@ -230,12 +329,10 @@ void project(const Shape& s, int num_threads, const T* conv_input, const T* conv
 
           const int64_t at = packed.index(kind, s.experts, rows.expert, group);
           T* out = outs[kind] + row * width + group * kWidth;
-          const Sums of_out = find_sums(out, width, tile);
           fetch(out + kGroupsAhead * kWidth, num, width);
-          kMultiplyDirect<factors>[num](places, inputs, places, 1,
-                                        &packed.projections[at * Packed::kSize], kWidth,
-                                        of_out.at, of_out.next_row, false);
-          round_sums(of_out, num, out, width);
+          kMultiplyRows<factors, T, T>[num](places, inputs, places,
+                                            &packed.projections[at * Packed::kSize],
+                                            nullptr, out, 0, width);
 
           for (int r = 0; r < num; ++r)
             set_row<factors>(out + r * width, kWidth, outputs + r * places);
@@ -268,6 +365,7 @@ template <typename T, Factors factors>
 class WayBack {
  public:
   static constexpr int64_t kPlaces = Weights<factors>::kPlaces;
+  static constexpr int64_t kOutsRow = kKinds * kWidth;
 
   WayBack(const Shape& s, int64_t expert, int64_t group,
           const std::array<const T*, kKinds>& weights, const T* gate_weight)
@@ -288,50 +386,37 @@ class WayBack {
     const int64_t num = rows.end - rows.begin, width = s_.width(),
                   at = rows.begin * width + group_ * kWidth,
                   gate_places = num_places(s_.gates, factors);
-    const auto& multiply = kMultiplyDirect<factors>;
-    alignas(64) float of_out[kBlockRows * kWidth], of_out_rows[kKinds][kBlockRows * kPlaces],
-        of_out_columns[kBlockRows * kWidth], columns[kBlockRows * kWidth];
-    const int64_t num_column_places = num_places(num, factors);
+    alignas(64) Factor<factors> of_outs[kBlockRows * kOutsRow];
+    alignas(64) float columns[kBlockRows * kWidth], of_out_columns[kBlockRows * kWidth];
 
     for (int kind = 0; kind < kKinds; ++kind) {
-      set_columns<Factors::kFloat>(grads.of_outs[kind] + at, num, width, kWidth, of_out);
       for (int64_t r = 0; r < num; r += kRows)
-        multiply[std::min<int64_t>(kRows, num - r)](
-            gate_places, gate_rows + r * gate_places, gate_places, 1,
-            gates_transposed_[kind], kWidth, of_out + r * kWidth, kWidth, true);
-
-      for (int64_t r = 0; r < num; ++r)
-        set_row<factors>(of_out + r * kWidth, kWidth, of_out_rows[kind] + r * kPlaces);
-      set_columns<factors>(of_out, num, kWidth, kWidth, of_out_columns);
+        kMultiplyRows<factors, T, Factor<factors>>[std::min<int64_t>(kRows, num - r)](
+            gate_places, gate_rows + r * gate_places, gate_places, gates_transposed_[kind],
+            grads.of_outs[kind] + at + r * width, of_outs + r * kOutsRow + kind * kWidth,
+            width, kOutsRow);
 
       // Those of weights: rows are summed.
-      if (kind == 0) set_columns<factors>(convolved + at, num, width, kWidth, columns);
+      if (kind == 0) set_group_columns<factors>(convolved + at, num, width, columns);
       if (kind == kKinds - 1)
-        set_columns<factors>(conv_input + rows.begin * s_.input_row + group_ * kWidth, num,
-                             s_.input_row, kWidth, columns);
+        set_group_columns<factors>(
+            conv_input + rows.begin * s_.input_row + group_ * kWidth, num, s_.input_row,
+            columns);
+      set_group_columns<factors>(of_outs + kind * kWidth, num, kOutsRow, of_out_columns);
       for (int i = 0; i < kWidth && grads.of_weights[kind] != nullptr; i += 8)
-        multiply[8](num_column_places, columns + i, 1, kWidth, of_out_columns, kWidth,
-                    of_weights_[kind] + i * kWidth, kWidth, true);
+        kMultiplyDirect<factors>[8](num_places(num, factors), columns + i, 1, kWidth,
+                                    of_out_columns, kWidth, of_weights_[kind] + i * kWidth,
+                                    kWidth, true);
 
-      set_columns<factors>(outs[kind] + at, num, width, kWidth, of_out_columns);
-      for (int64_t gate = 0; gate < s_.gates; gate += 8)
-        multiply[std::min<int64_t>(8, s_.gates - gate)](
-            num_column_places, gate_columns + gate, 1, s_.gates, of_out_columns, kWidth,
-            of_gate_weights_[kind] + gate * kWidth, kWidth, true);
+      for (int64_t gate = 0; gate < s_.gates; gate += kGatesOfTile)
+        kAddGateWeights<factors, T>[std::min<int64_t>(kGatesOfTile, s_.gates - gate)](
+            outs[kind] + at, num, width, gate_columns + gate, s_.gates,
+            of_gate_weights_[kind] + gate * kWidth);
     }
 
-    for (int64_t r = 0; r < num; r += kRows) {
-      const int64_t n = std::min<int64_t>(kRows, num - r);
-      for (int kind = 0; kind < kKinds; ++kind) {
-        T* out =
-            (kind == kKinds - 1 ? grads.of_conv_input : grads.of_convolved) + at + r * width;
-        const Sums sums = find_sums(out, width, of_out);
-        multiply[n](kPlaces, of_out_rows[kind] + r * kPlaces, kPlaces, 1,
-                    transposed_[kind], kWidth, sums.at, sums.next_row, kind == 1);
-        // Of queries and keys, both.
-        if (kind > 0) round_sums(sums, n, out, width);
-      }
-    }
+    // Of queries and keys, both.
+    multiply_back(of_outs, 0, 2, num, grads.of_convolved + at);
+    multiply_back(of_outs, 2, 1, num, grads.of_conv_input + at);
   }
 
   void store(const Gradients<T>& grads) const {
@@ -350,6 +435,17 @@ class WayBack {
   }
 
  private:
+  // Gradients of what some kinds are made of.
+  void multiply_back(const Factor<factors>* of_outs, int kind, int num_kinds, int64_t num,
+                     T* to) const {
+    constexpr int64_t row_places = kKinds * kPlaces;
+    const float* places = reinterpret_cast<const float*>(of_outs) + kind * kPlaces;
+    for (int64_t r = 0; r < num; r += kRows)
+      kMultiplyRows<factors, T, T>[std::min<int64_t>(kRows, num - r)](
+          num_kinds * kPlaces, places + r * row_places, row_places, transposed_[kind],
+          nullptr, to + r * s_.width(), 0, s_.width());
+  }
+
   // Into (E,kKinds,G,kWidth,gates).
   int64_t at_gates(int kind) const {
     return ((expert_ * kKinds + kind) * s_.groups + group_) * kWidth * s_.gates;
@@ -357,7 +453,8 @@ class WayBack {
 
   const Shape& s_;
   int64_t expert_, group_;
-  float transposed_[kKinds][kWidth * kWidth], gates_transposed_[kKinds][kMaxGates * kWidth];
+  float transposed_[kKinds][kPlaces * kWidth];
+  float gates_transposed_[kKinds][kMaxGates * kWidth];
   float of_weights_[kKinds][kWidth * kWidth] = {};
   float of_gate_weights_[kKinds][kMaxGates * kWidth] = {};
 };
