@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 def test_gradients_are_as_near_to_those_of_float32_as_torchs(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of these, rounding sends no token to another expert, whose gradients would be others.
+    # Of these, rounding sends no token to another expert: gradients would be others.
     ids = torch.randint(4, 300, (3, 41), generator=torch.Generator().manual_seed(3))
     inputs, targets = ids[:, :-1], ids[:, 1:]
     torch.manual_seed(3)
