@@ -4,7 +4,8 @@
 // It is bound by memory, so each row is read and written once, with all taps at a time.
 // Channels do not see each other: the threads share rows on the way forward, and channels on
 // the way back, where each walks all rows of an expert in their order. So no sum depends on
-// the number of threads.
+// the number of threads. For the usual number of taps, some channels at a time walk the steps
+// of a run, and what they need again stays in registers.
 
 #include "integers.h"
 #include "vector_math.h"
@@ -119,6 +120,115 @@ void flush(T* from, T* to, int64_t count) {
   std::fill_n(from, count, T(0));
 }
 
+// The taps that blocks have, for which the walks below are compiled.
+constexpr int64_t kUsualTaps = 4;
+// Vectors of channels of a walk: one or two lines of the cache.
+constexpr int64_t kWalked = 2;
+// How many steps ahead of a walk numbers are fetched: its rows are on different pages.
+constexpr int64_t kAhead = 8;
+
+// V vectors; the one of V = 1 may be of fewer channels, `count`.
+template <typename W, int64_t V>
+struct Lanes {
+  Lanes() {
+    for (int64_t v = 0; v < V; ++v) at[v] = Vec<W>(W(0));
+  }
+
+  template <typename T>
+  static Lanes read(const T* from, int64_t count) {
+    Lanes lanes;
+    for (int64_t v = 0; v < V; ++v) lanes.at[v] = load(from + v * Vec<W>::size(), count);
+    return lanes;
+  }
+
+  template <typename T>
+  void write(T* to, int64_t count) const {
+    for (int64_t v = 0; v < V; ++v) store(at[v], to + v * Vec<W>::size(), count);
+  }
+
+  // += x y
+  void add(const Lanes& x, const Lanes& y) {
+    for (int64_t v = 0; v < V; ++v) at[v] = at::vec::fmadd(x.at[v], y.at[v], at[v]);
+  }
+
+  void add(const Lanes& x) {
+    for (int64_t v = 0; v < V; ++v) at[v] = at[v] + x.at[v];
+  }
+
+  Vec<W> at[V];
+};
+
+// The taps of V vectors of channels, which walk the steps of runs: what they meet stays in
+// registers.
+template <typename T, int64_t V>
+struct Walk {
+  using L = Lanes<Wide<T>, V>;
+  static constexpr int64_t taps = kUsualTaps;
+
+  // w, b: an expert's, from the first channel on.
+  Walk(const T* w, const T* b, int64_t dim, int64_t count)
+      : bias(L::read(b, count)), count(count) {
+    for (int64_t k = 0; k < taps; ++k) weight[k] = L::read(w + k * dim, count);
+  }
+
+  // Finds the inputs before a step of a run, for channels from `d` on.
+  void begin(const Run<T>& run, int64_t step, int64_t d) {
+    for (int64_t k = 0; k + 1 < taps; ++k) {
+      const T* input = run.input(step, k);
+      inputs[k] = input == nullptr ? L() : L::read(input + d, count);
+    }
+  }
+
+  // Meets the next input, and returns the sum over taps.
+  L meet(const T* input) {
+    inputs[taps - 1] = L::read(input, count);
+    L sum = bias;
+    for (int64_t k = 0; k < taps; ++k) sum.add(inputs[k], weight[k]);
+    return sum;
+  }
+
+  void forget_first() {
+    for (int64_t k = 0; k + 1 < taps; ++k) inputs[k] = inputs[k + 1];
+  }
+
+  L weight[taps], bias, inputs[taps];
+  int64_t count;
+};
+
+// Calls f(d, count, V) for channels from `begin` to `end`: V vectors of `count` channels,
+// V a compile-time constant.
+template <typename T, typename F>
+void for_each_walk(int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t size = Vec<Wide<T>>::size();
+  int64_t d = begin;
+  for (; d + kWalked * size <= end; d += kWalked * size)
+    f(d, size, std::integral_constant<int64_t, kWalked>());
+  for (; d + size <= end; d += size) f(d, size, std::integral_constant<int64_t, 1>());
+  if (d < end) f(d, end - d, std::integral_constant<int64_t, 1>());
+}
+
+// Results of the steps from `first` to `end` of a run; out: its first row.
+template <typename T>
+void walk_forward(const Shape& s, const Run<T>& run, int64_t first, int64_t end, const T* w,
+                  const T* b, T* out) {
+  const Rows<const T> x = {run.x[run.begin], run.x.stride};
+  const int64_t dim = s.dim;
+  const bool activates = s.activates;
+
+  for_each_walk<T>(0, dim, [&](int64_t d, int64_t n, auto vectors) {
+    Walk<T, vectors> walk(w + d, b + d, dim, n);
+    walk.begin(run, first, d);
+    for (int64_t t = first; t < end; ++t) {
+      __builtin_prefetch(x[t + kAhead] + d);
+      auto sum = walk.meet(x[t] + d);
+      if (activates)
+        for (Vec<Wide<T>>& y : sum.at) y = Silu<Wide<T>>(y).value();
+      sum.write(out + t * dim + d, n);
+      walk.forget_first();
+    }
+  });
+}
+
 template <typename T>
 void convolve_forward(const Shape& s, Rows<const T> x, const T* windows, const T* weight,
                       const T* bias, T* out, int num_threads) {
@@ -139,6 +249,11 @@ void convolve_forward(const Shape& s, Rows<const T> x, const T* windows, const T
     const T* w = weight + run.expert * s.taps * s.dim;
     const T* b = bias + run.expert * s.dim;
     const int64_t end = std::min(tasks[id].first + kRows, run.len);
+    // Wide numbers are bound by memory, which rows are read from in order.
+    if (s.taps == kUsualTaps && !std::is_same_v<T, Wide<T>>) {
+      walk_forward(s, run, tasks[id].first, end, w, b, out + run.begin * s.dim);
+      continue;
+    }
     Inputs<T> inputs(s.taps);
 
     for (int64_t t = tasks[id].first; t < end; ++t) {
@@ -291,6 +406,89 @@ void walk_back(const Shape& s, const std::vector<Run<T>>& runs, Rows<const T> gr
                     block.begin);
 }
 
+// The same for the usual taps, V vectors of channels, the first of `count` from `d` on, at a
+// time.
+template <typename T, int64_t V>
+struct WalkBack : Walk<T, V> {
+  using Base = Walk<T, V>;
+  using typename Base::L;
+  using Base::taps, Base::count, Base::inputs, Base::weight;
+
+  using Base::Base;
+
+  // Walks all steps of a run.
+  void pass(const Shape& s, const Run<T>& run, Rows<const T> grad, const Gradients<T>& grads,
+            int64_t d) {
+    const int64_t dim = s.dim;
+    const bool activates = s.activates;
+    const Rows<const T> x = {run.x[run.begin] + d, run.x.stride};
+    // Rows of the window come before those of the run.
+    T* of_window = grads.windows == nullptr
+                       ? nullptr
+                       : grads.windows + run.index * run.before * dim + d;
+    T* of_run = grads.x == nullptr ? nullptr : grads.x + run.begin * dim + d;
+    const auto write = [=](const L& lanes, int64_t row) {
+      T* to = row < run.before ? of_window : of_run;
+      const int64_t at = row < run.before ? row : row - run.before;
+      if (to != nullptr) lanes.write(to + at * dim, count);
+    };
+
+    Base::begin(run, 0, d);
+    // The gradients of the last inputs, to which later steps add.
+    L pending[taps];
+    for (int64_t t = 0; t < run.len; ++t) {
+      __builtin_prefetch(x[t + kAhead]);
+      __builtin_prefetch(grad[run.begin + t + kAhead] + d);
+      const L sum = Base::meet(x[t]);
+      L g = L::read(grad[run.begin + t] + d, count);
+      if (activates)
+        for (int64_t v = 0; v < V; ++v) g.at[v] = g.at[v] * Silu<Wide<T>>(sum.at[v]).slope();
+
+      of_bias.add(g);
+      for (int64_t k = 0; k < taps; ++k) of_weight[k].add(g, inputs[k]);
+      for (int64_t k = 0; k < taps; ++k) pending[k].add(g, weight[k]);
+      write(pending[0], t);
+      for (int64_t k = 0; k + 1 < taps; ++k) pending[k] = pending[k + 1];
+      pending[taps - 1] = L();
+      Base::forget_first();
+      if (++num_summed % kRows == 0) flush_sums();
+    }
+    for (int64_t k = 0; k + 1 < taps; ++k) write(pending[k], run.len + k);
+  }
+
+  void flush_sums() {
+    for (int64_t k = 0; k < taps; ++k) {
+      of_weight_in_all[k].add(of_weight[k]);
+      of_weight[k] = L();
+    }
+    of_bias_in_all.add(of_bias);
+    of_bias = L();
+  }
+
+  L of_weight[taps], of_bias, of_weight_in_all[taps], of_bias_in_all;
+  int64_t num_summed = 0;
+};
+
+template <typename T>
+void walk_back_usual(const Shape& s, const std::vector<Run<T>>& runs, Rows<const T> grad,
+                     const T* weight, const T* bias, const Gradients<T>& grads,
+                     const Block& block) {
+  const int64_t first_row = block.expert * s.taps * s.dim, of_expert = block.expert * s.dim;
+
+  for_each_walk<T>(block.begin, block.end, [&](int64_t d, int64_t n, auto vectors) {
+    WalkBack<T, vectors> walk(weight + first_row + d, bias + of_expert + d, s.dim, n);
+    for (int64_t r = block.expert * s.runs; r < (block.expert + 1) * s.runs; ++r)
+      walk.pass(s, runs[r], grad, grads, d);
+
+    if (grads.weight == nullptr) return;
+
+    walk.flush_sums();
+    for (int64_t k = 0; k < s.taps; ++k)
+      walk.of_weight_in_all[k].write(grads.weight + first_row + k * s.dim + d, n);
+    walk.of_bias_in_all.write(grads.bias + of_expert + d, n);
+  });
+}
+
 template <typename T>
 void convolve_backward(const Shape& s, Rows<const T> x, const T* windows, const T* weight,
                        const T* bias, Rows<const T> grad, const Gradients<T>& grads,
@@ -310,7 +508,8 @@ void convolve_backward(const Shape& s, Rows<const T> x, const T* windows, const 
 
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_tasks > 1)
   for (int64_t id = 0; id < num_tasks; ++id)
-    walk_back(s, runs, grad, weight, bias, grads, blocks[id]);
+    (s.taps == kUsualTaps ? walk_back_usual<T> : walk_back<T>)(s, runs, grad, weight, bias,
+                                                              grads, blocks[id]);
 }
 
 }  // namespace

@@ -28,33 +28,58 @@ inline std::vector<RowBlock> cut_rows(int64_t experts, const int64_t* counts) {
   return blocks;
 }
 
+// Sums in several parts, which do not wait for each other.
+template <typename W>
+struct PartSums {
+  static constexpr int64_t num = 4;
+
+  PartSums() {
+    for (Vec<W>& part : parts) part = Vec<W>(W(0));
+  }
+
+  Vec<W> total() const { return (parts[0] + parts[1]) + (parts[2] + parts[3]); }
+
+  Vec<W> parts[num];
+};
+
+// Calls f(offset, part) for whole vectors of `dim` numbers, and returns the end of them.
+template <typename W, typename F>
+int64_t for_each_part(int64_t dim, const F& f) {
+  constexpr int64_t size = Vec<W>::size(), num = PartSums<W>::num;
+  int64_t i = 0;
+  for (; i + num * size <= dim; i += num * size)
+    for (int64_t p = 0; p < num; ++p) f(i + p * size, p);
+  for (; i + size <= dim; i += size) f(i, 0);
+  return i;
+}
+
 // stats: the mean, and 1 / sqrt(variance + eps).
 template <typename T>
 void find_stats(const T* x, int64_t dim, double eps, Wide<T>* stats) {
   using W = Wide<T>;
 
-  Vec<W> sums(0);
-  for_each_vector<W>(0, dim, [&](int64_t i, int64_t n) { sums = sums + load(x + i, n); });
-  const W mean = sum(sums) / dim;
+  PartSums<W> sums;
+  const int64_t end = for_each_part<W>(dim, [&](int64_t i, int64_t p) {
+    sums.parts[p] = sums.parts[p] + load(x + i, Vec<W>::size());
+  });
+  if (end < dim) sums.parts[1] = sums.parts[1] + load(x + end, dim - end);
+  const W mean = sum(sums.total()) / dim;
 
   // What is left of the mean is that of the differences, as sums are rounded.
-  Vec<W> diffs(0), squares(0);
-  double rest = 0, rest_of_squares = 0;
-  for_each_vector<W>(0, dim, [&](int64_t i, int64_t n) {
-    if (n == Vec<W>::size()) {
-      const Vec<W> diff = load(x + i, n) - Vec<W>(mean);
-      diffs = diffs + diff;
-      squares = at::vec::fmadd(diff, diff, squares);
-    } else {
-      for (int64_t j = i; j < i + n; ++j) {
-        const double diff = static_cast<W>(x[j]) - mean;
-        rest += diff;
-        rest_of_squares += diff * diff;
-      }
-    }
+  PartSums<W> diffs, squares;
+  for_each_part<W>(dim, [&](int64_t i, int64_t p) {
+    const Vec<W> diff = load(x + i, Vec<W>::size()) - Vec<W>(mean);
+    diffs.parts[p] = diffs.parts[p] + diff;
+    squares.parts[p] = at::vec::fmadd(diff, diff, squares.parts[p]);
   });
-  const double left = (sum(diffs) + rest) / dim;
-  const double square = (sum(squares) + rest_of_squares) / dim;
+  double rest = 0, rest_of_squares = 0;
+  for (int64_t i = end; i < dim; ++i) {
+    const double diff = static_cast<W>(x[i]) - mean;
+    rest += diff;
+    rest_of_squares += diff * diff;
+  }
+  const double left = (sum(diffs.total()) + rest) / dim;
+  const double square = (sum(squares.total()) + rest_of_squares) / dim;
 
   stats[0] = mean + left;
   stats[1] = 1 / std::sqrt(square - left * left + eps);

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
@@ -54,11 +55,7 @@ inline void store(const Vec<float>& x, at::BFloat16* to, int64_t count) {
 
 template <typename T>
 T sum(const Vec<T>& x) {
-  T numbers[Vec<T>::size()];
-  x.store(numbers);
-  T result = 0;
-  for (T number : numbers) result += number;
-  return result;
+  return at::vec::vec_reduce_all<T>([](const auto& a, const auto& b) { return a + b; }, x);
 }
 
 // c[0] + x c[1] + x^2 c[2] …

@@ -75,7 +75,7 @@ def assert_same(run: Callable[[ScanBackend], list[Tensor]], dtype: torch.dtype) 
 @needs_compiler
 @pytest.mark.parametrize("activates", [False, True], ids=["sums", "silu"])
 @pytest.mark.parametrize("has_window", [False, True], ids=["begin", "window"])
-@pytest.mark.parametrize("dim", [5, 37])
+@pytest.mark.parametrize("dim", [5, 53])
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [float64, float32], ids=str)
 def test_native_rows_are_those_of_torch_with_all_gradients(
@@ -139,7 +139,7 @@ def test_native_batches_are_those_of_torch_with_all_gradients(
 @needs_bfloat16
 @pytest.mark.parametrize("activates", [False, True], ids=["sums", "silu"])
 @pytest.mark.parametrize("has_window", [False, True], ids=["begin", "window"])
-@pytest.mark.parametrize("dim", [5, 32, 101])
+@pytest.mark.parametrize("dim", [5, 48, 101])
 @pytest.mark.parametrize("kernel_size", [1, 4])
 def test_bfloat16_is_rounded_once(
     kernel_size: int, dim: int, has_window: bool, activates: bool
