@@ -5,10 +5,12 @@
 
 #include "integers.h"
 
+#include <c10/util/BFloat16.h>
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 namespace moxe {
 
@@ -21,10 +23,8 @@ constexpr bool kHasBFloat16 = false;
 // What is multiplied: floats, or pairs of bfloat16.
 enum class Factors { kFloat, kBFloat16 };
 
-// A number of 16 bits, the upper half of a float.
-struct BFloat16 {
-  uint16_t bits;
-};
+// The upper half of a float.
+using c10::BFloat16;
 
 // How many places hold `count` numbers.
 inline int64_t num_places(int64_t count, Factors factors) {
@@ -102,6 +102,13 @@ inline void pair_row(const float* from, int64_t count, float* to) {
         to + i / 2, first_floats(divide_up(count - i, 2)),
         pair_neighbours(_mm512_maskz_loadu_ps(first_floats(count - i), from + i),
                         _mm512_maskz_loadu_ps(first_floats(count - i - 16), from + i + 16)));
+}
+
+// The same of numbers that are bfloat16, which are pairs already.
+inline void pair_row(const BFloat16* from, int64_t count, float* to) {
+  std::memcpy(to, from, count * sizeof(BFloat16));
+  // What completes the last pair.
+  if (count % 2 == 1) reinterpret_cast<BFloat16*>(to)[count] = BFloat16(0);
 }
 
 // Writes pairs of the numbers of two rows of `count`; of one row and 0 if the second is null.

@@ -94,11 +94,10 @@ void set_row(const float* from, int64_t count, float* to) {
     moxe::pair_row(from, count, to);
 }
 
-// Of bfloat16, these are pairs already; `count` is even.
 template <Factors factors>
 void set_row(const BFloat16* from, int64_t count, float* to) {
   static_assert(factors == Factors::kBFloat16, "no floats are made");
-  std::memcpy(to, from, count * sizeof(BFloat16));
+  moxe::pair_row(from, count, to);
 }
 
 // Copies rows of `count` numbers, each of which is multiplied by others of its column.

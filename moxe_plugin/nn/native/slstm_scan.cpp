@@ -7,7 +7,6 @@
 #include "bfloat16.h"
 #include "vector_math.h"
 
-#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -29,31 +28,6 @@ constexpr int kRows = 4;
 // of a sum.
 constexpr int64_t kSummedSteps = 32;
 
-#ifdef __AVX512BF16__
-using moxe::pair_row;
-using moxe::pair_rows;
-
-// As those of bfloat16.h, of what need not be rounded.
-void pair_row(const at::BFloat16* from, int64_t count, float* to) {
-  std::memcpy(to, from, count * sizeof(at::BFloat16));
-  // What completes the last pair.
-  if (count % 2 == 1) reinterpret_cast<at::BFloat16*>(to)[count] = 0;
-}
-
-void pair_rows(const at::BFloat16* low, const at::BFloat16* high, int64_t count,
-               float* to) {
-  moxe::for_each_vector<float>(0, count, [&](int64_t i, int64_t n) {
-    // The bits of a bfloat16 are the upper ones of a float.
-    const Vec<float> first = load(low + i, n),
-                     second = high == nullptr ? Vec<float>(0) : load(high + i, n);
-    const __m512i pairs =
-        _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16),
-                        _mm512_castps_si512(second));
-    store(Vec<float>(_mm512_castsi512_ps(pairs)), to + i, n);
-  });
-}
-#endif
-
 // The factors of the recurrent products: pairs of bfloat16, to which floats are rounded, or
 // floats as they are.
 template <typename T, Factors factors>
@@ -68,7 +42,7 @@ class Rounded {
       const int64_t places = num_places(count, factors);
       pairs_.resize(num_rows * places);
       for (int64_t i = 0; i < num_rows; ++i)
-        pair_row(from + i * count, count, &pairs_[i * places]);
+        moxe::pair_row(from + i * count, count, &pairs_[i * places]);
       data_ = pairs_.data();
     }
 #endif
@@ -82,7 +56,7 @@ class Rounded {
     if constexpr (factors == Factors::kBFloat16) {
       pairs_.resize(num_places(num_in, factors) * num_out);
       for (int64_t i = 0; i < num_in; i += 2)
-        pair_rows(from + i * num_out,
+        moxe::pair_rows(from + i * num_out,
                         i + 1 < num_in ? from + (i + 1) * num_out : nullptr, num_out,
                         &pairs_[i / 2 * num_out]);
       data_ = pairs_.data();
