@@ -36,10 +36,13 @@ def has_native_dtype(x: Tensor) -> bool:
     :param x: The tensor.
 
     :returns: Whether they are float32 or float64, or bfloat16 on a CPU where products
-        in C++ multiply it.
+        in C++ multiply it, but for compiled layers.
+
+    :raises NativeLibraryError: ``MOXE_PRODUCTS`` asks for C++, which cannot run here.
+    :raises ValueError: ``MOXE_PRODUCTS`` has another value.
     """
     if x.dtype == torch.bfloat16:
-        return x.is_cpu and rounds_to_bfloat16()
+        return x.is_cpu and not torch.compiler.is_compiling() and rounds_to_bfloat16()
 
     return x.dtype in (torch.float32, torch.float64)
 

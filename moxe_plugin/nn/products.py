@@ -94,7 +94,7 @@ def multiply_widely(lhs: Tensor, rhs: Tensor) -> Tensor:
     if not runs_native(lhs, rhs):
         return widen(lhs @ rhs)
 
-    out = torch.empty(lhs.size(0), rhs.size(1))
+    out = lhs.new_empty(lhs.size(0), rhs.size(1), dtype=torch.float32)
     _multiply_into(out, lhs, rhs)
 
     return out
@@ -122,7 +122,7 @@ def multiply_all(products: Sequence[Product]) -> None:
     :param products: What to multiply, and where the results go.
     """
     # Of none, all would run in C++, and nothing could tell whether it is there.
-    if products and all(runs_native(lhs, rhs) for lhs, rhs, _ in products):
+    if products and runs_native(*(x for lhs, rhs, _ in products for x in (lhs, rhs))):
         native.multiply_all(products)
 
         return
@@ -142,9 +142,9 @@ def multiply_all(products: Sequence[Product]) -> None:
 def runs_native(*tensors: Tensor, mixes: bool = False) -> bool:
     """Tell whether the product of some tensors runs in C++.
 
-    :param tensors: The factors.
-    :param mixes: Whether they may be of several types: where one is bfloat16, all are
-        multiplied as such.
+    :param tensors: The factors, and the result if it may be of another type.
+    :param mixes: Whether they may be of several types: where a factor is bfloat16, both
+        are multiplied as such.
 
     :returns: Whether it does.
 
@@ -189,7 +189,7 @@ def follows_autocast() -> bool:
 
 @cache
 def why_torch() -> str | None:
-    """Tell why products of float32 matrices on the CPU are torch's.
+    """Tell why products on the CPU are torch's, of float32 and of bfloat16.
 
     :returns: The reason; ``None`` if they run in C++.
 
@@ -218,14 +218,14 @@ def why_torch() -> str | None:
         reason = why_not_loaded("products")
 
     if reason is None:
-        _log.info("Products of float32 matrices run in C++.")
+        _log.info("Products on the CPU run in C++.")
     elif choice == "native":
         raise NativeLibraryError(
             "`MOXE_PRODUCTS` must be 'auto' or 'torch' on this machine, but is "
             f"'native': {reason}."
         )
     else:
-        _log.info("Products of float32 matrices are torch's: %s.", reason)
+        _log.info("Products on the CPU are torch's: %s.", reason)
 
     return reason
 

@@ -41,7 +41,8 @@ def projected_cross_entropy(
     training step. Here only ``CHUNK_SIZE`` rows of them exist, or ``GPU_CHUNK_SIZE``,
     and become the gradient in place, as long as gradients are wanted: the backward pass
     only scales what the forward pass has made. Softmax and sum are float32, or float64
-    for such logits.
+    for such logits. On a CPU, the gradient of the weight is of its type where one chunk
+    makes it, else float32 until all have.
 
     :param hidden: The decoder's output. *Shape:* ``(T,M)``.
     :param weight: The weight of the projection. *Shape:* ``(V,M)``.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moxe_plugin.nn.expert_products import head_outer_products, head_products
 from moxe_plugin.nn.native import products as native
+from moxe_plugin.nn.native import row_products
 from moxe_plugin.nn.native.products import Product
 from moxe_plugin.nn.products import multiply_all, runs_native
 
@@ -32,7 +33,11 @@ def multiply_parts(
     :param adds: Whether to add them to what is there.
     """
     if runs_native(lhs, rhs, out, mixes=True):
-        for at, x in ((4, lhs), (8, rhs), (12, out)):
+        inner = max(numbers[3 :: native.NUM_NUMBERS], default=0)
+        # Parts may leave out some of it.
+        sums = native.sums_of(out, (lhs, rhs), inner, keeps=True)
+
+        for at, x in ((4, lhs), (8, rhs), (12, sums)):
             address, size = x.data_ptr(), x.element_size()
             numbers[at :: native.NUM_NUMBERS] = array(
                 "q",
@@ -42,8 +47,9 @@ def multiply_parts(
                 ],
             )
         native.multiply_described(
-            numbers, halves=native.find_halves(lhs, rhs, out), adds=adds
+            numbers, halves=native.find_halves(lhs, rhs, sums), adds=adds
         )
+        native.round_into(out, sums)
 
         return
 
@@ -86,7 +92,7 @@ def multiply_rows(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor
     out = rows.new_empty(rows.size(0), weight.size(1) * weight.size(3))
 
     if runs_native(rows, weight):
-        native.multiply_rows(rows, weight, out, counts)
+        row_products.multiply_rows(rows, weight, out, counts)
 
         return out
 
@@ -123,7 +129,7 @@ def multiply_columns(
         return
 
     if runs_native(lhs, rhs, out, mixes=True):
-        native.multiply_columns(lhs, rhs, out, counts)
+        row_products.multiply_columns(lhs, rhs, out, counts)
 
         return
 

@@ -26,8 +26,8 @@ def check_swap(device: torch.device, precision: str) -> None:
     """
     if (device.type, precision) != ("cpu", "float32"):
         raise ValueError(
-            "`swap_linear` needs `device` cpu and `dtype` float32, for which our "
-            f"products are, but they are '{device}' and '{precision}' instead."
+            "`swap_linear` needs `device` cpu and `dtype` float32, which alone is "
+            f"swapped, but they are '{device}' and '{precision}' instead."
         )
 
     reason = products.why_torch()

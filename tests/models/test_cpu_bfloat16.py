@@ -7,7 +7,7 @@ import torch
 from fairseq2.nn import BatchLayout
 from torch import Tensor
 
-from moxe_plugin.nn import products
+from moxe_plugin.nn import passes, products
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.products import rounds_to_bfloat16
 from tests.models.families import RECURRENT_FAMILIES, create_model
@@ -41,7 +41,8 @@ def test_gradients_are_as_near_to_those_of_float32_as_torchs(
 
     expected_loss, expected = run(torch.float32)
     loss, actual = run(torch.bfloat16)
-    monkeypatch.setattr(products, "rounds_to_bfloat16", lambda: False)
+    for module in (products, passes):
+        monkeypatch.setattr(module, "rounds_to_bfloat16", lambda: False)
     _, by_torch = run(torch.bfloat16)
 
     assert abs(loss - expected_loss) < 1e-2 * expected_loss

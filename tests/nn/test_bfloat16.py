@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, bfloat16, float64
 
 from moxe_plugin.nn.backend import ScanBackend
+from moxe_plugin.nn.feed_forward import GatedFeedForward
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.slstm import SLSTMBlock
@@ -97,3 +98,25 @@ def test_cell_keeps_rows_in_bfloat16_where_cpp_multiplies_it(
     assert outputs.dtype == (bfloat16 if multiplies else torch.float32)
     assert {x.dtype for x in last} == {torch.float32}
     assert {x.dtype for x in grads} == {bfloat16}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "layer",
+    [
+        MLSTMBlock(64, num_heads=2),
+        GatedFeedForward(64, 96, up_std=0.1, down_std=0.1),
+    ],
+    ids=["mlstm", "feed_forward"],
+)
+def test_layers_are_compiled_whole(layer: MLSTMBlock | GatedFeedForward) -> None:
+    layer, seqs = deepcopy(layer).bfloat16(), torch.randn(2, 9, 64).bfloat16()
+
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+
+    # Of an mLSTM, the outputs are first.
+    actual, expected = (
+        x[0] if isinstance(x, tuple) else x for x in (compiled(seqs), layer(seqs))
+    )
+    error = (actual - expected).double().norm() / expected.double().norm()
+    assert error < 0.05

@@ -2,7 +2,7 @@
 
 What lies above the diagonal is neither computed nor read, but for blocks that it cuts.
 No gradients here. Where products in C++ multiply bfloat16, rows may be it, beside
-squares of float32.
+squares of float32, which are rounded to it where they are multiplied by rows.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ The same function as :func:`~moxe_plugin.nn.mlstm_cell.mlstm_parallel`, whose do
 has the equations, with an empty memory before and none wanted after. Sequences of any
 lengths stand one after the other in rows, heads side by side in a row, as the products
 around the cell make and read them. What lies above the diagonal is not computed, but
-for blocks that it cuts. Rows may be bfloat16: squares and gates are float32 then.
+for blocks that it cuts. Rows may be bfloat16: squares and gates are float32 then, but
+for the rounding of squares that are multiplied.
 """
 
 from __future__ import annotations

@@ -560,8 +560,9 @@ void run(const PackTask& task) {
   const int64_t num_rows =
       std::min(kPanelsAtOnce * part.panel_rows, part.num_rows - row);
 
-  pack<kRows>(part.types.factors, part.types.is_lhs_half, part.lhs(row), part.product->lhs_col, part.product->lhs_row,
-              part.inner, num_rows, part.panel_rows,
+  pack<kRows>(part.types.factors, part.types.is_lhs_half, part.lhs(row),
+              part.product->lhs_col, part.product->lhs_row, part.inner, num_rows,
+              part.panel_rows,
               part.packed + task.panel * kRows * part.depth());
 }
 

@@ -30,8 +30,11 @@ from moxe_plugin.nn.native.library import find_function
 NUM_NUMBERS: Final = 15
 """How many numbers tell a product."""
 
-_MAX_INNER: Final = 2048
-"""Up to which inner dimension a result of bfloat16 is complete at once."""
+_DTYPES: Final = (torch.float32, torch.bfloat16)
+
+_MAX_DEPTH: Final = 1024
+"""Up to which inner dimension a result is complete at once, or half of it if factors
+are rounded: ``kMaxDepth`` of the C++ code."""
 
 
 class Product(NamedTuple):
@@ -68,7 +71,7 @@ def multiply_all(
     """
     numbers = array("q")
     # What holds the sums of results
-    sums = [_sums_of(x.out, x.lhs.size(-1), adds=adds) for x in products]
+    sums = [sums_of(x.out, x[:2], x.lhs.size(-1), keeps=adds) for x in products]
     halves = {find_halves(x.lhs, x.rhs, y) for x, y in zip(products, sums, strict=True)}
 
     if len(halves) > 1:
@@ -95,7 +98,7 @@ def multiply_all(
     )
 
     for product, sums_of_out in zip(products, sums, strict=True):
-        _round_into(product.out, sums_of_out)
+        round_into(product.out, sums_of_out)
 
 
 def multiply_described(
@@ -178,104 +181,54 @@ def rounds_to_bfloat16() -> bool:
     return bool(find_function("products", "moxe_multiplies_bfloat16")())
 
 
-def multiply_rows(
-    rows: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    counts: Sequence[int],
-    *,
-    adds: bool = False,
-) -> None:
-    """Multiply the rows of each expert by its weights, one for each group of channels.
+def sums_of(
+    out: Tensor, factors: tuple[Tensor, Tensor], inner: int, *, keeps: bool = False
+) -> Tensor:
+    """Find where a result is summed, from which :func:`round_into` takes it.
 
-    :param rows: Sorted by expert, as a factor of a :class:`Product`. *Shape:*
-        ``(C,G*in)``.
-    :param weight: Likewise. *Shape:* ``(E,G,in,out)``.
-    :param out: Contiguous. *Shape:* ``(C,G*out)``.
-    :param counts: The number of rows of each expert, C in all.
-    :param adds: As for :func:`multiply_all`.
+    Of a large inner dimension, several results are added, which bfloat16 would round
+    one after the other.
 
-    :raises ValueError: ``out`` is of another type or layout.
+    :param out: Where the result goes.
+    :param factors: What is multiplied.
+    :param inner: The largest inner dimension.
+    :param keeps: Whether to keep what is there, or a part of it.
+
+    :returns: ``out``, or a float32 tensor of its shape.
     """
-    _check_out(out)
-    num_groups, in_dim, out_dim = weight.shape[1:]
-    row, column = rows.stride()
-    sums = _sums_of(out, in_dim, adds=adds)
-    address, weight_address, out_address = _addresses(rows, weight, sums)
-    numbers = array("q")
+    pairs = any(x.dtype == torch.bfloat16 for x in factors)
 
-    for count in counts:
-        if count > 0:
-            numbers.extend(
-                (
-                    *(num_groups, count, out_dim, in_dim),
-                    *(address, in_dim * column, row, column),
-                    *(weight_address, *weight.stride()[1:]),
-                    *(out_address, out_dim, sums.stride(0)),
-                )
-            )
-
-        address += rows.element_size() * count * row
-        weight_address += weight.element_size() * weight.stride(0)
-        out_address += sums.element_size() * count * sums.stride(0)
-
-    multiply_described(numbers, halves=find_halves(rows, weight, sums), adds=adds)
-    _round_into(out, sums)
-
-
-def multiply_columns(
-    lhs: Tensor, rhs: Tensor, out: Tensor, counts: Sequence[int]
-) -> None:
-    """Compute each expert's ``lhs^T rhs`` over its rows; 0 for one without a row.
-
-    :param lhs: Sorted by expert, as a factor of a :class:`Product`. *Shape:*
-        ``(C,G*in)``.
-    :param rhs: Likewise. *Shape:* ``(C,G*out)``.
-    :param out: Its last stride is 1; as a rule large, and not read soon. *Shape:*
-        ``(E,G,in,out)``.
-    :param counts: The number of rows of each expert, C in all.
-
-    :raises ValueError: ``out`` is of another type or layout.
-    """
-    _check_out(out)
-    num_groups, in_dim, out_dim = out.shape[1:]
-    sums = _sums_of(out, max(counts, default=0))
-    address, rhs_address, out_address = _addresses(lhs, rhs, sums)
-    numbers = array("q")
-
-    for count in counts:
-        numbers.extend(
-            (
-                *(num_groups, in_dim, out_dim, count),
-                *(address, in_dim * lhs.stride(1), *reversed(lhs.stride())),
-                *(rhs_address, out_dim * rhs.stride(1), *rhs.stride()),
-                *(out_address, *sums.stride()[1:3]),
-            )
-        )
-
-        address += lhs.element_size() * count * lhs.stride(0)
-        rhs_address += rhs.element_size() * count * rhs.stride(0)
-        out_address += sums.element_size() * sums.stride(0)
-
-    multiply_described(numbers, halves=find_halves(lhs, rhs, sums), streams=True)
-    _round_into(out, sums)
-
-
-def _sums_of(out: Tensor, inner: int, *, adds: bool = False) -> Tensor:
-    # Of a large inner dimension, several results are added: not in bfloat16.
-    if out.dtype != torch.bfloat16 or inner <= _MAX_INNER:
+    if out.dtype != torch.bfloat16 or inner <= _MAX_DEPTH * (1 + pairs):
         return out
 
-    return out.float() if adds else torch.empty(out.shape)
+    if keeps:
+        return out.float()
+
+    return out.new_empty(out.shape, dtype=torch.float32)
 
 
-def _round_into(out: Tensor, sums: Tensor) -> None:
+def round_into(out: Tensor, sums: Tensor) -> None:
+    """Write a result, unless it was summed there.
+
+    :param out: Where it goes.
+    :param sums: Where :func:`sums_of` had it summed.
+    """
     if sums is not out:
         out.copy_(sums)
 
 
-def _addresses(*tensors: Tensor) -> list[int]:
-    return [x.data_ptr() for x in tensors]
+def check_result(out: Tensor) -> None:
+    """Look whether a result can be written.
+
+    :param out: Where it goes.
+
+    :raises ValueError: It is of another type or layout.
+    """
+    if out.dtype not in _DTYPES or (out.size(-1) > 1 and out.stride(-1) != 1):
+        raise ValueError(
+            "`out` must be float32 or bfloat16 with a last stride of 1, but is "
+            f"{out.dtype} with strides {out.stride()} instead."
+        )
 
 
 def _check(lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
@@ -292,17 +245,13 @@ def _check(lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
             f"are {lhs_shape}, {rhs_shape} and {out_shape} instead."
         )
 
-    _check_out(out)
+    for name, factor in (("lhs", lhs), ("rhs", rhs)):
+        if factor.dtype not in _DTYPES:
+            raise ValueError(
+                f"`{name}` must be float32 or bfloat16, but is {factor.dtype} instead."
+            )
 
-
-def _check_out(out: Tensor) -> None:
-    if out.dtype not in (torch.float32, torch.bfloat16) or (
-        out.size(-1) > 1 and out.stride(-1) != 1
-    ):
-        raise ValueError(
-            "`out` must be float32 or bfloat16 with a last stride of 1, but is "
-            f"{out.dtype} with strides {out.stride()} instead."
-        )
+    check_result(out)
 
 
 def _describe(x: Tensor) -> tuple[int, int, int, int]:

@@ -41,7 +41,9 @@ void store(const Vec<T>& x, T* to, int64_t count) {
 }
 
 #ifdef __AVX512BF16__
-inline __mmask16 first_of_vector(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+inline __mmask16 first_of_vector(int64_t count) {
+  return static_cast<__mmask16>((1u << count) - 1);
+}
 
 inline Vec<float> load(const at::BFloat16* from, int64_t count) {
   const __m256i bits = _mm256_maskz_loadu_epi16(first_of_vector(count), from);

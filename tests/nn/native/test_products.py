@@ -19,10 +19,9 @@ from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.products import (
     Product,
     multiply_all,
-    multiply_columns,
-    multiply_rows,
     rounds_to_bfloat16,
 )
+from moxe_plugin.nn.native.row_products import multiply_columns, multiply_rows
 
 # Around the vectors, tiles, panels and blocks of the C++ code.
 SIZES: Final = (0, 1, 13, 14, 15, 16, 17, 31, 32, 33, 64, 255, 256, 257, 513)
@@ -486,8 +485,8 @@ HALVES: Final = tuple(product((torch.float32, torch.bfloat16), repeat=3))[1:]
 def test_matrices_may_be_kept_in_bfloat16(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], adds: bool
 ) -> None:
-    # The last is summed in pieces.
-    sizes = [*list_sizes(1), (66, 65, 4200)]
+    # The last are summed in pieces.
+    sizes = [*list_sizes(1), (66, 65, 1500), (66, 65, 4200)]
     for (left, right), (m, n, k) in zip(cycle(product(LAYOUTS, LAYOUTS)), sizes):
         lhs = LAYOUTS[left](2, m, k).to(dtypes[0])
         rhs = LAYOUTS[right](2, k, n).to(dtypes[1])
@@ -569,3 +568,11 @@ def test_bfloat16_is_refused_where_no_processor_multiplies_it(
 
     with pytest.raises(ValueError, match="`halves` must be 0 on processors"):
         multiply_all([Product(lhs, torch.ones(3, 4), torch.ones(2, 4))])
+
+
+@needs_avx512
+def test_factors_of_other_types_are_refused() -> None:
+    with pytest.raises(ValueError, match="`rhs` must be float32 or bfloat16, but is"):
+        multiply_all(
+            [Product(torch.ones(2, 3), torch.ones(3, 4).double(), torch.ones(2, 4))]
+        )
