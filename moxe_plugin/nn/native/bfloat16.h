@@ -66,6 +66,14 @@ inline __m512 pair_places(__m512 low, __m512 high) {
                                _mm512_castps_si512(pair_neighbours(low, high))));
 }
 
+// The same of numbers that are bfloat16: `low` and `high` of masks, 0 beyond them.
+inline __m512 pair_places(const BFloat16* low, __mmask16 of_low, const BFloat16* high,
+                          __mmask16 of_high) {
+  const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(of_low, low)),
+                second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(of_high, high));
+  return _mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+}
+
 // sum + x y, or the sum of that of both numbers of pairs.
 template <Factors factors>
 inline __attribute__((always_inline)) __m512 add_products(__m512 sum, __m512 x, __m512 y) {
@@ -126,11 +134,9 @@ inline void pair_rows(const float* low, const float* high, int64_t count, float*
 inline void pair_rows(const BFloat16* low, const BFloat16* high, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += 16) {
     const __mmask16 mask = first_floats(count - i);
-    const __m512i of_low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, low + i)),
-                  of_high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(
-                      high ? mask : 0, high ? high + i : low + i));
-    _mm512_mask_storeu_epi32(to + i, mask,
-                             _mm512_or_si512(of_low, _mm512_slli_epi32(of_high, 16)));
+    _mm512_mask_storeu_ps(
+        to + i, mask,
+        pair_places(low + i, mask, high ? high + i : low + i, high ? mask : 0));
   }
 }
 

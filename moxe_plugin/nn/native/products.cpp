@@ -345,11 +345,7 @@ ALWAYS_INLINE __m512 load_columns(const float* from, __mmask16 mask, int64_t nex
 template <Factors factors>
 ALWAYS_INLINE __m512 load_columns(const BFloat16* from, __mmask16 mask, int64_t next,
                                   bool has_next) {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
-  const __m512i high = _mm512_cvtepu16_epi32(
-      _mm256_maskz_loadu_epi16(has_next ? mask : 0, from + next));
-
-  return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  return moxe::pair_places(from, mask, from + next, has_next ? mask : 0);
 }
 
 // One of these.

@@ -33,8 +33,8 @@ NUM_NUMBERS: Final = 15
 _DTYPES: Final = (torch.float32, torch.bfloat16)
 
 _MAX_DEPTH: Final = 1024
-"""Up to which inner dimension a result is complete at once, or half of it if factors
-are rounded: ``kMaxDepth`` of the C++ code."""
+"""Up to which inner dimension a result of float32 factors is complete at once; if one
+is bfloat16, up to twice as many: ``kMaxDepth`` of the C++ code."""
 
 
 class Product(NamedTuple):

@@ -15,7 +15,7 @@ from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.mlstm_forms import NormalizerLimits, run_form
 from moxe_plugin.nn.native.mlstm_parallel import MLSTMParallelForm
-from moxe_plugin.nn.products import rounds_to_bfloat16, why_torch
+from tests.nn.bfloat16_cases import needs_bfloat16
 
 LIMITS = NormalizerLimits(MAX_EXPONENT, NORMALIZER_EPS)
 NUM_HEADS = 2
@@ -67,6 +67,16 @@ def run_one_by_one(lens: list[int], inputs: list[Tensor]) -> Tensor:
     return torch.cat([*outputs, q.new_zeros(NUM_PADDING, *q.shape[1:])])
 
 
+OVER_LENS = pytest.mark.parametrize(
+    "lens",
+    [
+        pytest.param([5], id="one"),
+        pytest.param([1, 0, 70, 3], id="ragged"),
+        pytest.param([130, 64, 65], id="several-blocks"),
+    ],
+)
+
+
 @pytest.mark.parametrize(
     ("dtype", "gate_scale", "tolerance"),
     [
@@ -76,14 +86,7 @@ def run_one_by_one(lens: list[int], inputs: list[Tensor]) -> Tensor:
         (torch.float32, 1.0, 2e-4),
     ],
 )
-@pytest.mark.parametrize(
-    "lens",
-    [
-        pytest.param([5], id="one"),
-        pytest.param([1, 0, 70, 3], id="ragged"),
-        pytest.param([130, 64, 65], id="several-blocks"),
-    ],
-)
+@OVER_LENS
 def test_rows_are_sequences_by_themselves_with_all_gradients(
     lens: list[int], dtype: torch.dtype, gate_scale: float, tolerance: float
 ) -> None:
@@ -103,18 +106,8 @@ def test_rows_are_sequences_by_themselves_with_all_gradients(
     )
 
 
-@pytest.mark.skipif(
-    why_torch() is not None or not rounds_to_bfloat16(),
-    reason="no products of bfloat16 in C++ here",
-)
-@pytest.mark.parametrize(
-    "lens",
-    [
-        pytest.param([5], id="one"),
-        pytest.param([1, 0, 70, 3], id="ragged"),
-        pytest.param([130, 64, 65], id="several-blocks"),
-    ],
-)
+@needs_bfloat16
+@OVER_LENS
 def test_rows_of_bfloat16_are_rounded_only_where_they_are_multiplied_or_written(
     lens: list[int],
 ) -> None:
