@@ -71,6 +71,13 @@ class MLSTMBlock(MLSTMBranch):
         memory = None if state is None else MLSTMMemory(*state[1:])
         window = None if state is None else state.conv
 
+        if not keeps_state and (self.num_experts is None or seq_lens is None):
+            out = self.apply_natively(
+                seqs, None, list_sequences(seqs.shape[:-1], seq_lens)
+            )
+            if out is not None:
+                return out, None
+
         if self.num_experts is not None and seq_lens is not None:
             rows = find_rows(seq_lens, seqs.size(-2))
 
@@ -88,17 +95,11 @@ class MLSTMBlock(MLSTMBranch):
 
         convolved, window = self.conv(conv_input, window, seq_lens, self.backend)
 
-        hidden: Tensor | None = None
-        if not keeps_state:
-            hidden = self.hidden_natively(
-                conv_input, convolved, None, list_sequences(seqs.shape[:-1], seq_lens)
-            )
-        if hidden is None:
-            cell_inputs = self.cell_inputs(conv_input, convolved, None)
-            hidden, memory = self.recurrence.apply(
-                cell_inputs, seq_lens, memory, return_memory=return_state
-            )
-
+        hidden, memory = self.recurrence.apply(
+            self.cell_inputs(conv_input, convolved, None),
+            *(seq_lens, memory),
+            return_memory=return_state,
+        )
         out = seqs + self.project_down(hidden, convolved, gate, None)
 
         return out, _as_state(window, memory)
@@ -132,7 +133,7 @@ class MLSTMBlock(MLSTMBranch):
         # Imports Triton, which not every machine has.
         from moxe_plugin.nn.triton.mlstm_block import mlstm_block_rows
 
-        weights = self._triton_weights()
+        weights = self._list_weights()
 
         return mlstm_block_rows(
             *(flat, weights, rows, self.num_heads, NORM_EPS, product_dtype(flat))
@@ -159,24 +160,23 @@ class MLSTMBlock(MLSTMBranch):
     ) -> tuple[Tensor, Tensor | None, MLSTMMemory | None]:
         counts = rows.counts
 
+        if memory is None and not return_state:
+            out = self.apply_natively(flat, rows, follow_each_other(rows.seq_lens))
+            if out is not None:
+                return out, None, None
+
         conv_input, gate = self.project_up(flat, counts)
         convolved = self.conv.convolve_rows(conv_input, rows, window, self.backend)
-
-        hidden: Tensor | None = None
-        if memory is None and not return_state:
-            hidden = self.hidden_natively(
-                conv_input, convolved, counts, follow_each_other(rows.seq_lens)
-            )
 
         if return_state and memory is None:
             initial = self.initial_state(rows.grid_shape[1], flat.device)
             window, memory = initial.conv, MLSTMMemory(*initial[1:])
 
-        if hidden is None:
-            cell_inputs = self.cell_inputs(conv_input, convolved, counts)
-            hidden, memory = self.recurrence.apply_to_rows(
-                cell_inputs, rows, memory, return_memory=return_state
-            )
+        hidden, memory = self.recurrence.apply_to_rows(
+            self.cell_inputs(conv_input, convolved, counts),
+            *(rows, memory),
+            return_memory=return_state,
+        )
 
         if return_state:
             assert window is not None

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moxe_plugin.nn.layers import NORM_EPS
-from moxe_plugin.nn.mlstm_hidden import mlstm_hidden_rows
 from moxe_plugin.nn.mlstm_parameters import MLSTMParameters
 from moxe_plugin.nn.mlstm_recurrence import MLSTMCellInputs, MLSTMRecurrence
+from moxe_plugin.nn.native.block_params import find_block_rows
 from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.gating import MLSTMOutput, gate_mlstm_output
-from moxe_plugin.nn.native.library import why_not_loaded
-from moxe_plugin.nn.native.mlstm_projections import MLSTMProjections, fits
+from moxe_plugin.nn.native.library import NativeSource, why_not_loaded
+from moxe_plugin.nn.native.mlstm_block import mlstm_block_rows
+from moxe_plugin.nn.native.mlstm_projections import fits
 from moxe_plugin.nn.padding import widen
 from moxe_plugin.nn.passes import has_native_dtype, passes_natively
 from moxe_plugin.nn.products import runs_native
+from moxe_plugin.nn.rows import Rows
 from moxe_plugin.nn.stacked import (
     equal_counts,
     per_channel,
     project,
     project_head_wise,
     project_in_halves,
+)
+
+_SOURCES: Final[Sequence[NativeSource]] = (
+    *("scale_norm", "causal_conv", "mlstm_projections", "gating"),
 )
 
 
@@ -107,53 +114,40 @@ class MLSTMBranch(MLSTMParameters):
 
         return MLSTMCellInputs(q, k, v, self._gates(q, k, v, counts))
 
-    def hidden_natively(
-        self,
-        conv_input: Tensor,
-        convolved: Tensor,
-        counts: Sequence[int] | None,
-        seqs: Callable[[], Sequences],
+    def apply_natively(
+        self, seqs: Tensor, rows: Rows | None, find_seqs: Callable[[], Sequences]
     ) -> Tensor | None:
-        """Project to what the cell reads and run it, from an empty memory, in C++.
+        """Apply the whole block as one function in C++, from an empty memory.
 
-        :param conv_input: As for :meth:`cell_inputs`.
-        :param convolved: As there.
-        :param counts: As there.
-        :param seqs: Finds the sequences.
+        Hooks of its modules do not run.
 
-        :returns: The outputs of the cell, ``(…,I)``; ``None`` if it is not C++.
+        :param seqs: *Shape:* ``([E,]N,S,M)``, or rows ``(C,M)``.
+        :param rows: The sub-sequences, if ``seqs`` are rows.
+        :param find_seqs: Finds the sequences of the cell.
+
+        :returns: The outputs, as ``seqs``; ``None`` if it is not C++.
         """
-        inputs = (
-            *(conv_input, convolved, self.q_proj, self.k_proj, self.v_proj),
-            *(self.input_gate_weight, self.forget_gate_weight),
-            *(self.input_gate_bias, self.forget_gate_bias),
-        )
+        weights = self._list_weights()
 
-        if not runs_native(*inputs):
+        if (
+            self.backend not in ("auto", "native")
+            or not runs_native(seqs, *weights)
+            or not fits(weights.q_proj.size(-1), self.num_heads)
+            or any(why_not_loaded(source) for source in _SOURCES)
+        ):
             return None
 
-        # One block is that of one expert.
-        projections = MLSTMProjections(
-            *(
-                x.unsqueeze(0) if self.num_experts is None else x
-                for x in (*inputs[2:5], *self._gate_parameters())
-            )
-        )
-        if not fits(projections) or why_not_loaded("mlstm_projections"):
-            return None
-
-        form = self.recurrence.find_form(inputs, seqs)
+        form = self.recurrence.choose_form(self.inner_dim // self.num_heads, find_seqs)
         if form is None:
             return None
 
-        # ([E,]N,S,I) -> (C,I)
-        flat_input, flat = (x.reshape(-1, self.inner_dim) for x in inputs[:2])
-        if counts is None:
-            counts = equal_counts(flat, projections.q)
-
-        hidden = mlstm_hidden_rows(flat_input, flat, projections, counts, form)
-
-        return hidden.view(convolved.shape)
+        return mlstm_block_rows(
+            *(seqs.reshape(-1, self.model_dim), weights),
+            find_block_rows(seqs.shape, self.num_experts, rows),
+            form,
+            num_heads=self.num_heads,
+            eps=NORM_EPS,
+        ).view(seqs.shape)
 
     @property
     def recurrence(self) -> MLSTMRecurrence:
@@ -163,7 +157,9 @@ class MLSTMBranch(MLSTMParameters):
     def _gates(
         self, q: Tensor, k: Tensor, v: Tensor, counts: Sequence[int] | None
     ) -> Tensor:
-        weight, bias = self._gate_parameters()
+        # ([E,]3*I,2*H) and ([E,]2*H)
+        weight = torch.cat([self.input_gate_weight, self.forget_gate_weight], dim=-1)
+        bias = torch.cat([self.input_gate_bias, self.forget_gate_bias], dim=-1)
 
         # A sum of three products spares the concatenation of q, k and v.
         preacts = [
@@ -174,10 +170,3 @@ class MLSTMBranch(MLSTMParameters):
 
         # ([E,]N,S,2H), or rows
         return summed + per_channel(bias, summed, counts)
-
-    def _gate_parameters(self) -> tuple[Tensor, Tensor]:
-        # ([E,]3*I,2*H) and ([E,]2*H)
-        return (
-            torch.cat([self.input_gate_weight, self.forget_gate_weight], dim=-1),
-            torch.cat([self.input_gate_bias, self.forget_gate_bias], dim=-1),
-        )

@@ -10,6 +10,7 @@ from torch.nn import init
 from typing_extensions import override
 
 from moxe_plugin.nn.backend import ScanBackend
+from moxe_plugin.nn.block_weights import MLSTMWeights
 from moxe_plugin.nn.layers import (
     NORM_EPS,
     CausalConv,
@@ -24,7 +25,6 @@ from moxe_plugin.nn.stacked import expert_parameter
 from moxe_plugin.nn.stepping_block import SteppingBlock
 
 if TYPE_CHECKING:
-    from moxe_plugin.nn.triton.mlstm_block import MLSTMWeights
     from moxe_plugin.nn.triton.step_units import StepUnits
 
 
@@ -154,13 +154,11 @@ class MLSTMParameters(SteppingBlock[MLSTMState]):
         # Imports Triton, which not every machine has.
         from moxe_plugin.nn.triton.block_steps import step_mlstm_block
 
-        weights = self._triton_weights()
+        weights = self._list_weights()
 
         step_mlstm_block(units, weights, state, out, self.num_heads, NORM_EPS)
 
-    def _triton_weights(self) -> MLSTMWeights:
-        from moxe_plugin.nn.triton.mlstm_block import MLSTMWeights
-
+    def _list_weights(self) -> MLSTMWeights:
         return MLSTMWeights(
             *(self.norm.weight, self.up_proj, self.conv.weight, self.conv.bias),
             *(self.q_proj, self.k_proj, self.v_proj),

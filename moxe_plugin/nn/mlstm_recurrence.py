@@ -243,9 +243,20 @@ class MLSTMRecurrence(NamedTuple):
         ):
             return None
 
+        return self.choose_form(inputs[0].size(-1) // self.num_heads, seqs)
+
+    def choose_form(
+        self, head_dim: int, seqs: Callable[[], Sequences]
+    ) -> MLSTMForm | None:
+        """Choose what runs the cell in C++ where products are C++.
+
+        :param head_dim: The width of a head.
+        :param seqs: Finds the sequences.
+
+        :returns: The form, or ``None`` if there is no row or it cannot be compiled.
+        """
         found = seqs()
         max_len = max(found.lens, default=0)
-        head_dim = inputs[0].size(-1) // self.num_heads
 
         # As measured with heads of 64, 128 and 320: a memory costs a position as much
         # as the keys of twice a head's width.

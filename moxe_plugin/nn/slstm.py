@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -10,12 +11,20 @@ from torch import Tensor
 from moxe_plugin.nn.backend import product_dtype, resolve_backend, trains_on_rows
 from moxe_plugin.nn.grouped import grouped_head_products
 from moxe_plugin.nn.layers import NORM_EPS
+from moxe_plugin.nn.native.block_params import find_block_rows
+from moxe_plugin.nn.native.library import NativeSource, why_not_loaded
+from moxe_plugin.nn.native.slstm_block import slstm_block_rows
+from moxe_plugin.nn.products import runs_native
 from moxe_plugin.nn.ragged import RaggedRows, full_rows
 from moxe_plugin.nn.rows import Rows, find_rows, last_rows, pack, unpack
 from moxe_plugin.nn.slstm_cell import SLSTMMemory
 from moxe_plugin.nn.slstm_parameters import SLSTMParameters, SLSTMState
-from moxe_plugin.nn.slstm_recurrence import GateRows, SLSTMCell
+from moxe_plugin.nn.slstm_recurrence import GateRows, SLSTMCell, find_bounds
 from moxe_plugin.nn.stacked import equal_counts
+
+_SOURCES: Final[Sequence[NativeSource]] = (
+    *("scale_norm", "causal_conv", "slstm_scan", "gating"),
+)
 
 
 class SLSTMBlock(SLSTMParameters):
@@ -66,6 +75,11 @@ class SLSTMBlock(SLSTMParameters):
             )
 
             return flat.view_as(seqs), None
+
+        if not keeps_state and (self.num_experts is None or seq_lens is None):
+            out = self._apply_natively(seqs, seq_lens, None)
+            if out is not None:
+                return out, None
 
         if state is None:
             state = self.initial_state(seqs.size(-3), seqs.device)
@@ -122,7 +136,7 @@ class SLSTMBlock(SLSTMParameters):
         # Imports Triton, which not every machine has.
         from moxe_plugin.nn.triton.slstm_block import slstm_block_rows
 
-        weights = self._triton_weights()
+        weights = self._list_weights()
 
         return slstm_block_rows(flat, weights, rows, NORM_EPS, product_dtype(flat))
 
@@ -134,6 +148,10 @@ class SLSTMBlock(SLSTMParameters):
 
         :returns: The outputs, as ``flat``.
         """
+        out = self._apply_natively(flat, None, rows)
+        if out is not None:
+            return out
+
         num_experts, num_seqs, _ = rows.grid_shape
         seq_lens = torch.tensor(rows.seq_lens, device=flat.device).view(
             num_experts, num_seqs
@@ -141,6 +159,31 @@ class SLSTMBlock(SLSTMParameters):
         state = self.initial_state(num_seqs, flat.device)
 
         return self._apply_to_rows(flat, rows, seq_lens, state)[0]
+
+    def _apply_natively(
+        self, seqs: Tensor, seq_lens: Tensor | None, rows: Rows | None
+    ) -> Tensor | None:
+        # The whole block as one function in C++, from an empty memory; hooks of its
+        # modules do not run. `None` if it is not C++.
+        weights = self._list_weights()
+
+        if (
+            self.backend not in ("auto", "native")
+            or not runs_native(seqs, *weights)
+            or any(why_not_loaded(source) for source in _SOURCES)
+        ):
+            return None
+
+        grid_shape: Sequence[int] = seqs.shape[:-1]
+        if rows is not None:
+            grid_shape = rows.grid_shape
+
+        return slstm_block_rows(
+            *(seqs.reshape(-1, self.model_dim), weights),
+            find_block_rows(seqs.shape, self.num_experts, rows),
+            find_bounds(grid_shape, seq_lens, rows, self.num_experts or 1),
+            NORM_EPS,
+        ).view(seqs.shape)
 
     def _apply_to_rows(
         self, flat: Tensor, rows: Rows, seq_lens: Tensor, state: SLSTMState

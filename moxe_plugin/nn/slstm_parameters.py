@@ -10,6 +10,7 @@ from torch.nn import init
 from typing_extensions import override
 
 from moxe_plugin.nn.backend import ScanBackend
+from moxe_plugin.nn.block_weights import SLSTMWeights
 from moxe_plugin.nn.feed_forward import GatedFeedForward
 from moxe_plugin.nn.layers import (
     NORM_EPS,
@@ -24,7 +25,6 @@ from moxe_plugin.nn.stacked import expert_parameter
 from moxe_plugin.nn.stepping_block import SteppingBlock
 
 if TYPE_CHECKING:
-    from moxe_plugin.nn.triton.slstm_block import SLSTMWeights
     from moxe_plugin.nn.triton.step_units import StepUnits
 
 
@@ -160,13 +160,11 @@ class SLSTMParameters(SteppingBlock[SLSTMState]):
         # Imports Triton, which not every machine has.
         from moxe_plugin.nn.triton.block_steps import step_slstm_block
 
-        weights = self._triton_weights()
+        weights = self._list_weights()
 
         step_slstm_block(units, weights, state, out, NORM_EPS)
 
-    def _triton_weights(self) -> SLSTMWeights:
-        from moxe_plugin.nn.triton.slstm_block import SLSTMWeights
-
+    def _list_weights(self) -> SLSTMWeights:
         return SLSTMWeights(
             *(self.norm.weight, self.conv.weight, self.conv.bias),
             *(self.gate_proj, self.recurrent_weight, self.gate_bias),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Literal, NamedTuple
@@ -91,7 +92,12 @@ class SLSTMCell(NamedTuple):
                 for x in (inputs.gates[0], self.recurrent_weight)
             )
         )
-        leaders = [widen(self.gate_bias), self.recurrent_weight.to(dtype), *memory]
+        wide = torch.promote_types(dtype, torch.float32)
+        leaders = [
+            self.gate_bias.to(wide),
+            self.recurrent_weight.to(dtype),
+            *(x.to(wide) for x in memory),
+        ]
 
         is_single = self.gate_bias.ndim == 3
         if is_single:
@@ -99,7 +105,7 @@ class SLSTMCell(NamedTuple):
 
         results = scan_rows(
             RowScanInputs(*(x.to(dtype) for x in inputs.gates), *leaders),
-            _find_bounds(inputs, leaders[-1].shape[:2]),
+            find_bounds(*inputs[1:], len(leaders[0])),
         )
         outputs, *last = results
         if is_single:
@@ -178,10 +184,23 @@ class SLSTMCell(NamedTuple):
         return torch.unflatten(x, -3, heads).movedim(-1, -3)
 
 
-def _find_bounds(inputs: GateRows, leading: Sequence[int]) -> RowBounds:
-    num_experts, num_seqs = leading
-    length = inputs.grid_shape[-1]
-    rows = inputs.rows
+def find_bounds(
+    grid_shape: Sequence[int],
+    seq_lens: Tensor | None,
+    rows: Rows | None,
+    num_experts: int,
+) -> RowBounds:
+    """Find where sequences stand.
+
+    :param grid_shape: As in :class:`GateRows`.
+    :param seq_lens: As there.
+    :param rows: As there.
+    :param num_experts: The number of stacked blocks, 1 for a single one.
+
+    :returns: The bounds.
+    """
+    *batch, length = grid_shape
+    num_seqs = math.prod(batch) // num_experts
 
     if rows is not None:
         begins = [0, *accumulate(rows.seq_lens)][:-1]
@@ -194,10 +213,10 @@ def _find_bounds(inputs: GateRows, leading: Sequence[int]) -> RowBounds:
         )
 
     begins_by_seq = torch.arange(num_experts * num_seqs) * length
-    if inputs.seq_lens is None:
+    if seq_lens is None:
         lens = torch.full_like(begins_by_seq, length)
     else:
-        lens = inputs.seq_lens.long().clamp(0, length)
+        lens = seq_lens.long().clamp(0, length)
 
     return RowBounds(
         [num_seqs * length] * num_experts,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,94 @@ def causal_conv(
     )
 
 
+class ConvInputs(NamedTuple):
+    """What a convolution reads; see :func:`causal_conv`."""
+
+    flat: Tensor
+    """Its last stride is 1; rows may lie apart. *Shape:* ``(C,M)``."""
+
+    window: Tensor | None
+    """Contiguous. *Shape:* ``(E*N,K-1,M)``."""
+
+    weight: Tensor
+    """Contiguous. *Shape:* ``(E,K,M)``."""
+
+    bias: Tensor
+    """Contiguous. *Shape:* ``(E,M)``."""
+
+
+class ConvGradients(NamedTuple):
+    """The gradients of :class:`ConvInputs`; ``None`` where none was wanted."""
+
+    flat: Tensor | None
+    window: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def convolve_rows(
+    inputs: ConvInputs, seq_lens: array[int], *, activates: bool
+) -> Tensor:
+    """Compute :func:`causal_conv` without a gradient.
+
+    :param inputs: What it reads.
+    :param seq_lens: As there.
+    :param activates: As there.
+
+    :returns: *Shape:* ``(C,M)``.
+    """
+    flat = inputs.flat
+    out = flat.new_empty(flat.shape)
+
+    _call("forward", seq_lens, activates, inputs, out, strides=(flat.stride(0),))
+
+    return out
+
+
+def convolve_rows_backward(
+    grad: Tensor,
+    inputs: ConvInputs,
+    seq_lens: array[int],
+    *,
+    activates: bool,
+    wants: Sequence[bool] = (True, False, True, True),
+) -> ConvGradients:
+    """Compute the gradients of :func:`convolve_rows`.
+
+    :param grad: That of the result; its last stride is 1. *Shape:* ``(C,M)``.
+    :param inputs: As there.
+    :param seq_lens: As there.
+    :param activates: As there.
+    :param wants: Of which of the inputs.
+
+    :returns: The gradients.
+    """
+    flat, window, weight, bias = inputs
+    wants_flat, wants_window, *wants_parameters = wants
+
+    grad_window = None
+    if wants_window and window is not None:
+        grad_window = torch.empty_like(window)
+    grad_weight, grad_bias = None, None
+    if any(wants_parameters):
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+
+    grads = ConvGradients(
+        flat.new_empty(flat.shape) if wants_flat else None,
+        *(grad_window, grad_weight, grad_bias),
+    )
+    _call(
+        "backward",
+        seq_lens,
+        activates,
+        inputs,
+        *(grad, *grads),
+        strides=(flat.stride(0), grad.stride(0)),
+    )
+
+    return grads
+
+
 class _CausalConv(Function):
     @staticmethod
     @override
@@ -64,45 +152,29 @@ class _CausalConv(Function):
         seq_lens: array[int],
         activates: bool,
     ) -> Tensor:
-        flat = _join_channels(flat)
-        window = None if window is None else window.contiguous()
-        weight, bias = weight.contiguous(), bias.contiguous()
-        out = flat.new_empty(flat.shape)
-
-        _call(
-            *("forward", seq_lens, activates),
-            *(flat, window, weight, bias, out),
-            strides=(flat.stride(0),),
+        inputs = ConvInputs(
+            _join_channels(flat),
+            None if window is None else window.contiguous(),
+            *(weight.contiguous(), bias.contiguous()),
         )
 
-        ctx.save_for_backward(flat, window, weight, bias)
+        ctx.save_for_backward(*inputs)
         ctx.seq_lens, ctx.activates = seq_lens, activates
 
-        return out
+        return convolve_rows(inputs, seq_lens, activates=activates)
 
     @staticmethod
     @override
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, window, weight, bias = ctx.saved_tensors
-        needs_flat, needs_window, *needs_parameters = ctx.needs_input_grad[:4]
-
-        grad_flat = flat.new_empty(flat.shape) if needs_flat else None
-        grad_window = torch.empty_like(window) if needs_window else None
-        grad_weight, grad_bias = None, None
-        if any(needs_parameters):
-            grad_weight = torch.empty_like(weight)
-            grad_bias = weight.new_empty(weight.size(0), weight.size(2))
-
-        grad = _join_channels(grad)
-        _call(
-            *("backward", ctx.seq_lens, ctx.activates),
-            *(flat, window, weight, bias, grad),
-            *(grad_flat, grad_window, grad_weight, grad_bias),
-            strides=(flat.stride(0), grad.stride(0)),
+        grads = convolve_rows_backward(
+            _join_channels(grad),
+            *(ConvInputs(*ctx.saved_tensors), ctx.seq_lens),
+            activates=ctx.activates,
+            wants=ctx.needs_input_grad[:4],
         )
 
-        return grad_flat, grad_window, grad_weight, grad_bias, None, None
+        return *grads, None, None
 
 
 def _join_channels(flat: Tensor) -> Tensor:
@@ -114,24 +186,21 @@ def _call(
     direction: str,
     seq_lens: array[int],
     activates: bool,
-    flat: Tensor,
-    window: Tensor | None,
-    weight: Tensor,
+    inputs: ConvInputs,
     *others: Tensor | None,
     strides: tuple[int, ...],
 ) -> None:
-    num_experts, num_taps, dim = weight.shape
+    num_experts, num_taps, dim = inputs.weight.shape
     num_runs = len(seq_lens) // num_experts
     shape = (num_experts, num_runs, num_taps, dim, int(activates), *strides)
 
     function = find_function(
-        "causal_conv", f"moxe_conv_{direction}_{SUFFIXES[flat.dtype]}"
+        "causal_conv", f"moxe_conv_{direction}_{SUFFIXES[inputs.flat.dtype]}"
     )
 
     # Each tensor lives until the call returns: the caller holds them.
     pointers = [
-        ctypes.c_void_p(None if x is None else x.data_ptr())
-        for x in (flat, window, weight, *others)
+        ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (*inputs, *others)
     ]
 
     function(

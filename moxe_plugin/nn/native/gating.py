@@ -73,6 +73,83 @@ def silu_product(joint: Tensor) -> Tensor:
     return _SiluProduct.apply(joint)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
 
+def gate_rows(
+    inputs: MLSTMOutput, counts: array[int], num_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`gate_mlstm_output` without a gradient.
+
+    :param inputs: As there, contiguous but for the gate, whose last stride is 1.
+    :param counts: As there.
+    :param num_heads: As there.
+    :param eps: As there.
+
+    :returns: The rows ``(C,I)``, and the mean and one over the deviation of each head,
+        ``(C,H,2)``, which :func:`gate_rows_backward` wants.
+    """
+    hidden = inputs.hidden
+    out = torch.empty_like(hidden)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    stats = hidden.new_empty(hidden.size(0), num_heads, 2, dtype=wide)
+
+    _call_output("forward", counts, num_heads, eps, *inputs, out, stats)
+
+    return out, stats
+
+
+def gate_rows_backward(
+    grad: Tensor, inputs: MLSTMOutput, stats: Tensor, counts: array[int], eps: float
+) -> MLSTMOutput:
+    """Compute the gradients of :func:`gate_rows`.
+
+    :param grad: That of the rows; contiguous. *Shape:* ``(C,I)``.
+    :param inputs: As there.
+    :param stats: What it has returned.
+    :param counts: As there.
+    :param eps: As there.
+
+    :returns: Those of the inputs.
+    """
+    *others, gate = inputs
+    grads = MLSTMOutput._make(
+        [*(torch.empty_like(x) for x in others), gate.new_empty(gate.shape)]
+    )
+
+    _call_output(
+        *("backward", counts, stats.size(1), eps), *(*inputs, stats, grad, *grads)
+    )
+
+    return grads
+
+
+def silu_rows(joint: Tensor) -> Tensor:
+    """Compute :func:`silu_product` without a gradient.
+
+    :param joint: As there, contiguous. *Shape:* ``(…,2I)``.
+
+    :returns: *Shape:* ``(…,I)``.
+    """
+    out = joint.new_empty(*joint.shape[:-1], joint.size(-1) // 2)
+
+    _call_silu("forward", joint, out)
+
+    return out
+
+
+def silu_rows_backward(grad: Tensor, joint: Tensor) -> Tensor:
+    """Compute the gradient of :func:`silu_rows`.
+
+    :param grad: That of the result; contiguous. *Shape:* ``(…,I)``.
+    :param joint: As there.
+
+    :returns: *Shape:* ``(…,2I)``.
+    """
+    grad_joint = torch.empty_like(joint)
+
+    _call_silu("backward", joint, grad, grad_joint)
+
+    return grad_joint
+
+
 class _GateMLSTMOutput(Function):
     @staticmethod
     @override
@@ -80,20 +157,12 @@ class _GateMLSTMOutput(Function):
         ctx: Any, counts: array[int], num_heads: int, eps: float, *inputs: Tensor
     ) -> Tensor:
         *others, gate = inputs
-        hidden, *others = (x.contiguous() for x in others)
         gate = gate if gate.stride(1) == 1 else gate.contiguous()
+        dense = MLSTMOutput._make([*(x.contiguous() for x in others), gate])
 
-        out = torch.empty_like(hidden)
-        # The mean, and one over the deviation
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        stats = hidden.new_empty(hidden.size(0), num_heads, 2, dtype=wide)
+        out, stats = gate_rows(dense, counts, num_heads, eps)
 
-        _call_output(
-            *("forward", counts, num_heads, eps),
-            *(hidden, *others, gate, out, stats),
-        )
-
-        ctx.save_for_backward(hidden, *others, gate, stats)
+        ctx.save_for_backward(*dense, stats)
         ctx.counts, ctx.eps = counts, eps
 
         return out
@@ -102,13 +171,10 @@ class _GateMLSTMOutput(Function):
     @override
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, gate, stats = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in inputs]
-        grads.append(gate.new_empty(gate.shape))
+        *inputs, stats = ctx.saved_tensors
 
-        _call_output(
-            *("backward", ctx.counts, stats.size(1), ctx.eps),
-            *(*inputs, gate, stats, grad.contiguous(), *grads),
+        grads = gate_rows_backward(
+            grad.contiguous(), MLSTMOutput(*inputs), stats, ctx.counts, ctx.eps
         )
 
         return None, None, None, *grads
@@ -119,24 +185,18 @@ class _SiluProduct(Function):
     @override
     def forward(ctx: Any, joint: Tensor) -> Tensor:
         joint = joint.contiguous()
-        out = joint.new_empty(*joint.shape[:-1], joint.size(-1) // 2)
-
-        _call_silu("forward", joint, out)
 
         ctx.save_for_backward(joint)
 
-        return out
+        return silu_rows(joint)
 
     @staticmethod
     @override
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (joint,) = ctx.saved_tensors
-        grad_joint = torch.empty_like(joint)
 
-        _call_silu("backward", joint, grad.contiguous(), grad_joint)
-
-        return grad_joint
+        return silu_rows_backward(grad.contiguous(), joint)
 
 
 def _call_output(

@@ -95,17 +95,15 @@ class ProjectionGradients(NamedTuple):
     """*Shape:* ``(E,3*I,2*H)``."""
 
 
-def fits(projections: MLSTMProjections) -> bool:
+def fits(group_width: int, num_heads: int) -> bool:
     """Tell whether the C++ code is made for some sizes.
 
-    :param projections: The weights.
+    :param group_width: How many channels are projected at a time.
+    :param num_heads: The number of heads H.
 
     :returns: Whether it is.
     """
-    return (
-        projections.q.size(-1) == _GROUP_WIDTH
-        and projections.gates.size(-1) <= _MAX_GATES
-    )
+    return group_width == _GROUP_WIDTH and 2 * num_heads <= _MAX_GATES
 
 
 def project_rows(

@@ -42,6 +42,58 @@ def scale_norm(
     return _ScaleNorm.apply(flat, weight, array("q", counts), num_heads, eps)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
 
+def norm_rows(
+    flat: Tensor, weight: Tensor, counts: array[int], num_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`scale_norm` without a gradient.
+
+    :param flat: As there, contiguous. *Shape:* ``(C,M)``.
+    :param weight: Contiguous. *Shape:* ``(E,M)``.
+    :param counts: As there.
+    :param num_heads: As there.
+    :param eps: As there.
+
+    :returns: The rows ``(C,M)``, and the mean and one over the deviation of each head,
+        ``(C,H,2)``, which :func:`norm_rows_backward` wants.
+    """
+    out = torch.empty_like(flat)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    stats = flat.new_empty(flat.size(0), num_heads, 2, dtype=wide)
+
+    _call("forward", counts, num_heads, eps, flat, weight, out, stats)
+
+    return out, stats
+
+
+def norm_rows_backward(
+    grad: Tensor,
+    flat: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    counts: array[int],
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of :func:`norm_rows`.
+
+    :param grad: That of the rows; contiguous. *Shape:* ``(C,M)``.
+    :param flat: As there.
+    :param weight: As there.
+    :param stats: What it has returned.
+    :param counts: As there.
+    :param eps: As there.
+
+    :returns: Those of ``flat`` and ``weight``.
+    """
+    grad_flat, grad_weight = torch.empty_like(flat), torch.empty_like(weight)
+
+    _call(
+        *("backward", counts, stats.size(1), eps),
+        *(flat, weight, stats, grad, grad_flat, grad_weight),
+    )
+
+    return grad_flat, grad_weight
+
+
 class _ScaleNorm(Function):
     @staticmethod
     @override
@@ -54,12 +106,7 @@ class _ScaleNorm(Function):
         eps: float,
     ) -> Tensor:
         flat, weight = flat.contiguous(), weight.contiguous()
-        out = torch.empty_like(flat)
-        # The mean, and one over the deviation
-        wide = torch.promote_types(flat.dtype, torch.float32)
-        stats = flat.new_empty(flat.size(0), num_heads, 2, dtype=wide)
-
-        _call("forward", counts, num_heads, eps, flat, weight, out, stats)
+        out, stats = norm_rows(flat, weight, counts, num_heads, eps)
 
         ctx.save_for_backward(flat, weight, stats)
         ctx.counts, ctx.eps = counts, eps
@@ -71,15 +118,12 @@ class _ScaleNorm(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, weight, stats = ctx.saved_tensors
-        grad_flat, grad_weight = torch.empty_like(flat), torch.empty_like(weight)
 
-        _call(
-            "backward",
-            *(ctx.counts, stats.size(1), ctx.eps, flat, weight, stats),
-            *(grad.contiguous(), grad_flat, grad_weight),
+        grads = norm_rows_backward(
+            grad.contiguous(), flat, weight, stats, ctx.counts, ctx.eps
         )
 
-        return grad_flat, grad_weight, None, None, None
+        return *grads, None, None, None
 
 
 def _call(

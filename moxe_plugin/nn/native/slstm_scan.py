@@ -88,70 +88,134 @@ def slstm_scan(
     return _SLSTMScan.apply(bounds, *inputs)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
 
+class ScanResults(NamedTuple):
+    """What :func:`scan_rows` returns."""
+
+    outputs: Tensor
+    """*Shape:* ``(C,H*D)``."""
+
+    activations: Tensor | None
+    """What :func:`scan_rows_backward` wants: w (or 1 - w), 1 - sigmoid(f), tanh(z),
+    sigmoid(o), tanh(z) - c'/n'. *Shape:* ``(C,H,5,D)``."""
+
+    last: list[Tensor]
+    """``c``, ``log_n`` and ``y`` after the last valid position. *Shape:* ``(E,N,H,D)``
+    each."""
+
+
+class ScanGradients(NamedTuple):
+    """The gradients of :class:`RowScanInputs`."""
+
+    gates_if: Tensor
+    gates_zo: Tensor
+    bias: Tensor
+    recurrent_weight: Tensor
+    memory: list[Tensor]
+
+
+def scan_rows(
+    inputs: RowScanInputs, bounds: RowBounds, *, wants_grad: bool
+) -> ScanResults:
+    """Compute :func:`slstm_scan` without a gradient.
+
+    :param inputs: As there, contiguous.
+    :param bounds: As there.
+    :param wants_grad: Whether :func:`scan_rows_backward` is going to be called.
+
+    :returns: The results.
+    """
+    gates_if, _, bias, weight, *memory = inputs
+    num_rows = gates_if.size(0)
+    num_heads, _, head_dim = bias.shape[1:]
+
+    outputs = gates_if.new_empty(num_rows, num_heads * head_dim)
+    last = [torch.empty_like(x) for x in memory]
+    activations = None
+    if wants_grad:
+        activations = gates_if.new_empty(num_rows, num_heads, 5, head_dim)
+
+    _call("forward", weight, bounds, *inputs, outputs, activations, *last)
+
+    return ScanResults(outputs, activations, last)
+
+
+def scan_rows_backward(
+    grad_outputs: Tensor,
+    grad_last: Sequence[Tensor],
+    weight: Tensor,
+    y: Tensor,
+    outputs: Tensor,
+    activations: Tensor,
+    bounds: RowBounds,
+) -> ScanGradients:
+    """Compute the gradients of :func:`scan_rows`.
+
+    :param grad_outputs: That of the outputs; contiguous. *Shape:* ``(C,H*D)``.
+    :param grad_last: Those of what comes after; contiguous. *Shape:* ``(E,N,H,D)``
+        each.
+    :param weight: R, as there.
+    :param y: As there.
+    :param outputs: What it has returned.
+    :param activations: Likewise.
+    :param bounds: As there.
+
+    :returns: The gradients.
+    """
+    num_heads, head_dim = y.shape[2:]
+
+    grad_if = outputs.new_empty(outputs.size(0), 2 * num_heads * head_dim)
+    grad_zo = torch.empty_like(grad_if)
+    grad_memory = [torch.empty_like(y) for _ in range(3)]
+
+    # Of some sequences each: (E,H,B,4,D)
+    num_blocks = -(-y.size(1) // _rows_of_task())
+    grad_bias = y.new_empty(*weight.shape[:2], num_blocks, *weight.shape[3:])
+
+    _call(
+        *("backward", weight, bounds),
+        *(weight, outputs, activations, grad_outputs, *grad_last),
+        *(grad_if, grad_zo, grad_bias, *grad_memory),
+    )
+
+    halves = (grad_if, grad_zo)
+
+    return ScanGradients(
+        *halves,
+        grad_bias.sum(dim=2),
+        _multiply_old_outputs(_shift(outputs, y, bounds), halves, weight, bounds),
+        grad_memory,
+    )
+
+
 class _SLSTMScan(Function):
     @staticmethod
     @remembers_autocast
     def forward(ctx: Any, bounds: RowBounds, *args: Tensor) -> tuple[Tensor, ...]:
-        gates_if, gates_zo, bias, weight, *memory = (x.contiguous() for x in args)
-        num_rows = gates_if.size(0)
-        num_heads, _, head_dim = bias.shape[1:]
+        inputs = RowScanInputs(*(x.contiguous() for x in args))
 
-        outputs = gates_if.new_empty(num_rows, num_heads * head_dim)
-        last = [torch.empty_like(x) for x in memory]
-        # w (or 1 - w), 1 - sigmoid(f), tanh(z), sigmoid(o), tanh(z) - c'/n'
-        activations = None
-        if any(ctx.needs_input_grad):
-            activations = gates_if.new_empty(num_rows, num_heads, 5, head_dim)
+        results = scan_rows(inputs, bounds, wants_grad=any(ctx.needs_input_grad))
 
-        _call(
-            *("forward", weight, bounds),
-            *(gates_if, gates_zo, bias, weight, *memory),
-            *(outputs, activations, *last),
+        ctx.save_for_backward(
+            *(inputs.recurrent_weight, inputs.y),
+            *(results.outputs, results.activations),
         )
-
-        ctx.save_for_backward(weight, memory[-1], outputs, activations)
         ctx.bounds = bounds
 
-        return outputs, *last
+        return results.outputs, *results.last
 
     @staticmethod
     @recalls_autocast
     @once_differentiable
     def backward(
-        ctx: Any,
-        grad_outputs: Tensor,
-        grad_c: Tensor,
-        grad_log_n: Tensor,
-        grad_y: Tensor,
+        ctx: Any, grad_outputs: Tensor, *grad_last: Tensor
     ) -> tuple[Tensor | None, ...]:
-        weight, y, outputs, activations = ctx.saved_tensors
-        bounds: RowBounds = ctx.bounds
-        num_heads, head_dim = y.shape[2:]
-
-        grad_if = outputs.new_empty(outputs.size(0), 2 * num_heads * head_dim)
-        grad_zo = torch.empty_like(grad_if)
-        grad_memory = [torch.empty_like(y) for _ in range(3)]
-
-        # Of some sequences each: (E,H,B,4,D)
-        num_blocks = -(-y.size(1) // _rows_of_task())
-        grad_bias = y.new_empty(*weight.shape[:2], num_blocks, *weight.shape[3:])
-
-        _call(
-            *("backward", weight, bounds),
-            *(weight, outputs, activations),
-            *(x.contiguous() for x in (grad_outputs, grad_c, grad_log_n, grad_y)),
-            *(grad_if, grad_zo, grad_bias, *grad_memory),
+        *grads, grad_memory = scan_rows_backward(
+            grad_outputs.contiguous(),
+            [x.contiguous() for x in grad_last],
+            *(*ctx.saved_tensors, ctx.bounds),
         )
 
-        halves = (grad_if, grad_zo)
-
-        return (
-            None,
-            *halves,
-            grad_bias.sum(dim=2),
-            _multiply_old_outputs(_shift(outputs, y, bounds), halves, weight, bounds),
-            *grad_memory,
-        )
+        return None, *grads, *grad_memory
 
 
 def _shift(outputs: Tensor, y: Tensor, bounds: RowBounds) -> Tensor:

@@ -15,15 +15,14 @@ from typing import Final
 
 from torch import Tensor
 
+from moxe_plugin.nn.block_weights import MLSTMWeights, SLSTMWeights
 from moxe_plugin.nn.mlstm_cell import MAX_EXPONENT, NORMALIZER_EPS
-from moxe_plugin.nn.triton.mlstm_block import MLSTMWeights
 from moxe_plugin.nn.triton.mlstm_step_kernels import (
     mlstm_step_cell_kernel,
     mlstm_step_inputs_kernel,
     mlstm_step_output_kernel,
 )
 from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two
-from moxe_plugin.nn.triton.slstm_block import SLSTMWeights
 from moxe_plugin.nn.triton.slstm_step_kernels import (
     slstm_step_cell_kernel,
     slstm_step_norm_kernel,

@@ -7,13 +7,14 @@ by the kernels themselves.
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moxe_plugin.nn.block_weights import MLSTMWeights
 from moxe_plugin.nn.expert_products import (
     add_expert_products,
     expert_outer_products,
@@ -55,30 +56,6 @@ def supports(head_dim: int, block_size: int, kernel_size: int) -> bool:
     )
 
 
-class MLSTMWeights(NamedTuple):
-    """The parameters of a block, or of a bank of E; see the block for their shapes."""
-
-    norm: Tensor
-    up_proj: Tensor
-    conv_weight: Tensor
-    conv_bias: Tensor
-    q_proj: Tensor
-    k_proj: Tensor
-    v_proj: Tensor
-    input_gate_weight: Tensor
-    forget_gate_weight: Tensor
-    input_gate_bias: Tensor
-    forget_gate_bias: Tensor
-    out_norm: Tensor
-    skip: Tensor
-    down_proj: Tensor
-
-    @property
-    def cell(self) -> CellWeights:
-        """Those that make the cell's inputs."""
-        return CellWeights(*self[4:11])
-
-
 def mlstm_block_rows(
     flat: Tensor,
     weights: MLSTMWeights,
@@ -105,6 +82,11 @@ def mlstm_block_rows(
 _STACKED: Final = [MLSTMWeights._fields.index(x) for x in ("up_proj", "down_proj")]
 
 
+def _cell_weights(weights: MLSTMWeights) -> CellWeights:
+    # Those that make the cell's inputs
+    return CellWeights(*weights[4:11])
+
+
 class _MLSTMBlockRows(Function):
     @staticmethod
     def forward(
@@ -127,7 +109,7 @@ class _MLSTMBlockRows(Function):
         convolved = causal_conv_silu_forward(
             conv_input, w.conv_weight, w.conv_bias, rows
         )
-        qkv, gates = project_forward(convolved, conv_input, w.cell, rows)
+        qkv, gates = project_forward(convolved, conv_input, _cell_weights(w), rows)
         q, k, v = qkv.chunk(3, dim=1)
         hidden, small = mlstm_rows_forward(q, k, v, gates, rows, num_heads)
         gated, out_stats = gated_norm_forward(
@@ -179,7 +161,15 @@ class _MLSTMBlockRows(Function):
         )
         grad_convolved = grads.convolved
         project_backward(
-            *(grad_qkv, grad_gates, convolved, conv_input, w.cell, rows, sums),
+            *(
+                grad_qkv,
+                grad_gates,
+                convolved,
+                conv_input,
+                _cell_weights(w),
+                rows,
+                sums,
+            ),
             *(grad_convolved, grad_conv_input),
             adds_to_convolved=True,
         )

@@ -6,13 +6,14 @@ The block of :mod:`moxe_plugin.nn.slstm` as one autograd function, as
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moxe_plugin.nn.block_weights import SLSTMWeights
 from moxe_plugin.nn.expert_products import (
     add_expert_products,
     expert_outer_products,
@@ -55,21 +56,6 @@ def supports(head_dim: int, dtype: torch.dtype, kernel_size: int) -> bool:
     :returns: Whether they do.
     """
     return scan_supports(head_dim, dtype) and kernel_size == KERNEL_SIZE
-
-
-class SLSTMWeights(NamedTuple):
-    """The parameters of a block, or of a bank of E; see the block for their shapes."""
-
-    norm: Tensor
-    conv_weight: Tensor
-    conv_bias: Tensor
-    gate_proj: Tensor
-    recurrent_weight: Tensor
-    gate_bias: Tensor
-    out_norm: Tensor
-    ffn_norm: Tensor
-    ffn_up_proj: Tensor
-    ffn_down_proj: Tensor
 
 
 def slstm_block_rows(

@@ -275,7 +275,7 @@ def test_blocks_of_bfloat16_run_in_cpp_too() -> None:
     network = GatedFeedForward(32, 20, up_std=0.3, down_std=0.3).bfloat16()
     seqs = torch.randn(2, 5, 32).bfloat16()
 
-    hidden, _ = block(seqs, return_state=False)
+    hidden, _ = block(seqs)
     out = network(hidden)
 
     assert out.dtype == bfloat16

@@ -224,8 +224,6 @@ def test_rows_do_not_see_each_other() -> None:
 
 
 def test_other_sizes_do_not_fit() -> None:
-    assert fits(make_weights(2, 3, 8))
-    assert not fits(make_weights(2, 3, 9))
-
-    narrow = torch.empty(2, 6, 16, 16)
-    assert not fits(make_weights(2, 3, 2)._replace(q=narrow, k=narrow, v=narrow))
+    assert fits(group_width=32, num_heads=8)
+    assert not fits(group_width=32, num_heads=9)
+    assert not fits(group_width=16, num_heads=2)

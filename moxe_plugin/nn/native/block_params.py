@@ -1,0 +1,125 @@
+"""The parameters of blocks and banks in one form, for whole blocks in C++."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moxe_plugin.nn.native.row_products import multiply_columns, multiply_rows
+from moxe_plugin.nn.rows import Rows
+
+
+class BlockRows(NamedTuple):
+    """Which of C rows are whose."""
+
+    counts: array[int]
+    """The number of rows of each expert; a single block is that of one expert."""
+
+    run_lens: array[int]
+    """The numbers of rows that are convolved together, as many of them for each expert.
+    """
+
+
+def find_block_rows(
+    shape: Sequence[int], num_experts: int | None, rows: Rows | None
+) -> BlockRows:
+    """Find the rows of a batch.
+
+    :param shape: ``([E,]N,S,M)``.
+    :param num_experts: The number of stacked blocks E; ``None`` for a single one.
+    :param rows: The rows, if they leave out padding, for which ``shape`` tells nothing;
+        ``None`` if they are the whole batch.
+
+    :returns: The rows.
+    """
+    if rows is not None:
+        return BlockRows(array("q", rows.counts), array("q", rows.seq_lens))
+
+    *batch, seq_len, _ = shape
+    num_runs, num_blocks = math.prod(batch), num_experts or 1
+    counts = [num_runs * seq_len // num_blocks] * num_blocks
+
+    return BlockRows(array("q", counts), array("q", [seq_len] * num_runs))
+
+
+def stack_params(params: Sequence[Tensor], *, is_bank: bool) -> list[Tensor]:
+    """Let the parameters of a single block be those of a bank of one.
+
+    :param params: The parameters.
+    :param is_bank: Whether they are a bank's.
+
+    :returns: The same with E first, contiguous.
+    """
+    return [(x if is_bank else x.unsqueeze(0)).contiguous() for x in params]
+
+
+def unstack_grads(
+    grads: Sequence[Tensor | None], params: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Bring gradients into the form of the parameters.
+
+    :param grads: The gradients of what :func:`stack_params` returned.
+    :param params: The parameters.
+
+    :returns: The gradients.
+    """
+    return [
+        None if x is None else x.to(param.dtype).reshape(param.shape)
+        for x, param in zip(grads, params, strict=True)
+    ]
+
+
+def project(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+    """Multiply the rows of each expert by its weights, one for each group of channels.
+
+    :param rows: *Shape:* ``(C,G*in)``.
+    :param weight: *Shape:* ``(E,G,in,out)``.
+    :param counts: The number of rows of each expert, C in all.
+
+    :returns: *Shape:* ``(C,G*out)``.
+    """
+    out = rows.new_empty(rows.size(0), weight.size(1) * weight.size(3))
+    multiply_rows(rows, weight, out, counts)
+
+    return out
+
+
+def project_onto(
+    residual: Tensor, rows: Tensor, weight: Tensor, counts: Sequence[int]
+) -> Tensor:
+    """Add :func:`project` to other rows.
+
+    :param residual: *Shape:* ``(C,G*out)``.
+    :param rows: As there.
+    :param weight: As there.
+    :param counts: As there.
+
+    :returns: A new tensor. *Shape:* ``(C,G*out)``.
+    """
+    out = residual.clone()
+    multiply_rows(rows, weight, out, counts, adds=True)
+
+    return out
+
+
+def weight_gradient(
+    rows: Tensor, grad: Tensor, weight: Tensor, counts: Sequence[int]
+) -> Tensor:
+    """Compute the gradient of a weight that :func:`project` was asked for with.
+
+    :param rows: As there.
+    :param grad: That of its result. *Shape:* ``(C,G*out)``.
+    :param weight: As there.
+    :param counts: As there.
+
+    :returns: As ``weight``, contiguous.
+    """
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    multiply_columns(rows, grad, out, counts)
+
+    return out

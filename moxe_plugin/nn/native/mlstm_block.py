@@ -1,0 +1,215 @@
+"""A whole mLSTM block on rows as one function, in C++.
+
+The block of :mod:`moxe_plugin.nn.mlstm`, in float32 or bfloat16 where products are C++.
+Between the many short calls of a block autograd would take longer than some of them,
+and where two of them contribute to one gradient, it would pass over memory once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from typing_extensions import override
+
+from moxe_plugin.nn.autocast import recalls_autocast, remembers_autocast
+from moxe_plugin.nn.block_weights import MLSTMWeights
+from moxe_plugin.nn.native.block_params import (
+    BlockRows,
+    project,
+    project_onto,
+    stack_params,
+    unstack_grads,
+    weight_gradient,
+)
+from moxe_plugin.nn.native.causal_conv import (
+    ConvInputs,
+    convolve_rows,
+    convolve_rows_backward,
+)
+from moxe_plugin.nn.native.gating import MLSTMOutput, gate_rows, gate_rows_backward
+from moxe_plugin.nn.native.mlstm_forms import MLSTMForm
+from moxe_plugin.nn.native.mlstm_projections import (
+    MLSTMProjections,
+    ProjectedRows,
+    ProjectionInputs,
+    project_rows,
+    project_rows_backward,
+)
+from moxe_plugin.nn.native.row_products import multiply_columns, multiply_rows
+from moxe_plugin.nn.native.scale_norm import norm_rows, norm_rows_backward
+
+
+def mlstm_block_rows(
+    flat: Tensor,
+    weights: MLSTMWeights,
+    rows: BlockRows,
+    form: MLSTMForm,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    """Apply the block to sequences, each from an empty memory.
+
+    All tensors are of one type, on the CPU, where products of it are C++, and
+    :func:`~moxe_plugin.nn.native.mlstm_projections.fits`.
+
+    :param flat: *Shape:* ``(C,M)``.
+    :param weights: The parameters; those of a bank have E first.
+    :param rows: Whose rows they are.
+    :param form: Runs the cell.
+    :param num_heads: The number of heads H.
+    :param eps: What norms add to the variance.
+
+    :returns: *Shape:* ``(C,M)``.
+
+    :raises NativeLibraryError: The C++ code cannot be compiled here.
+    """
+    return _MLSTMBlockRows.apply(rows, form, num_heads, eps, flat, *weights)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+
+
+class _MLSTMBlockRows(Function):
+    @staticmethod
+    @remembers_autocast
+    @override
+    def forward(
+        ctx: Any,
+        rows: BlockRows,
+        form: MLSTMForm,
+        num_heads: int,
+        eps: float,
+        flat: Tensor,
+        *params: Tensor,
+    ) -> Tensor:
+        w = _stack(params)
+        flat, counts = flat.contiguous(), rows.counts
+
+        normed, stats = norm_rows(flat, w.norm, counts, 1, eps)
+        conv_input, gate = (
+            project(normed, half.unsqueeze(1), counts)
+            for half in w.up_proj.chunk(2, dim=2)
+        )
+        convolved = convolve_rows(
+            ConvInputs(conv_input, None, w.conv_weight, w.conv_bias),
+            rows.run_lens,
+            activates=True,
+        )
+
+        projections = _join_gates(w)
+        projected = project_rows(
+            ProjectionInputs(conv_input, convolved), projections, counts
+        )
+        # (C,I) -> (C,H,D)
+        q, k, v = (x.unflatten(1, (num_heads, -1)) for x in projected[:3])
+        heads, saved = form.forward(q, k, v, projected.gates)
+        hidden = heads.flatten(1)
+
+        gated, out_stats = gate_rows(
+            MLSTMOutput(hidden, w.out_norm, convolved, w.skip, gate),
+            *(counts, num_heads, eps),
+        )
+        out = project_onto(flat, gated, w.down_proj.unsqueeze(1), counts)
+
+        ctx.save_for_backward(
+            *(flat, stats, normed, conv_input, gate, convolved, hidden),
+            *(gated, out_stats, *projected, *params, *saved),
+        )
+        ctx.rows, ctx.form, ctx.num_heads, ctx.eps = rows, form, num_heads, eps
+
+        return out
+
+    @staticmethod
+    @recalls_autocast
+    @override
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        flat, stats, normed, conv_input, gate, convolved, *others = ctx.saved_tensors
+        hidden, gated, out_stats, *others = others
+        projected, params = ProjectedRows(*others[:4]), MLSTMWeights(*others[4:18])
+        saved = others[18:]
+        rows: BlockRows = ctx.rows
+        form: MLSTMForm = ctx.form
+        eps: float = ctx.eps
+
+        w, counts = _stack(params), rows.counts
+        # A frozen block spares the products of its weights.
+        needs_flat, *needs_params = ctx.needs_input_grad[4:]
+        needs = dict(zip(MLSTMWeights._fields, needs_params, strict=True))
+        grad_out = grad_out.contiguous()
+
+        down = w.down_proj.unsqueeze(1)
+        grad_down = (
+            weight_gradient(gated, grad_out, down, counts)
+            if needs["down_proj"]
+            else None
+        )
+        of_output = gate_rows_backward(
+            project(grad_out, down.mT, counts),
+            MLSTMOutput(hidden, w.out_norm, convolved, w.skip, gate),
+            *(out_stats, counts, eps),
+        )
+
+        grads = form.backward(saved, of_output.hidden.unflatten(1, (ctx.num_heads, -1)))
+        of_cell = project_rows_backward(
+            ProjectionInputs(conv_input, convolved),
+            *(_join_gates(w), projected, grads, counts),
+            wants_weights=[needs[x] for x in ("q_proj", "k_proj", "v_proj")],
+        )
+        of_conv = convolve_rows_backward(
+            of_cell.convolved.add_(of_output.convolved),
+            ConvInputs(conv_input, None, w.conv_weight, w.conv_bias),
+            rows.run_lens,
+            activates=True,
+        )
+        assert of_conv.flat is not None
+
+        halves = (of_cell.conv_input.add_(of_conv.flat), of_output.gate)
+        grad_up = None
+        if needs["up_proj"]:
+            grad_up = torch.empty_like(w.up_proj)
+            for half, grad in zip(grad_up.chunk(2, dim=2), halves, strict=True):
+                multiply_columns(normed, grad, half.unsqueeze(1), counts)
+
+        grad_normed = torch.empty_like(normed)
+        for i, half in enumerate(w.up_proj.mT.unsqueeze(1).chunk(2, dim=2)):
+            multiply_rows(halves[i], half, grad_normed, counts, adds=i > 0)
+        grad_flat, grad_norm = norm_rows_backward(
+            grad_normed, flat, w.norm, stats, counts, eps
+        )
+
+        gate_weights = of_cell.gate_weight.chunk(2, dim=2)
+        gate_biases = _sum_rows(grads.gates, counts).chunk(2, dim=1)
+        of_params = MLSTMWeights._make(
+            [
+                *(grad_norm, grad_up, of_conv.weight, of_conv.bias, *of_cell.weights),
+                *(*gate_weights, *gate_biases),
+                *(of_output.weight, of_output.skip, grad_down),
+            ]
+        )
+
+        return (
+            *(None, None, None, None),
+            grad_flat.add_(grad_out) if needs_flat else None,
+            *unstack_grads(of_params, params),
+        )
+
+
+def _stack(params: Sequence[Tensor]) -> MLSTMWeights:
+    # A norm's scale is a vector for each expert.
+    return MLSTMWeights(*stack_params(params, is_bank=params[0].ndim == 2))
+
+
+def _join_gates(w: MLSTMWeights) -> MLSTMProjections:
+    return MLSTMProjections(
+        *(w.q_proj, w.k_proj, w.v_proj),
+        torch.cat([w.input_gate_weight, w.forget_gate_weight], dim=2),
+        torch.cat([w.input_gate_bias, w.forget_gate_bias], dim=1),
+    )
+
+
+def _sum_rows(flat: Tensor, counts: Sequence[int]) -> Tensor:
+    # (C,M) -> (E,M)
+    return torch.stack([x.sum(dim=0) for x in flat.split(list(counts))])
