@@ -272,6 +272,7 @@ void convolve_forward(const Shape& s, Rows<const T> x, const T* windows, const T
 template <typename T>
 struct Gradients {
   T *x, *windows, *weight, *bias;
+  bool adds_to_x;
 };
 
 // Channels of an expert.
@@ -279,11 +280,11 @@ struct Block {
   int64_t expert, begin, end;
 };
 
-// to = the sum over taps of the gradients that the step `at` of a run gets from later ones.
-// Steps below 0 are those of the window. `grad` are the block's, from the run's first on.
+// to = or += the sum over taps of the gradients that the step `at` of a run gets from later
+// ones. Steps below 0 are those of the window. `grad` are the block's, from the run's first on.
 template <typename T, typename G>
 void sum_taps(const Shape& s, const Run<T>& run, Rows<const G> grad, const T* w, int64_t at,
-              const Block& block, T* to) {
+              const Block& block, T* to, bool adds) {
   // Tap k is met at the step `at + taps - 1 - k` of the run.
   const int64_t last = at + s.taps - 1;
   const int64_t first_tap = std::max<int64_t>(0, last - run.len + 1);
@@ -294,7 +295,7 @@ void sum_taps(const Shape& s, const Run<T>& run, Rows<const G> grad, const T* w,
   to += block.begin;
 
   for_each_vector<Wide<T>>(0, count, [=](int64_t d, int64_t n) {
-    Vec<Wide<T>> sum(Wide<T>(0));
+    Vec<Wide<T>> sum = adds ? load(to + d, n) : Vec<Wide<T>>(Wide<T>(0));
     for (int64_t k = first_tap; k < end_tap; ++k)
       sum = at::vec::fmadd(load(grad[last - k] + d, n), load(w + k * dim + d, n), sum);
     store(sum, to + d, n);
@@ -362,11 +363,12 @@ void walk_run(const Shape& s, const Run<T>& run, Rows<const G> grad, const T* w,
   if (grads.windows != nullptr)
     for (int64_t i = 0; i < run.before; ++i)
       sum_taps(s, run, grad, w, i - run.before, block,
-               grads.windows + (run.index * run.before + i) * s.dim);
+               grads.windows + (run.index * run.before + i) * s.dim, false);
 
   for (int64_t t = 0; t < run.len; ++t) {
     if (grads.x != nullptr)
-      sum_taps(s, run, grad, w, t, block, grads.x + (run.begin + t) * s.dim);
+      sum_taps(s, run, grad, w, t, block, grads.x + (run.begin + t) * s.dim,
+               grads.adds_to_x);
     if (grads.weight != nullptr) sums.add(run, t, block, grad[t]);
   }
 }
@@ -427,10 +429,14 @@ struct WalkBack : Walk<T, V> {
                        ? nullptr
                        : grads.windows + run.index * run.before * dim + d;
     T* of_run = grads.x == nullptr ? nullptr : grads.x + run.begin * dim + d;
-    const auto write = [=](const L& lanes, int64_t row) {
-      T* to = row < run.before ? of_window : of_run;
-      const int64_t at = row < run.before ? row : row - run.before;
-      if (to != nullptr) lanes.write(to + at * dim, count);
+    const bool adds = grads.adds_to_x;
+    const auto write = [=](L lanes, int64_t row) {
+      const bool is_window = row < run.before;
+      T* to = is_window ? of_window : of_run;
+      if (to == nullptr) return;
+      to += (is_window ? row : row - run.before) * dim;
+      if (adds && !is_window) lanes.add(L::read(to, count));
+      lanes.write(to, count);
     };
 
     Base::begin(run, 0, d);
@@ -515,7 +521,7 @@ void convolve_backward(const Shape& s, Rows<const T> x, const T* windows, const 
 }  // namespace
 
 // shape: experts, runs of each, taps, channels, whether results are activated, strides of x and
-// of the results' gradient.
+// of the results' gradient, whether to add to the gradient of x.
 #define MOXE_CAUSAL_CONV(T, SUFFIX)                                                      \
   extern "C" void moxe_conv_forward_##SUFFIX(                                            \
       const int64_t* shape, int num_threads, const int64_t* lens, const T* x,            \
@@ -529,7 +535,8 @@ void convolve_backward(const Shape& s, Rows<const T> x, const T* windows, const 
       T* grad_windows, T* grad_weight, T* grad_bias) {                                   \
     convolve_backward<T>({shape[0], shape[1], shape[2], shape[3], shape[4] != 0, lens},  \
                          {x, shape[5]}, windows, weight, bias, {grad, shape[6]},         \
-                         {grad_x, grad_windows, grad_weight, grad_bias}, num_threads);   \
+                         {grad_x, grad_windows, grad_weight, grad_bias, shape[7] != 0},   \
+                         num_threads);                                                   \
   }
 
 MOXE_CAUSAL_CONV(float, float)

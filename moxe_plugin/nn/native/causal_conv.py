@@ -91,7 +91,7 @@ def convolve_rows(
     flat = inputs.flat
     out = flat.new_empty(flat.shape)
 
-    _call("forward", seq_lens, activates, inputs, out, strides=(flat.stride(0),))
+    _call("forward", seq_lens, activates, inputs, out, numbers=(flat.stride(0),))
 
     return out
 
@@ -103,6 +103,7 @@ def convolve_rows_backward(
     *,
     activates: bool,
     wants: Sequence[bool] = (True, False, True, True),
+    onto: Tensor | None = None,
 ) -> ConvGradients:
     """Compute the gradients of :func:`convolve_rows`.
 
@@ -111,8 +112,10 @@ def convolve_rows_backward(
     :param seq_lens: As there.
     :param activates: As there.
     :param wants: Of which of the inputs.
+    :param onto: What the gradient of ``flat`` is added to in place, if it is wanted;
+        contiguous. *Shape:* ``(C,M)``.
 
-    :returns: The gradients.
+    :returns: The gradients; ``onto`` is the first one.
     """
     flat, window, weight, bias = inputs
     wants_flat, wants_window, *wants_parameters = wants
@@ -124,17 +127,18 @@ def convolve_rows_backward(
     if any(wants_parameters):
         grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
 
-    grads = ConvGradients(
-        flat.new_empty(flat.shape) if wants_flat else None,
-        *(grad_window, grad_weight, grad_bias),
-    )
+    grad_flat = None
+    if wants_flat:
+        grad_flat = flat.new_empty(flat.shape) if onto is None else onto
+
+    grads = ConvGradients(grad_flat, grad_window, grad_weight, grad_bias)
     _call(
         "backward",
         seq_lens,
         activates,
         inputs,
         *(grad, *grads),
-        strides=(flat.stride(0), grad.stride(0)),
+        numbers=(flat.stride(0), grad.stride(0), int(onto is not None)),
     )
 
     return grads
@@ -188,11 +192,11 @@ def _call(
     activates: bool,
     inputs: ConvInputs,
     *others: Tensor | None,
-    strides: tuple[int, ...],
+    numbers: tuple[int, ...],
 ) -> None:
     num_experts, num_taps, dim = inputs.weight.shape
     num_runs = len(seq_lens) // num_experts
-    shape = (num_experts, num_runs, num_taps, dim, int(activates), *strides)
+    shape = (num_experts, num_runs, num_taps, dim, int(activates), *numbers)
 
     function = find_function(
         "causal_conv", f"moxe_conv_{direction}_{SUFFIXES[inputs.flat.dtype]}"

@@ -3,7 +3,7 @@
 //
 // A row of a large vocabulary fits the second cache, so that memory is read once and written once.
 
-#include <ATen/cpu/vec/vec.h>
+#include "vector_math.h"
 
 #include <algorithm>
 #include <cmath>
@@ -15,8 +15,7 @@
 
 namespace {
 
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
+using moxe::Vec;
 
 // Numbers that are summed in their own type, before double takes over.
 constexpr int64_t kBlock = 1024;
@@ -94,7 +93,7 @@ double exponentiate(const T* row, int64_t size, A max, A* exps) {
       Vec<A> x[R::parts];
       R::load(row + i, x);
       for (int p = 0; p < R::parts; ++p) {
-        x[p] = (x[p] - Vec<A>(max)).exp();
+        x[p] = moxe::exp<A>(x[p] - Vec<A>(max));
         x[p].store(exps + i + p * Vec<A>::size());
         sums = sums + x[p];
       }

@@ -163,10 +163,10 @@ class _MLSTMBlockRows(Function):
             ConvInputs(conv_input, None, w.conv_weight, w.conv_bias),
             rows.run_lens,
             activates=True,
+            onto=of_cell.conv_input,
         )
-        assert of_conv.flat is not None
 
-        halves = (of_cell.conv_input.add_(of_conv.flat), of_output.gate)
+        halves = (of_cell.conv_input, of_output.gate)
         grad_up = None
         if needs["up_proj"]:
             grad_up = torch.empty_like(w.up_proj)
@@ -177,7 +177,7 @@ class _MLSTMBlockRows(Function):
         for i, half in enumerate(w.up_proj.mT.unsqueeze(1).chunk(2, dim=2)):
             multiply_rows(halves[i], half, grad_normed, counts, adds=i > 0)
         grad_flat, grad_norm = norm_rows_backward(
-            grad_normed, flat, w.norm, stats, counts, eps
+            grad_normed, flat, w.norm, stats, counts, eps, residual=grad_out
         )
 
         gate_weights = of_cell.gate_weight.chunk(2, dim=2)
@@ -192,7 +192,7 @@ class _MLSTMBlockRows(Function):
 
         return (
             *(None, None, None, None),
-            grad_flat.add_(grad_out) if needs_flat else None,
+            grad_flat if needs_flat else None,
             *unstack_grads(of_params, params),
         )
 

@@ -22,9 +22,10 @@ struct Shape {
   const int64_t* counts;        // rows of each expert
 };
 
+// residual: rows that are added, if any.
 template <typename T>
 void norm_forward(const Shape& s, double eps, int num_threads, const T* x, const T* weight,
-                  T* out, Wide<T>* stats) {
+                  const T* residual, T* out, Wide<T>* stats) {
   using W = Wide<T>;
   const std::vector<moxe::RowBlock> blocks = moxe::cut_rows(s.experts, s.counts);
   const int64_t num_blocks = blocks.size(), width = s.heads * s.dim;
@@ -33,24 +34,26 @@ void norm_forward(const Shape& s, double eps, int num_threads, const T* x, const
   for (int64_t b = 0; b < num_blocks; ++b)
     for (int64_t row = blocks[b].begin; row < blocks[b].end; ++row)
       for (int64_t head = 0; head < s.heads; ++head) {
-        const T* from = x + row * width + head * s.dim;
+        const int64_t at = row * width + head * s.dim;
         const T* scale = weight + blocks[b].expert * width + head * s.dim;
-        T* to = out + row * width + head * s.dim;
 
         W* stat = stats + 2 * (row * s.heads + head);
-        moxe::find_stats(from, s.dim, eps, stat);
+        moxe::find_stats(x + at, s.dim, eps, stat);
         const Vec<W> mean(stat[0]), rstd(stat[1]);
 
         for_each_vector<W>(0, s.dim, [&](int64_t i, int64_t n) {
-          const Vec<W> normed = (load(from + i, n) - mean) * rstd;
-          store(normed * load(scale + i, n), to + i, n);
+          const Vec<W> normed = (load(x + at + i, n) - mean) * rstd;
+          const Vec<W> scaled = normed * load(scale + i, n);
+          store(residual ? scaled + load(residual + at + i, n) : scaled, out + at + i, n);
         });
       }
 }
 
+// residual: what is added to the gradient of x, if anything.
 template <typename T>
 void norm_backward(const Shape& s, int num_threads, const T* x, const T* weight,
-                   const Wide<T>* stats, const T* grad, T* grad_x, T* grad_weight) {
+                   const Wide<T>* stats, const T* grad, const T* residual, T* grad_x,
+                   T* grad_weight) {
   using W = Wide<T>;
   const std::vector<moxe::RowBlock> blocks = moxe::cut_rows(s.experts, s.counts);
   const int64_t num_blocks = blocks.size(), width = s.heads * s.dim;
@@ -80,7 +83,8 @@ void norm_backward(const Shape& s, int num_threads, const T* x, const T* weight,
         for_each_vector<W>(0, s.dim, [&](int64_t i, int64_t n) {
           const Vec<W> normed = (load(x + at + i, n) - mean) * rstd;
           const Vec<W> scaled = load(grad + at + i, n) * load(scale + i, n);
-          store((scaled - first - normed * second) * rstd, grad_x + at + i, n);
+          const Vec<W> of_x = (scaled - first - normed * second) * rstd;
+          store(residual ? of_x + load(residual + at + i, n) : of_x, grad_x + at + i, n);
         });
       }
 
@@ -93,15 +97,16 @@ void norm_backward(const Shape& s, int num_threads, const T* x, const T* weight,
 #define MOXE_SCALE_NORM(T, SUFFIX)                                                        \
   extern "C" void moxe_norm_forward_##SUFFIX(                                             \
       const int64_t* shape, const int64_t* counts, double eps, int num_threads,           \
-      const T* x, const T* weight, T* out, Wide<T>* stats) {                              \
+      const T* x, const T* weight, const T* residual, T* out, Wide<T>* stats) {           \
     norm_forward<T>({shape[0], shape[1], shape[2], counts}, eps, num_threads, x, weight,  \
-                    out, stats);                                                          \
+                    residual, out, stats);                                                \
   }                                                                                       \
   extern "C" void moxe_norm_backward_##SUFFIX(                                            \
       const int64_t* shape, const int64_t* counts, double, int num_threads, const T* x,   \
-      const T* weight, const Wide<T>* stats, const T* grad, T* grad_x, T* grad_weight) {  \
+      const T* weight, const Wide<T>* stats, const T* grad, const T* residual, T* grad_x, \
+      T* grad_weight) {                                                                   \
     norm_backward<T>({shape[0], shape[1], shape[2], counts}, num_threads, x, weight,      \
-                     stats, grad, grad_x, grad_weight);                                   \
+                     stats, grad, residual, grad_x, grad_weight);                         \
   }
 
 MOXE_SCALE_NORM(float, float)

@@ -43,7 +43,12 @@ def scale_norm(
 
 
 def norm_rows(
-    flat: Tensor, weight: Tensor, counts: array[int], num_heads: int, eps: float
+    flat: Tensor,
+    weight: Tensor,
+    counts: array[int],
+    num_heads: int,
+    eps: float,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`scale_norm` without a gradient.
 
@@ -52,6 +57,7 @@ def norm_rows(
     :param counts: As there.
     :param num_heads: As there.
     :param eps: As there.
+    :param residual: Rows that are added; contiguous. *Shape:* ``(C,M)``.
 
     :returns: The rows ``(C,M)``, and the mean and one over the deviation of each head,
         ``(C,H,2)``, which :func:`norm_rows_backward` wants.
@@ -60,7 +66,10 @@ def norm_rows(
     wide = torch.promote_types(flat.dtype, torch.float32)
     stats = flat.new_empty(flat.size(0), num_heads, 2, dtype=wide)
 
-    _call("forward", counts, num_heads, eps, flat, weight, out, stats)
+    _call(
+        *("forward", counts, num_heads, eps),
+        *(flat, weight, residual, out, stats),
+    )
 
     return out, stats
 
@@ -72,6 +81,7 @@ def norm_rows_backward(
     stats: Tensor,
     counts: array[int],
     eps: float,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of :func:`norm_rows`.
 
@@ -81,14 +91,17 @@ def norm_rows_backward(
     :param stats: What it has returned.
     :param counts: As there.
     :param eps: As there.
+    :param residual: What is added to the gradient of ``flat``; contiguous. *Shape:*
+        ``(C,M)``.
 
     :returns: Those of ``flat`` and ``weight``.
     """
     grad_flat, grad_weight = torch.empty_like(flat), torch.empty_like(weight)
 
     _call(
-        *("backward", counts, stats.size(1), eps),
-        *(flat, weight, stats, grad, grad_flat, grad_weight),
+        "backward",
+        *(counts, stats.size(1), eps, flat),
+        *(weight, stats, grad, residual, grad_flat, grad_weight),
     )
 
     return grad_flat, grad_weight
@@ -132,7 +145,7 @@ def _call(
     num_heads: int,
     eps: float,
     flat: Tensor,
-    *tensors: Tensor,
+    *others: Tensor | None,
 ) -> None:
     shape = len(counts), num_heads, flat.size(1) // num_heads
 
@@ -146,5 +159,8 @@ def _call(
         ctypes.c_void_p(counts.buffer_info()[0]),
         ctypes.c_double(eps),
         ctypes.c_int(torch.get_num_threads()),
-        *(ctypes.c_void_p(x.data_ptr()) for x in (flat, *tensors)),
+        *(
+            ctypes.c_void_p(None if x is None else x.data_ptr())
+            for x in (flat, *others)
+        ),
     )

@@ -100,10 +100,9 @@ class _SLSTMBlockRows(Function):
             wants_grad=any(ctx.needs_input_grad),
         )
 
-        out_normed, out_stats = norm_rows(
-            scanned.outputs, w.out_norm, counts, num_heads, eps
+        hidden, out_stats = norm_rows(
+            scanned.outputs, w.out_norm, counts, num_heads, eps, residual=flat
         )
-        hidden = out_normed.add_(flat)
         ffn_normed, ffn_stats = norm_rows(hidden, w.ffn_norm, counts, 1, eps)
         joint = project(ffn_normed, w.ffn_up_proj.unsqueeze(1), counts)
         gated = silu_rows(joint)
@@ -151,8 +150,8 @@ class _SLSTMBlockRows(Function):
         grad_hidden, grad_ffn_norm = norm_rows_backward(
             project(grad_joint, up.mT, counts),
             *(hidden, w.ffn_norm, ffn_stats, counts, eps),
+            residual=grad_out,
         )
-        grad_hidden.add_(grad_out)
 
         grad_outputs, grad_out_norm = norm_rows_backward(
             grad_hidden, outputs, w.out_norm, out_stats, counts, eps
@@ -184,10 +183,10 @@ class _SLSTMBlockRows(Function):
             ConvInputs(normed, None, w.conv_weight, w.conv_bias),
             rows.run_lens,
             activates=True,
+            onto=grad_normed,
         )
-        assert of_conv.flat is not None
         grad_flat, grad_norm = norm_rows_backward(
-            grad_normed.add_(of_conv.flat), flat, w.norm, stats, counts, eps
+            grad_normed, flat, w.norm, stats, counts, eps, residual=grad_hidden
         )
 
         of_params = SLSTMWeights._make(
@@ -200,7 +199,7 @@ class _SLSTMBlockRows(Function):
 
         return (
             *(None, None, None),
-            grad_flat.add_(grad_hidden) if needs_flat else None,
+            grad_flat if needs_flat else None,
             *unstack_grads(of_params, params),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -17,6 +18,7 @@ from moxe_plugin.nn import layers
 from moxe_plugin.nn.backend import ScanBackend, convolves_natively
 from moxe_plugin.nn.layers import CausalConv
 from moxe_plugin.nn.mlstm import MLSTMBlock
+from moxe_plugin.nn.native.causal_conv import ConvInputs, convolve_rows_backward
 from moxe_plugin.nn.native.library import (
     NativeLibraryError,
     load_library,
@@ -276,3 +278,44 @@ def test_without_compiler_auto_says_so_and_native_is_an_error(
     finally:
         for function in caches:
             function.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        float32,
+        float64,
+        pytest.param(bfloat16, marks=needs_bfloat16, id="bfloat16"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kernel_size", [4, 3])
+@pytest.mark.parametrize("activates", [False, True])
+def test_gradient_is_added_to_what_there_is(
+    dtype: torch.dtype, kernel_size: int, activates: bool
+) -> None:
+    lens = array("q", [length for of_expert in LENS for length in of_expert])
+    flat, upstream, before = torch.randn(3, sum(lens), 37, dtype=dtype)
+    inputs = ConvInputs(
+        flat,
+        None,
+        torch.randn(len(LENS), kernel_size, 37, dtype=dtype),
+        torch.randn(len(LENS), 37, dtype=dtype),
+    )
+    expected = convolve_rows_backward(upstream, inputs, lens, activates=activates)
+    onto = before.clone()
+
+    actual = convolve_rows_backward(
+        upstream, inputs, lens, activates=activates, onto=onto
+    )
+
+    assert actual.flat is onto
+    assert expected.flat is not None
+    # Of bfloat16 the sum alone is rounded.
+    rtol = {bfloat16: 2**-7, float32: 1e-5, float64: 1e-13}[dtype]
+    assert_close(onto, before + expected.flat, rtol=rtol, atol=4 * rtol)
+    for x, y in zip(actual[2:], expected[2:], strict=True):
+        assert x is not None
+        assert y is not None
+        assert torch.equal(x, y)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 from torch import Tensor, bfloat16, float32, float64
@@ -12,7 +14,11 @@ from torch.testing import assert_close
 from moxe_plugin.nn import passes
 from moxe_plugin.nn.layers import NORM_EPS, ScaleNorm
 from moxe_plugin.nn.native.library import why_not_loaded
-from moxe_plugin.nn.native.scale_norm import scale_norm
+from moxe_plugin.nn.native.scale_norm import (
+    norm_rows,
+    norm_rows_backward,
+    scale_norm,
+)
 from tests.nn.bfloat16_cases import (
     assert_rounded_once,
     differentiate,
@@ -145,3 +151,34 @@ def test_module_computes_the_same_with_and_without_cpp(
 
     assert_close(norm(seqs), with_cpp, rtol=0, atol=1e-12)
     assert type(norm(seqs).grad_fn).__name__ == "MulBackward0"
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        float32,
+        float64,
+        pytest.param(bfloat16, marks=needs_bfloat16, id="bfloat16"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_residual_is_added(counts: list[int], dtype: torch.dtype) -> None:
+    flat, weight = (x.detach() for x in make_inputs(counts, 36, dtype))
+    upstream, residual = torch.randn(2, *flat.shape, dtype=dtype)
+    lens = array("q", counts)
+    alone, stats = norm_rows(flat, weight, lens, 2, NORM_EPS)
+    of_alone = norm_rows_backward(upstream, flat, weight, stats, lens, NORM_EPS)
+
+    rows, same_stats = norm_rows(flat, weight, lens, 2, NORM_EPS, residual)
+    of_rows = norm_rows_backward(
+        upstream, flat, weight, stats, lens, NORM_EPS, residual
+    )
+
+    # Of bfloat16 the sums alone are rounded.
+    rtol = {bfloat16: 2**-7, float32: 1e-6, float64: 1e-14}[dtype]
+    for x, y in ((rows, alone), (of_rows[0], of_alone[0])):
+        assert_close(x, y + residual, rtol=rtol, atol=4 * rtol)
+    assert torch.equal(same_stats, stats)
+    assert torch.equal(of_rows[1], of_alone[1])
