@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from moxe_plugin.nn.autocast import recalls_autocast, remembers_autocast
 from moxe_plugin.nn.backend import product_dtype
+from moxe_plugin.nn.native.row_products import ColumnProduct
 from moxe_plugin.nn.products import runs_native
 from moxe_plugin.nn.ragged_products import multiply_columns, multiply_rows
 
@@ -89,10 +90,7 @@ class _GroupedProducts(Function):
         ctx.save_for_backward(weight, *rows)
         ctx.counts = counts
 
-        return tuple(
-            multiply_rows(x, part, counts)
-            for x, part in zip(rows, weight.unbind(-2), strict=True)
-        )
+        return tuple(multiply_rows(rows, weight.unbind(-2), counts))
 
     @staticmethod
     @recalls_autocast
@@ -107,17 +105,29 @@ class _GroupedProducts(Function):
             grad_weight = torch.empty_like(
                 weight, memory_format=torch.contiguous_format
             )
-            for x, y, part in zip(
-                rows, grad_outputs, grad_weight.unbind(-2), strict=True
-            ):
-                multiply_columns(x, y, part, ctx.counts)
-
-        grad_rows = [
-            multiply_rows(y, part.mT, ctx.counts) if needs_grad else None
-            for y, part, needs_grad in zip(
-                grad_outputs, weight.unbind(-2), needs_rows, strict=True
+            multiply_columns(
+                [
+                    ColumnProduct(*product)
+                    for product in zip(
+                        rows, grad_outputs, grad_weight.unbind(-2), strict=True
+                    )
+                ],
+                ctx.counts,
             )
-        ]
+
+        grad_rows: list[Tensor | None] = [None for _ in rows]
+        wanted = [i for i, needs_grad in enumerate(needs_rows) if needs_grad]
+        parts = weight.unbind(-2)
+        for i, x in zip(
+            wanted,
+            multiply_rows(
+                [grad_outputs[i] for i in wanted],
+                [parts[i].mT for i in wanted],
+                ctx.counts,
+            ),
+            strict=True,
+        ):
+            grad_rows[i] = x
 
         return None, grad_weight, *grad_rows
 

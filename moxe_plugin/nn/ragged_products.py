@@ -16,6 +16,7 @@ from moxe_plugin.nn.expert_products import head_outer_products, head_products
 from moxe_plugin.nn.native import products as native
 from moxe_plugin.nn.native import row_products
 from moxe_plugin.nn.native.products import Product
+from moxe_plugin.nn.native.row_products import ColumnProduct, RowProduct
 from moxe_plugin.nn.products import multiply_all, runs_native
 
 
@@ -47,7 +48,7 @@ def multiply_parts(
                 ],
             )
         native.multiply_described(
-            numbers, halves=native.find_halves(lhs, rhs, sums), adds=adds
+            numbers, halves=native.find_halves([(lhs, rhs, out)], [sums]), adds=adds
         )
         native.round_into(out, sums)
 
@@ -77,30 +78,38 @@ def multiply_parts(
         multiply_all(products)
 
 
-def multiply_rows(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+def multiply_rows(
+    rows: Sequence[Tensor], weights: Sequence[Tensor], counts: Sequence[int]
+) -> list[Tensor]:
     """Multiply rows by their expert's weights, one for each group of channels.
 
-    :param rows: Sorted by expert. *Shape:* ``(C,G*in)``.
-    :param weight: *Shape:* ``(E,G,in,out)``.
+    :param rows: Sorted by expert, all of one type. *Shape:* ``(C,G*in)`` each.
+    :param weights: By what each is multiplied. *Shape:* ``(E,G,in,out)`` each.
     :param counts: The number of rows of each expert, C in all.
 
-    :returns: *Shape:* ``(C,G*out)``.
+    :returns: *Shape:* ``(C,G*out)`` each.
     """
-    if rows.is_cuda:
-        return head_products(rows, weight, counts)
+    pairs = [*zip(rows, weights, strict=True)]
 
-    out = rows.new_empty(rows.size(0), weight.size(1) * weight.size(3))
+    if pairs and rows[0].is_cuda:
+        return [head_products(x, weight, counts) for x, weight in pairs]
 
-    if runs_native(rows, weight):
-        row_products.multiply_rows(rows, weight, out, counts)
+    outs = [x.new_empty(x.size(0), w.size(1) * w.size(3)) for x, w in pairs]
 
-        return out
+    # Of none, all would run in C++, and nothing could tell whether it is there.
+    if pairs and runs_native(*rows, *weights):
+        row_products.multiply_rows(
+            [RowProduct(*pair, y) for pair, y in zip(pairs, outs, strict=True)], counts
+        )
+
+        return outs
 
     multiply_all(
         [
             Product(x, w, y)
+            for (flat, weight), out in zip(pairs, outs, strict=True)
             for x, w, y in zip(
-                _by_group(rows, weight, counts),
+                _by_group(flat, weight, counts),
                 weight,
                 _by_group(out, weight, counts),
                 strict=True,
@@ -109,33 +118,30 @@ def multiply_rows(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor
         ]
     )
 
-    return out
+    return outs
 
 
-def multiply_columns(
-    lhs: Tensor, rhs: Tensor, out: Tensor, counts: Sequence[int]
-) -> None:
+def multiply_columns(products: Sequence[ColumnProduct], counts: Sequence[int]) -> None:
     """Compute each expert's ``lhs^T rhs``, for each group of channels.
 
-    :param lhs: Sorted by expert. *Shape:* ``(C,G*in)``.
-    :param rhs: Sorted by expert. *Shape:* ``(C,G*out)``.
-    :param out: Where the results go, 0 for an expert without a row; its last stride is
-        1. *Shape:* ``(E,G,in,out)``.
+    :param products: What to multiply, and where the results go.
     :param counts: The number of rows of each expert, C in all.
     """
-    if lhs.is_cuda:
-        head_outer_products(lhs, rhs, out, counts)
+    if products and products[0].lhs.is_cuda:
+        for product in products:
+            head_outer_products(*product, counts)
 
         return
 
-    if runs_native(lhs, rhs, out, mixes=True):
-        row_products.multiply_columns(lhs, rhs, out, counts)
+    if products and runs_native(*(x for y in products for x in y), mixes=True):
+        row_products.multiply_columns(products, counts)
 
         return
 
     multiply_all(
         [
             Product(x.mT, y, z)
+            for lhs, rhs, out in products
             for x, y, z in zip(
                 _by_group(lhs, out, counts),
                 _by_group(rhs, out, counts),

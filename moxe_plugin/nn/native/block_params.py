@@ -10,7 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.row_products import multiply_columns, multiply_rows
+from moxe_plugin.nn.native.row_products import (
+    ColumnProduct,
+    RowProduct,
+    multiply_columns,
+    multiply_rows,
+)
 from moxe_plugin.nn.rows import Rows
 
 
@@ -69,40 +74,47 @@ def unstack_grads(
     :returns: The gradients.
     """
     return [
-        None if x is None else x.to(param.dtype).reshape(param.shape)
+        x
+        if x is None or (x.dtype is param.dtype and x.ndim == param.ndim)
+        else x.to(param.dtype).view(param.shape)
         for x, param in zip(grads, params, strict=True)
     ]
 
 
-def project(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
-    """Multiply the rows of each expert by its weights, one for each group of channels.
+def project(
+    rows: Sequence[Tensor], weights: Sequence[Tensor], counts: Sequence[int]
+) -> list[Tensor]:
+    """Multiply rows by their expert's weights, one for each group of channels.
 
-    :param rows: *Shape:* ``(C,G*in)``.
-    :param weight: *Shape:* ``(E,G,in,out)``.
+    :param rows: *Shape:* ``(C,G*in)`` each.
+    :param weights: *Shape:* ``(E,G,in,out)`` each.
     :param counts: The number of rows of each expert, C in all.
 
-    :returns: *Shape:* ``(C,G*out)``.
+    :returns: *Shape:* ``(C,G*out)`` each.
     """
-    out = rows.new_empty(rows.size(0), weight.size(1) * weight.size(3))
-    multiply_rows(rows, weight, out, counts)
+    products = [
+        RowProduct(x, w, x.new_empty(x.size(0), w.size(1) * w.size(3)))
+        for x, w in zip(rows, weights, strict=True)
+    ]
+    multiply_rows(products, counts)
 
-    return out
+    return [product.out for product in products]
 
 
 def project_onto(
     residual: Tensor, rows: Tensor, weight: Tensor, counts: Sequence[int]
 ) -> Tensor:
-    """Add :func:`project` to other rows.
+    """Add what :func:`project` makes of some rows to others.
 
     :param residual: *Shape:* ``(C,G*out)``.
-    :param rows: As there.
-    :param weight: As there.
+    :param rows: *Shape:* ``(C,G*in)``.
+    :param weight: *Shape:* ``(E,G,in,out)``.
     :param counts: As there.
 
     :returns: A new tensor. *Shape:* ``(C,G*out)``.
     """
     out = residual.clone()
-    multiply_rows(rows, weight, out, counts, adds=True)
+    multiply_rows([RowProduct(rows, weight, out)], counts, adds=True)
 
     return out
 
@@ -112,14 +124,14 @@ def weight_gradient(
 ) -> Tensor:
     """Compute the gradient of a weight that :func:`project` was asked for with.
 
-    :param rows: As there.
-    :param grad: That of its result. *Shape:* ``(C,G*out)``.
-    :param weight: As there.
+    :param rows: *Shape:* ``(C,G*in)``.
+    :param grad: That of the result. *Shape:* ``(C,G*out)``.
+    :param weight: *Shape:* ``(E,G,in,out)``.
     :param counts: As there.
 
     :returns: As ``weight``, contiguous.
     """
     out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    multiply_columns(rows, grad, out, counts)
+    multiply_columns([ColumnProduct(rows, grad, out)], counts)
 
     return out

@@ -40,7 +40,12 @@ from moxe_plugin.nn.native.mlstm_projections import (
     project_rows,
     project_rows_backward,
 )
-from moxe_plugin.nn.native.row_products import multiply_columns, multiply_rows
+from moxe_plugin.nn.native.row_products import (
+    ColumnProduct,
+    RowProduct,
+    multiply_columns,
+    multiply_rows,
+)
 from moxe_plugin.nn.native.scale_norm import norm_rows, norm_rows_backward
 
 
@@ -88,17 +93,18 @@ class _MLSTMBlockRows(Function):
         flat, counts = flat.contiguous(), rows.counts
 
         normed, stats = norm_rows(flat, w.norm, counts, 1, eps)
-        conv_input, gate = (
-            project(normed, half.unsqueeze(1), counts)
-            for half in w.up_proj.chunk(2, dim=2)
-        )
+        conv_input, gate = project([normed] * 2, _halve(w.up_proj), counts)
         convolved = convolve_rows(
             ConvInputs(conv_input, None, w.conv_weight, w.conv_bias),
             rows.run_lens,
             activates=True,
         )
 
-        projections = _join_gates(w)
+        projections = MLSTMProjections(
+            *(w.q_proj, w.k_proj, w.v_proj),
+            torch.cat([w.input_gate_weight, w.forget_gate_weight], dim=2),
+            torch.cat([w.input_gate_bias, w.forget_gate_bias], dim=1),
+        )
         projected = project_rows(
             ProjectionInputs(conv_input, convolved), projections, counts
         )
@@ -115,7 +121,8 @@ class _MLSTMBlockRows(Function):
 
         ctx.save_for_backward(
             *(flat, stats, normed, conv_input, gate, convolved, hidden),
-            *(gated, out_stats, *projected, *params, *saved),
+            *(gated, out_stats, projections.gates, projections.gate_bias),
+            *(*projected, *params, *saved),
         )
         ctx.rows, ctx.form, ctx.num_heads, ctx.eps = rows, form, num_heads, eps
 
@@ -127,7 +134,7 @@ class _MLSTMBlockRows(Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         flat, stats, normed, conv_input, gate, convolved, *others = ctx.saved_tensors
-        hidden, gated, out_stats, *others = others
+        hidden, gated, out_stats, gate_weight, gate_bias, *others = others
         projected, params = ProjectedRows(*others[:4]), MLSTMWeights(*others[4:18])
         saved = others[18:]
         rows: BlockRows = ctx.rows
@@ -146,8 +153,9 @@ class _MLSTMBlockRows(Function):
             if needs["down_proj"]
             else None
         )
+        (grad_gated,) = project([grad_out], [down.mT], counts)
         of_output = gate_rows_backward(
-            project(grad_out, down.mT, counts),
+            grad_gated,
             MLSTMOutput(hidden, w.out_norm, convolved, w.skip, gate),
             *(out_stats, counts, eps),
         )
@@ -155,7 +163,8 @@ class _MLSTMBlockRows(Function):
         grads = form.backward(saved, of_output.hidden.unflatten(1, (ctx.num_heads, -1)))
         of_cell = project_rows_backward(
             ProjectionInputs(conv_input, convolved),
-            *(_join_gates(w), projected, grads, counts),
+            MLSTMProjections(w.q_proj, w.k_proj, w.v_proj, gate_weight, gate_bias),
+            *(projected, grads, counts),
             wants_weights=[needs[x] for x in ("q_proj", "k_proj", "v_proj")],
         )
         of_conv = convolve_rows_backward(
@@ -170,12 +179,18 @@ class _MLSTMBlockRows(Function):
         grad_up = None
         if needs["up_proj"]:
             grad_up = torch.empty_like(w.up_proj)
-            for half, grad in zip(grad_up.chunk(2, dim=2), halves, strict=True):
-                multiply_columns(normed, grad, half.unsqueeze(1), counts)
+            multiply_columns(
+                [
+                    ColumnProduct(normed, grad, half)
+                    for grad, half in zip(halves, _halve(grad_up), strict=True)
+                ],
+                counts,
+            )
 
         grad_normed = torch.empty_like(normed)
-        for i, half in enumerate(w.up_proj.mT.unsqueeze(1).chunk(2, dim=2)):
-            multiply_rows(halves[i], half, grad_normed, counts, adds=i > 0)
+        for i, half in enumerate(_halve(w.up_proj)):
+            product = RowProduct(halves[i], half.mT, grad_normed)
+            multiply_rows([product], counts, adds=i > 0)
         grad_flat, grad_norm = norm_rows_backward(
             grad_normed, flat, w.norm, stats, counts, eps, residual=grad_out
         )
@@ -202,12 +217,9 @@ def _stack(params: Sequence[Tensor]) -> MLSTMWeights:
     return MLSTMWeights(*stack_params(params, is_bank=params[0].ndim == 2))
 
 
-def _join_gates(w: MLSTMWeights) -> MLSTMProjections:
-    return MLSTMProjections(
-        *(w.q_proj, w.k_proj, w.v_proj),
-        torch.cat([w.input_gate_weight, w.forget_gate_weight], dim=2),
-        torch.cat([w.input_gate_bias, w.forget_gate_bias], dim=1),
-    )
+def _halve(weight: Tensor) -> list[Tensor]:
+    # (E,M,2*I) -> (E,1,M,I), of what is convolved and of the gate
+    return [half.unsqueeze(1) for half in weight.chunk(2, dim=2)]
 
 
 def _sum_rows(flat: Tensor, counts: Sequence[int]) -> Tensor:

@@ -72,13 +72,7 @@ def multiply_all(
     numbers = array("q")
     # What holds the sums of results
     sums = [sums_of(x.out, x[:2], x.lhs.size(-1), keeps=adds) for x in products]
-    halves = {find_halves(x.lhs, x.rhs, y) for x, y in zip(products, sums, strict=True)}
-
-    if len(halves) > 1:
-        raise ValueError(
-            "`products` must have left factors of one type, right ones of one and "
-            "results of one, but has several types of one of these instead."
-        )
+    halves = find_halves(products, sums)
 
     for (lhs, rhs, out), sums_of_out in zip(products, sums, strict=True):
         _check(lhs, rhs, out)
@@ -93,9 +87,7 @@ def multiply_all(
             )
         )
 
-    multiply_described(
-        numbers, halves=max(halves, default=0), adds=adds, streams=streams
-    )
+    multiply_described(numbers, halves=halves, adds=adds, streams=streams)
 
     for product, sums_of_out in zip(products, sums, strict=True):
         round_into(product.out, sums_of_out)
@@ -142,18 +134,32 @@ def multiply_described(
         raise MemoryError("There is no memory for copies of the factors of a product.")
 
 
-def find_halves(lhs: Tensor, rhs: Tensor, out: Tensor) -> int:
-    """Tell what of a product is bfloat16.
+def find_halves(
+    products: Sequence[tuple[Tensor, Tensor, Tensor]], all_sums: Sequence[Tensor]
+) -> int:
+    """Tell what of products is bfloat16.
 
-    :param lhs: The left factor.
-    :param rhs: The right one.
-    :param out: The result.
+    :param products: The left factor of each, the right one, and the result.
+    :param all_sums: Where each result is summed, see :func:`sums_of`.
 
-    :returns: A bit for each, the lowest for ``lhs``.
+    :returns: A bit for each, the lowest for left factors; 0 of no products.
+
+    :raises ValueError: There are several types of one of the three.
     """
-    return sum(
-        (x.dtype == torch.bfloat16) << bit for bit, x in enumerate((lhs, rhs, out))
-    )
+    halves = {
+        sum(
+            (x.dtype == torch.bfloat16) << bit for bit, x in enumerate((lhs, rhs, sums))
+        )
+        for (lhs, rhs, _), sums in zip(products, all_sums, strict=True)
+    }
+
+    if len(halves) > 1:
+        raise ValueError(
+            "`products` must have left factors of one type, right ones of one and "
+            "results of one, but has several types of one of these instead."
+        )
+
+    return max(halves, default=0)
 
 
 def rounds_now() -> bool:

@@ -31,7 +31,7 @@ from moxe_plugin.nn.native.causal_conv import (
     convolve_rows_backward,
 )
 from moxe_plugin.nn.native.gating import silu_rows, silu_rows_backward
-from moxe_plugin.nn.native.row_products import multiply_columns
+from moxe_plugin.nn.native.row_products import ColumnProduct, multiply_columns
 from moxe_plugin.nn.native.scale_norm import norm_rows, norm_rows_backward
 from moxe_plugin.nn.native.slstm_scan import (
     RowBounds,
@@ -85,12 +85,7 @@ class _SLSTMBlockRows(Function):
             activates=True,
         )
         # i and f see the convolution, z and o do not.
-        gates = [
-            project(x, weight, counts)
-            for x, weight in zip(
-                (convolved, normed), _halve_gates(w.gate_proj), strict=True
-            )
-        ]
+        gates = project([convolved, normed], _halve(w.gate_proj), counts)
         memory = _empty_memory(w.gate_bias, bounds)
         scanned = scan_rows(
             RowScanInputs._make(
@@ -104,13 +99,22 @@ class _SLSTMBlockRows(Function):
             scanned.outputs, w.out_norm, counts, num_heads, eps, residual=flat
         )
         ffn_normed, ffn_stats = norm_rows(hidden, w.ffn_norm, counts, 1, eps)
-        joint = project(ffn_normed, w.ffn_up_proj.unsqueeze(1), counts)
+        (joint,) = project([ffn_normed], [w.ffn_up_proj.unsqueeze(1)], counts)
         gated = silu_rows(joint)
         out = project_onto(hidden, gated, w.ffn_down_proj.unsqueeze(1), counts)
 
         ctx.save_for_backward(
             *(flat, stats, normed, convolved, scanned.outputs, scanned.activations),
-            *(out_stats, hidden, ffn_stats, ffn_normed, joint, gated, *params),
+            *(
+                out_stats,
+                hidden,
+                ffn_stats,
+                ffn_normed,
+                joint,
+                gated,
+                memory[-1],
+                *params,
+            ),
         )
         ctx.rows, ctx.bounds, ctx.eps = rows, bounds, eps
 
@@ -124,7 +128,7 @@ class _SLSTMBlockRows(Function):
         flat, stats, normed, convolved, outputs, activations, *others = (
             ctx.saved_tensors
         )
-        out_stats, hidden, ffn_stats, ffn_normed, joint, gated, *params = others
+        out_stats, hidden, ffn_stats, ffn_normed, joint, gated, zeros, *params = others
         rows: BlockRows = ctx.rows
         bounds: RowBounds = ctx.bounds
         eps: float = ctx.eps
@@ -141,14 +145,16 @@ class _SLSTMBlockRows(Function):
             if needs["ffn_down_proj"]
             else None
         )
-        grad_joint = silu_rows_backward(project(grad_out, down.mT, counts), joint)
+        (grad_gated,) = project([grad_out], [down.mT], counts)
+        grad_joint = silu_rows_backward(grad_gated, joint)
         grad_up = (
             weight_gradient(ffn_normed, grad_joint, up, counts)
             if needs["ffn_up_proj"]
             else None
         )
+        (grad_ffn_normed,) = project([grad_joint], [up.mT], counts)
         grad_hidden, grad_ffn_norm = norm_rows_backward(
-            project(grad_joint, up.mT, counts),
+            grad_ffn_normed,
             *(hidden, w.ffn_norm, ffn_stats, counts, eps),
             residual=grad_out,
         )
@@ -156,11 +162,10 @@ class _SLSTMBlockRows(Function):
         grad_outputs, grad_out_norm = norm_rows_backward(
             grad_hidden, outputs, w.out_norm, out_stats, counts, eps
         )
-        memory = _empty_memory(w.gate_bias, bounds)
+        # What comes after the last step gets no gradient.
         of_scan = scan_rows_backward(
-            grad_outputs,
-            [torch.zeros_like(x) for x in memory],
-            *(w.recurrent_weight, memory[-1], outputs, activations),
+            *(grad_outputs, [zeros] * 3),
+            *(w.recurrent_weight, zeros, outputs, activations),
             bounds=bounds,
         )
 
@@ -168,15 +173,19 @@ class _SLSTMBlockRows(Function):
         grad_gate_proj = None
         if needs["gate_proj"]:
             grad_gate_proj = torch.empty_like(w.gate_proj)
-            for x, grad, half in zip(
-                *((convolved, normed), grad_gates, _halve_gates(grad_gate_proj)),
-                strict=True,
-            ):
-                multiply_columns(x, grad, half, counts)
+            multiply_columns(
+                [
+                    ColumnProduct(*product)
+                    for product in zip(
+                        *((convolved, normed), grad_gates, _halve(grad_gate_proj)),
+                        strict=True,
+                    )
+                ],
+                counts,
+            )
 
-        grad_convolved, grad_normed = (
-            project(grad, weight.mT, counts)
-            for grad, weight in zip(grad_gates, _halve_gates(w.gate_proj), strict=True)
+        grad_convolved, grad_normed = project(
+            grad_gates, [half.mT for half in _halve(w.gate_proj)], counts
         )
         of_conv = convolve_rows_backward(
             grad_convolved,
@@ -209,7 +218,7 @@ def _stack(params: Sequence[Tensor]) -> SLSTMWeights:
     return SLSTMWeights(*stack_params(params, is_bank=params[0].ndim == 2))
 
 
-def _halve_gates(weight: Tensor) -> list[Tensor]:
+def _halve(weight: Tensor) -> list[Tensor]:
     # (E,H,D,4,D) -> (E,H,D,2*D) of i and f, and of z and o
     return [half.flatten(3) for half in weight.chunk(2, dim=3)]
 
@@ -217,7 +226,9 @@ def _halve_gates(weight: Tensor) -> list[Tensor]:
 def _empty_memory(bias: Tensor, bounds: RowBounds) -> list[Tensor]:
     # c, log(n) and y: (E,N,H,D)
     num_experts, num_heads, _, head_dim = bias.shape
-    shape = num_experts, bounds.begins.size(1), num_heads, head_dim
-    dtype = widen(bias[:0]).dtype
+    zeros = torch.zeros(
+        (num_experts, bounds.begins.size(1), num_heads, head_dim),
+        dtype=widen(bias[:0]).dtype,
+    )
 
-    return [torch.full(shape, value, dtype=dtype) for value in (0.0, EMPTY, 0.0)]
+    return [zeros, torch.full_like(zeros, EMPTY), zeros]

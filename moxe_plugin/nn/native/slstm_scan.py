@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.autocast import recalls_autocast, remembers_autocast
 from moxe_plugin.nn.native.library import SUFFIXES, find_function
+from moxe_plugin.nn.native.row_products import ColumnProduct
 from moxe_plugin.nn.products import rounds_factors
 from moxe_plugin.nn.ragged_products import multiply_columns
 
@@ -234,9 +235,14 @@ def _multiply_old_outputs(
 ) -> Tensor:
     grad_weight = torch.empty_like(weight)
 
-    for half, grads in zip(halves, grad_weight.chunk(2, dim=3), strict=True):
-        # (E,H,D,2,D) -> (E,H,D,2*D)
-        multiply_columns(old, half, grads.flatten(-2), bounds.counts)
+    # (E,H,D,2,D) -> (E,H,D,2*D)
+    multiply_columns(
+        [
+            ColumnProduct(old, half, grads.flatten(-2))
+            for half, grads in zip(halves, grad_weight.chunk(2, dim=3), strict=True)
+        ],
+        bounds.counts,
+    )
 
     return grad_weight
 

@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from moxe_plugin.nn.native.row_products import ColumnProduct
 from moxe_plugin.nn.ragged import RaggedRows
 from moxe_plugin.nn.ragged_products import multiply_columns
 from moxe_plugin.nn.triton.sizes import ceil_div, power_of_two, split_head_dim
@@ -186,8 +187,13 @@ def weight_grad(
     grad = torch.empty_like(weight)
     # (E,H,D,4,D) -> (E,H,D,2,2D)
     by_pair = grad.view(num_experts, num_heads, head_dim, 2, 2 * head_dim)
-    for grads, part in zip(grad_inputs, by_pair.unbind(3), strict=True):
-        multiply_columns(before, grads, part, segments.counts)
+    multiply_columns(
+        [
+            ColumnProduct(before, grads, part)
+            for grads, part in zip(grad_inputs, by_pair.unbind(3), strict=True)
+        ],
+        segments.counts,
+    )
 
     return grad
 

@@ -21,7 +21,12 @@ from moxe_plugin.nn.native.products import (
     multiply_all,
     rounds_to_bfloat16,
 )
-from moxe_plugin.nn.native.row_products import multiply_columns, multiply_rows
+from moxe_plugin.nn.native.row_products import (
+    ColumnProduct,
+    RowProduct,
+    multiply_columns,
+    multiply_rows,
+)
 
 # Around the vectors, tiles, panels and blocks of the C++ code.
 SIZES: Final = (0, 1, 13, 14, 15, 16, 17, 31, 32, 33, 64, 255, 256, 257, 513)
@@ -533,9 +538,21 @@ def test_rows_of_experts_are_kept_in_bfloat16() -> None:
     grads = torch.randn(sum(counts), 2 * 36, dtype=torch.bfloat16)
     weight = torch.randn(4, 2, 20, 36, dtype=torch.bfloat16)
     out, of_weight = torch.empty_like(grads), torch.empty_like(weight)
+    # Others in the same call
+    others = torch.randn(sum(counts), 2 * 6, dtype=torch.bfloat16)
+    narrow = torch.randn(4, 2, 20, 6, dtype=torch.bfloat16)
+    other_out, of_narrow = torch.empty_like(others), torch.empty_like(narrow)
 
-    multiply_rows(rows, weight, out, counts)
-    multiply_columns(rows, grads, of_weight, counts)
+    multiply_rows(
+        [RowProduct(rows, weight, out), RowProduct(rows, narrow, other_out)], counts
+    )
+    multiply_columns(
+        [
+            ColumnProduct(rows, grads, of_weight),
+            ColumnProduct(rows, others, of_narrow),
+        ],
+        counts,
+    )
 
     begin = 0
     for expert, count in enumerate(counts):
@@ -546,6 +563,12 @@ def test_rows_of_experts_are_kept_in_bfloat16() -> None:
         )
         check_rounded(x, weight[expert], y, None)
         check_rounded(x.mT, g, of_weight[expert], None)
+        y, g = (
+            t[begin : begin + count].unflatten(1, (2, -1)).transpose(0, 1)
+            for t in (other_out, others)
+        )
+        check_rounded(x, narrow[expert], y, None)
+        check_rounded(x.mT, g, of_narrow[expert], None)
         begin += count
 
 
