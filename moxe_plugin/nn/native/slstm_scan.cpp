@@ -3,12 +3,19 @@
 // A head of a cell does not see the others, so each thread takes a head and a few rows of
 // the batch through all steps: the head's recurrent matrix then stays in the thread's cache,
 // where a loop over time with all heads in each step would read them all anew every time.
+//
+// It is copied to panels: what a step multiplies for some channels lies in the order in which
+// it is read, so that the processor fetches it in time. What else the step computes for these
+// channels follows at once.
 
 #include "bfloat16.h"
 #include "vector_math.h"
 
+#include <array>
 #include <limits>
+#include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -27,52 +34,40 @@ constexpr int kRows = 4;
 // Steps that are summed before they are added to the sum of all: the error grows with the length
 // of a sum.
 constexpr int64_t kSummedSteps = 32;
+constexpr int kGates = 4;
+// Places of a panel that are fetched before they are read.
+constexpr int64_t kPlacesAhead = 8;
 
-// The factors of the recurrent products: pairs of bfloat16, to which floats are rounded, or
-// floats as they are.
-template <typename T, Factors factors>
-class Rounded {
+// Whether there are 32 registers for vectors, else 16.
+template <typename T>
+constexpr bool kManyRegisters = sizeof(Vec<T>) == 64;
+// Of how many vectors of columns sums are in registers: of the gates of some channels, and of
+// the channels of gradients.
+template <typename T>
+constexpr int kGateVecs = kManyRegisters<T> ? kGates : 2;
+template <typename T>
+constexpr int kMaxVecs = kManyRegisters<T> ? 5 : 2;
+
+// Numbers that vectors are read from without a part in another line of the caches.
+template <typename T>
+class Aligned {
  public:
-  // Rows of `count` numbers.
-  template <typename S>
-  void set_rows(const S* from, int64_t num_rows, int64_t count) {
-    if constexpr (factors == Factors::kFloat) data_ = from;
-#ifdef __AVX512BF16__
-    if constexpr (factors == Factors::kBFloat16) {
-      const int64_t places = num_places(count, factors);
-      pairs_.resize(num_rows * places);
-      for (int64_t i = 0; i < num_rows; ++i)
-        moxe::pair_row(from + i * count, count, &pairs_[i * places]);
-      data_ = pairs_.data();
-    }
-#endif
-  }
+  explicit Aligned(int64_t count) : lines_(divide_up(count, kPerLine)) {}
 
-  // A matrix of which a column is multiplied, (num_in,num_out).
-  template <typename S>
-  void set_columns(const S* from, int64_t num_in, int64_t num_out) {
-    if constexpr (factors == Factors::kFloat) data_ = from;
-#ifdef __AVX512BF16__
-    if constexpr (factors == Factors::kBFloat16) {
-      pairs_.resize(num_places(num_in, factors) * num_out);
-      for (int64_t i = 0; i < num_in; i += 2)
-        moxe::pair_rows(from + i * num_out,
-                        i + 1 < num_in ? from + (i + 1) * num_out : nullptr, num_out,
-                        &pairs_[i / 2 * num_out]);
-      data_ = pairs_.data();
-    }
-#endif
-  }
-
-  // Takes what has been rounded already.
-  void refer_to(const T* places) { data_ = places; }
-
-  const T* data() const { return data_; }
+  T* data() { return lines_.data()->numbers; }
+  const T* data() const { return lines_.data()->numbers; }
 
  private:
-  const T* data_ = nullptr;
-  std::vector<T> pairs_;
+  static constexpr int64_t kPerLine = 64 / sizeof(T);
+  struct alignas(64) Line {
+    T numbers[kPerLine] = {};
+  };
+  std::vector<Line> lines_;
 };
+
+// What is multiplied is kept as: bfloat16, of which a pair is a place, or as it is.
+template <typename T, Factors factors>
+using Factor = std::conditional_t<factors == Factors::kFloat, T, at::BFloat16>;
 
 template <typename T, Factors factors>
 inline Vec<T> add_products(const Vec<T>& sum, const Vec<T>& x, const Vec<T>& y) {
@@ -83,93 +78,50 @@ inline Vec<T> add_products(const Vec<T>& sum, const Vec<T>& x, const Vec<T>& y) 
   return at::vec::fmadd(x, y, sum);
 }
 
-// out[r,:] += x[r,:] @ weight for `Rows` rows, for `Vecs` vectors of columns. `num_in` are
-// places of what is multiplied.
+// out (Rows,Vecs*width) = x (Rows,num_places) @ panel (num_places,Vecs*width)
 template <typename T, Factors factors, int Rows, int Vecs>
-void multiply_columns(const T* weight, int64_t num_in, int64_t num_out, const T* x,
-                      T* out, int64_t column, int64_t count) {
+void multiply_panel(const T* panel, int64_t num_places, const T* x, int64_t x_row, T* out,
+                    int64_t out_row) {
   constexpr int64_t width = Vec<T>::size();
-  // Only a single vector may be partial.
-  const bool partial = count < Vecs * width;
 
   Vec<T> sums[Rows][Vecs];
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vecs; ++v) {
-      const T* from = out + r * num_out + column + v * width;
-      sums[r][v] = partial ? Vec<T>::loadu(from, count) : Vec<T>::loadu(from);
-    }
+    for (int v = 0; v < Vecs; ++v) sums[r][v] = Vec<T>(T(0));
 
-  for (int64_t i = 0; i < num_in; ++i) {
-    const T* row = weight + i * num_out + column;
+  for (int64_t i = 0; i < num_places; ++i, panel += Vecs * width) {
     Vec<T> weights[Vecs];
-    for (int v = 0; v < Vecs; ++v)
-      weights[v] = partial ? Vec<T>::loadu(row, count) : Vec<T>::loadu(row + v * width);
+    for (int v = 0; v < Vecs; ++v) {
+      __builtin_prefetch(panel + kPlacesAhead * Vecs * width + v * width);
+      weights[v] = Vec<T>::loadu(panel + v * width);
+    }
     for (int r = 0; r < Rows; ++r) {
-      const Vec<T> value(x[r * num_in + i]);
+      const Vec<T> value(x[r * x_row + i]);
       for (int v = 0; v < Vecs; ++v)
         sums[r][v] = add_products<T, factors>(sums[r][v], value, weights[v]);
     }
   }
 
   for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vecs; ++v) {
-      T* to = out + r * num_out + column + v * width;
-      if (partial)
-        sums[r][v].store(to, count);
-      else
-        sums[r][v].store(to);
-    }
+    for (int v = 0; v < Vecs; ++v) sums[r][v].store(out + r * out_row + v * width);
 }
 
-template <typename T, Factors factors, int Rows>
-void multiply_rows(const T* weight, int64_t num_in, int64_t num_out, const T* x, T* out) {
-  constexpr int64_t width = Vec<T>::size();
-  // As many sums as there are registers for.
-  constexpr int vecs = width * sizeof(T) == 64 ? 4 : 2;
-
-  int64_t column = 0;
-  for (; column + vecs * width <= num_out; column += vecs * width)
-    multiply_columns<T, factors, Rows, vecs>(weight, num_in, num_out, x, out, column,
-                                             vecs * width);
-  for (; column + 2 * width <= num_out; column += 2 * width)
-    multiply_columns<T, factors, Rows, 2>(weight, num_in, num_out, x, out, column,
-                                          2 * width);
-  for (; column < num_out; column += width)
-    multiply_columns<T, factors, Rows, 1>(weight, num_in, num_out, x, out, column,
-                                          std::min<int64_t>(width, num_out - column));
+// Calls f with a number from 1 to `max` that is known when it is compiled.
+template <int max, typename F>
+void with_constant(int64_t number, const F& f) {
+  if constexpr (max > 1)
+    if (number < max) return with_constant<max - 1>(number, f);
+  f(std::integral_constant<int, max>{});
 }
 
-// out (rows,num_out) += x (rows,num_in) @ weight (num_in,num_out)
-template <typename T, Factors factors>
-void multiply(const Rounded<T, factors>& weight, int64_t num_in, int64_t num_out,
-              const Rounded<T, factors>& x, T* out, int rows) {
-  const T *w = weight.data(), *from = x.data();
-  const int64_t places = num_places(num_in, factors);
-  switch (rows) {
-    case 1: return multiply_rows<T, factors, 1>(w, places, num_out, from, out);
-    case 2: return multiply_rows<T, factors, 2>(w, places, num_out, from, out);
-    case 3: return multiply_rows<T, factors, 3>(w, places, num_out, from, out);
-    default: return multiply_rows<T, factors, 4>(w, places, num_out, from, out);
-  }
+template <typename F, int... R>
+auto list_of_rows(const F& f, std::integer_sequence<int, R...>) {
+  return std::array<decltype(f(0)), sizeof...(R)>{f(R)...};
 }
 
-// to (num_out,num_in) = from (num_in,num_out)^T, in blocks that fit the first cache.
-template <typename T>
-void transpose(const T* from, int64_t num_in, int64_t num_out, T* to) {
-  constexpr int64_t width = Vec<T>::size();
-  for (int64_t j = 0; j < num_out; j += width)
-    for (int64_t i = 0; i < num_in; ++i)
-      for (int64_t k = j; k < std::min(j + width, num_out); ++k)
-        to[k * num_in + i] = from[i * num_out + k];
-}
-
-// to += from, and from = 0.
-template <typename T>
-void flush(std::vector<T>& from, T* to) {
-  for (T& x : from) {
-    *to++ += x;
-    x = T(0);
-  }
+// What f returns of each row.
+template <int Rows, typename F>
+auto of_rows(const F& f) {
+  return list_of_rows(f, std::make_integer_sequence<int, Rows>{});
 }
 
 // Rows of the batch and their channels. A row is a run of positions from begins[row] on;
@@ -177,27 +129,28 @@ void flush(std::vector<T>& from, T* to) {
 struct Shape {
   int64_t experts, heads, rows, steps, dim;
   const int64_t *begins, *lens;
+
+  int64_t blocks() const { return divide_up(rows, kRows); }
+  int64_t num_tasks() const { return experts * heads * blocks(); }
 };
 
+// Rows of a head, the longest first, so that those that have a step are the first ones.
 struct Task {
   Task(const Shape& s, int64_t task)
-      : blocks(divide_up(s.rows, kRows)),
-        head(task / blocks),
-        expert(head / s.heads),
-        head_in_expert(head % s.heads),
-        first(task % blocks * kRows),
-        rows(static_cast<int>(std::min<int64_t>(kRows, s.rows - first))) {
+      : head(task / s.blocks()), expert(head / s.heads), head_in_expert(head % s.heads) {
+    const int64_t first = expert * s.rows + task % s.blocks() * kRows;
+    rows = static_cast<int>(std::min<int64_t>(kRows, (expert + 1) * s.rows - first));
+    std::iota(row, row + rows, first);
+    std::stable_sort(row, row + rows,
+                     [&](int64_t x, int64_t y) { return s.lens[x] > s.lens[y]; });
     for (int r = 0; r < rows; ++r) {
-      begin[r] = s.begins[expert * s.rows + first + r];
-      len[r] = s.lens[expert * s.rows + first + r];
-      max_len = std::max(max_len, len[r]);
+      begin[r] = s.begins[row[r]];
+      len[r] = s.lens[row[r]];
+      num_steps += len[r];
     }
-    for (int r = 0; r < rows; ++r)
-      for (int q = 0; q < rows; ++q)
-        place[r] += len[q] > len[r] || (len[q] == len[r] && q < r);
   }
 
-  // How many rows have a step t: those in the first places.
+  // How many rows have a step t.
   int rows_at(int64_t t) const {
     return static_cast<int>(
         std::count_if(len, len + rows, [t](int64_t steps) { return steps > t; }));
@@ -209,40 +162,43 @@ struct Task {
   }
   // Into (E,N,H,D).
   int64_t state(const Shape& s, int r) const {
-    return ((expert * s.rows + first + r) * s.heads + head_in_expert) * s.dim;
+    return (row[r] * s.heads + head_in_expert) * s.dim;
   }
 
-  int64_t blocks, head, expert, head_in_expert, first;
+  int64_t head, expert, head_in_expert;
   int rows;
-  int64_t begin[kRows] = {}, len[kRows] = {};
-  // Where a row is computed: the longest first, so that products leave out those that ended.
-  int64_t place[kRows] = {};
-  int64_t max_len = 0;
+  int64_t row[kRows] = {}, begin[kRows] = {}, len[kRows] = {};
+  int64_t num_steps = 0;  // of all rows
 };
 
-// Fetches what the next step reads, which lies too far from this one's for the processor to
-// foresee it, while this one's product is computed.
-template <typename S>
-void fetch(const S* from, int64_t count) {
-  constexpr int64_t line = 64 / sizeof(S);
-  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i);
-}
-
-// The pre-activations of a row's gates but for what recurs, (4,dim).
-template <typename S>
-void add_bias(const S* gates_if, const S* gates_zo, const Wide<S>* bias, int64_t dim,
-              Wide<S>* to) {
-  moxe::for_each_vector<Wide<S>>(0, 2 * dim, [&](int64_t d, int64_t n) {
-    store(load(gates_if + d, n) + load(bias + d, n), to + d, n);
-    store(load(gates_zo + d, n) + load(bias + 2 * dim + d, n), to + 2 * dim + d, n);
+// Those with the most steps first: threads are done at nearly the same time.
+std::vector<int64_t> order_tasks(const Shape& s) {
+  std::vector<int64_t> order(s.num_tasks()), num_steps;
+  for (int64_t id = 0; id < s.num_tasks(); ++id)
+    num_steps.push_back(Task(s, id).num_steps);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) {
+    return num_steps[x] > num_steps[y];
   });
+  return order;
 }
 
-// What a row remembers, (dim) each.
-template <typename T>
-struct Memory {
-  T *c, *log_n, *y;
-};
+// Fetches channels of some rows.
+template <bool writes, typename S>
+void fetch(S* from, int64_t num_rows, int64_t next_row) {
+  for (int64_t i = 0; i < num_rows; ++i) __builtin_prefetch(from + i * next_row, writes);
+}
+
+// Calls f with how many channels there are from `d` on, at most a vector: mostly with a
+// constant.
+template <typename T, typename F>
+void with_count(int64_t d, int64_t dim, const F& f) {
+  constexpr int64_t width = Vec<T>::size();
+  if (d + width <= dim)
+    f(std::integral_constant<int64_t, width>{});
+  else
+    f(dim - d);
+}
 
 // The share w of what is new, and what is kept of the old.
 template <typename T>
@@ -276,219 +232,400 @@ Shares<T> load_shares(const S* from, int64_t n) {
   }
 }
 
-// Takes a row a step further. gates: (4,dim); saved, (5,dim), may be null.
+// What the scan reads and writes, see slstm_scan.py.
 template <typename S>
-void advance(const Wide<S>* gates, int64_t dim, const Memory<Wide<S>>& memory, S* out,
-             S* saved) {
+struct Forward {
+  const S *gates_if, *gates_zo;
+  const Wide<S>* bias;
+  const S* weight;
+  const Wide<S> *c0, *log_n0, *y0;
+  S *outputs, *activations;  // `activations` may be null.
+  Wide<S> *c_last, *log_n_last, *y_last;
+};
+
+// A thread's share of the scan: a task at a time.
+template <typename S, Factors factors>
+class ForwardScan {
+ public:
   using T = Wide<S>;
-  const Vec<T> zero(T(0));
 
-  moxe::for_each_vector<T>(0, dim, [&](int64_t d, int64_t n) {
-    const Vec<T> i = load(gates + d, n), f = load(gates + dim + d, n);
-    const Sigmoid<T> forget(f);
-    const Vec<T> log_forget =
-        at::vec::minimum(f, zero) - moxe::log1p_of_share<T>(forget.exp);
-    const Vec<T> log_kept = log_forget + load(memory.log_n + d, n);
+  ForwardScan(const Shape& s, const Forward<S>& data)
+      : s_(s),
+        data_(data),
+        num_places_(num_places(s.dim, factors)),
+        panels_(divide_up(s.dim, kWidth) * kGates * num_places_ * kWidth),
+        c_(kRows * s.dim),
+        log_n_(kRows * s.dim),
+        y_(kRows * s.dim),
+        old_y_(kRows * num_places_),
+        new_y_(kRows * num_places_) {}
 
-    const Sigmoid<T> share(i - log_kept);
-    const Vec<T> w = share.value();
-    store(at::vec::maximum(i, log_kept) + moxe::log1p_of_share<T>(share.exp),
-          memory.log_n + d, n);
+  void run(const Task& task) {
+    const int64_t dim = s_.dim;
+    pack(data_.weight + task.head * kGates * dim * dim);
 
-    const Vec<T> z = moxe::tanh<T>(load(gates + 2 * dim + d, n));
-    const Vec<T> old_c = load(memory.c + d, n);
-    const Vec<T> difference = z - old_c;
-    const Vec<T> new_c = at::vec::fmadd(w, difference, old_c);
-    const Vec<T> o = Sigmoid<T>(load(gates + 3 * dim + d, n)).value();
-    const Vec<T> new_y = o * new_c;
+    for (int r = 0; r < task.rows; ++r) {
+      const int64_t from = task.state(s_, r);
+      std::copy_n(data_.c0 + from, dim, c_.data() + r * dim);
+      std::copy_n(data_.log_n0 + from, dim, log_n_.data() + r * dim);
+      std::copy_n(data_.y0 + from, dim, y_.data() + r * dim);
+      for (int64_t d = 0; d < dim; ++d) factors_of(old_y_, r)[d] = y_.data()[r * dim + d];
+    }
 
-    store(new_c, memory.c + d, n);
-    store(new_y, memory.y + d, n);
-    store(new_y, out + d, n);
+    for (int64_t t = 0; task.rows_at(t) > 0; ++t) {
+      with_constant<kRows>(task.rows_at(t), [&](auto rows) {
+        for (int64_t d = 0; d < dim; d += kWidth) step<decltype(rows)::value>(task, t, d);
+      });
+      std::swap(old_y_, new_y_);
+    }
 
-    if (saved == nullptr) return;
+    for (int r = 0; r < task.rows; ++r) {
+      const int64_t to = task.state(s_, r);
+      std::copy_n(c_.data() + r * dim, dim, data_.c_last + to);
+      std::copy_n(log_n_.data() + r * dim, dim, data_.log_n_last + to);
+      std::copy_n(y_.data() + r * dim, dim, data_.y_last + to);
 
-    save_shares(share, saved + d, n);
-    store(forget.complement(), saved + dim + d, n);
-    store(z, saved + 2 * dim + d, n);
-    store(o, saved + 3 * dim + d, n);
-    // Of z and c that are rounded, it would lose digits.
-    store(difference, saved + 4 * dim + d, n);
-  });
-}
+      for (int64_t t = task.len[r]; t < s_.steps; ++t)
+        std::fill_n(data_.outputs + task.position(s_, r, t) * dim, dim, S(0));
+    }
+  }
+
+ private:
+  static constexpr int64_t kWidth = Vec<T>::size();
+  static constexpr int kVecs = kGateVecs<T>;
+
+  // (num_in,4,dim): to panels of a vector of channels of some gates each.
+  void pack(const S* weight) {
+    const int64_t dim = s_.dim, row = kGates * dim;
+    for (int64_t i = 0; i < num_places_; ++i)
+      for (int gate = 0; gate < kGates; ++gate)
+        for (int64_t d = 0; d < dim; d += kWidth) {
+          const int64_t count = std::min(kWidth, dim - d);
+          T* to = panels_.data() +
+                  ((d / kWidth * kGates + gate / kVecs * kVecs) * num_places_ +
+                   i * kVecs + gate % kVecs) *
+                      kWidth;
+          if constexpr (factors == Factors::kFloat)
+            std::copy_n(weight + i * row + gate * dim + d, count, to);
+#ifdef __AVX512BF16__
+          if constexpr (factors == Factors::kBFloat16) {
+            const S* from = weight + 2 * i * row + gate * dim + d;
+            moxe::pair_rows(from, 2 * i + 1 < dim ? from + row : nullptr, count, to);
+          }
+#endif
+        }
+  }
+
+  // A step of the channels of a vector.
+  template <int Rows>
+  void step(const Task& task, int64_t t, int64_t d) {
+    const int64_t dim = s_.dim;
+    T recurrent[Rows * kGates * kWidth];
+    fetch_step(task, t, d, Rows);
+    for (int gate = 0; gate < kGates; gate += kVecs)
+      multiply_panel<T, factors, Rows, kVecs>(
+          panels_.data() + (d / kWidth * kGates + gate) * num_places_ * kWidth,
+          num_places_, old_y_.data(), num_places_, recurrent + gate * kWidth,
+          kGates * kWidth);
+
+    with_count<T>(d, dim,
+                  [&](auto count) { advance<Rows>(task, t, d, recurrent, count); });
+  }
+
+  // Takes channels of rows a step further. Each function is computed of all rows before the
+  // next one, which waits for it.
+  template <int Rows, typename Count>
+  __attribute__((flatten)) void advance(const Task& task, int64_t t, int64_t d, const T* recurrent, Count n) {
+    const int64_t dim = s_.dim;
+    const Vec<T> zero(T(0));
+    T *log_n = log_n_.data() + d, *c = c_.data() + d, *last_y = y_.data() + d;
+    int64_t at[Rows];
+    for (int r = 0; r < Rows; ++r) at[r] = task.position(s_, r, t) * dim + d;
+
+    const auto gates = [&](int gate, const S* from) {
+      const T* bias = data_.bias + (task.head * kGates + gate) * dim + d;
+      return of_rows<Rows>([&](int r) {
+        return load(from + 2 * at[r] - d + gate % 2 * dim, n) + load(bias, n) +
+               Vec<T>::loadu(recurrent + (r * kGates + gate) * kWidth);
+      });
+    };
+    const auto f = gates(1, data_.gates_if);
+    const auto forget = of_rows<Rows>([&](int r) { return Sigmoid<T>(f[r]); });
+    const auto log_kept = of_rows<Rows>([&](int r) {
+      return at::vec::minimum(f[r], zero) - moxe::log1p_of_share<T>(forget[r].exp) +
+             load(log_n + r * dim, n);
+    });
+    const auto i = gates(0, data_.gates_if);
+    const auto share =
+        of_rows<Rows>([&](int r) { return Sigmoid<T>(i[r] - log_kept[r]); });
+    for (int r = 0; r < Rows; ++r)
+      store(at::vec::maximum(i[r], log_kept[r]) + moxe::log1p_of_share<T>(share[r].exp),
+            log_n + r * dim, n);
+
+    const auto in_z = gates(2, data_.gates_zo);
+    const auto z = of_rows<Rows>([&](int r) { return moxe::tanh<T>(in_z[r]); });
+    const auto in_o = gates(3, data_.gates_zo);
+    const auto o = of_rows<Rows>([&](int r) { return Sigmoid<T>(in_o[r]).value(); });
+
+    for (int r = 0; r < Rows; ++r) {
+      const Vec<T> old_c = load(c + r * dim, n), difference = z[r] - old_c,
+                   new_c = at::vec::fmadd(share[r].value(), difference, old_c),
+                   y = o[r] * new_c;
+      store(new_c, c + r * dim, n);
+      store(y, last_y + r * dim, n);
+      store(y, factors_of(new_y_, r) + d, n);
+      store(y, data_.outputs + at[r], n);
+
+      if (data_.activations == nullptr) continue;
+
+      S* saved = data_.activations + 5 * at[r] - 4 * d;
+      save_shares(share[r], saved, n);
+      store(forget[r].complement(), saved + dim, n);
+      store(z[r], saved + 2 * dim, n);
+      store(o[r], saved + 3 * dim, n);
+      // Of z and c that are rounded, it would lose digits.
+      store(difference, saved + 4 * dim, n);
+    }
+  }
+
+  // Fetches what the next step reads or writes, which lies too far from this one's for the
+  // processor to foresee it, while this one's products are computed.
+  void fetch_step(const Task& task, int64_t t, int64_t d, int rows) {
+    const int64_t dim = s_.dim;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t at = (task.position(s_, r, t) + s_.heads) * dim;
+      fetch<false>(data_.gates_if + 2 * at + d, 2, dim);
+      fetch<false>(data_.gates_zo + 2 * at + d, 2, dim);
+      fetch<true>(data_.outputs + at + d, 1, dim);
+      if (data_.activations) fetch<true>(data_.activations + 5 * at + d, 5, dim);
+    }
+  }
+
+  // Of a row.
+  Factor<T, factors>* factors_of(Aligned<T>& places, int r) {
+    return reinterpret_cast<Factor<T, factors>*>(places.data() + r * num_places_);
+  }
+
+  const Shape& s_;
+  const Forward<S>& data_;
+  int64_t num_places_;
+  Aligned<T> panels_, c_, log_n_, y_, old_y_, new_y_;
+};
 
 template <typename S, Factors factors>
-void scan_forward(const Shape& s, const S* gates_if, const S* gates_zo,
-                  const Wide<S>* bias, const S* weight, const Wide<S>* c0,
-                  const Wide<S>* log_n0, const Wide<S>* y0, S* outputs, S* activations,
-                  Wide<S>* c_last, Wide<S>* log_n_last, Wide<S>* y_last,
-                  int num_threads) {
-  using T = Wide<S>;
-  const int64_t dim = s.dim;
-  const int64_t num_tasks = s.experts * s.heads * divide_up(s.rows, kRows);
+void scan_forward(const Shape& s, int num_threads, const Forward<S>& data) {
+  const std::vector<int64_t> order = order_tasks(s);
 
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
-  for (int64_t id = 0; id < num_tasks; ++id) {
-    const Task task(s, id);
-    std::vector<T> gates(kRows * 4 * dim), y(kRows * dim, T(0)), c(kRows * dim),
-        log_n(kRows * dim);
-    Rounded<T, factors> recurrent, old_y;
-    recurrent.set_columns(weight + task.head * 4 * dim * dim, dim, 4 * dim);
-
-    for (int r = 0; r < task.rows; ++r) {
-      const int64_t from = task.state(s, r), own = task.place[r] * dim;
-      std::copy_n(y0 + from, dim, &y[own]);
-      std::copy_n(c0 + from, dim, &c[own]);
-      std::copy_n(log_n0 + from, dim, &log_n[own]);
-    }
-
-    for (int64_t t = 0; t < task.max_len; ++t) {
-      for (int r = 0; r < task.rows; ++r) {
-        if (t >= task.len[r]) continue;
-
-        const int64_t at = task.position(s, r, t) * 2 * dim;
-        add_bias(gates_if + at, gates_zo + at, bias + task.head * 4 * dim, dim,
-                 &gates[task.place[r] * 4 * dim]);
-
-        if (t + 1 < task.len[r]) {
-          const int64_t next = at + 2 * s.heads * dim;
-          fetch(gates_if + next, 2 * dim);
-          fetch(gates_zo + next, 2 * dim);
-        }
-      }
-
-      const int rows = task.rows_at(t);
-      old_y.set_rows(y.data(), rows, dim);
-      multiply(recurrent, dim, 4 * dim, old_y, gates.data(), rows);
-
-      for (int r = 0; r < task.rows; ++r) {
-        if (t >= task.len[r]) continue;
-
-        const int64_t at = task.position(s, r, t) * dim, own = task.place[r] * dim;
-        advance(&gates[4 * own], dim, {&c[own], &log_n[own], &y[own]},
-                outputs + at, activations ? activations + 5 * at : nullptr);
-      }
-    }
-
-    for (int r = 0; r < task.rows; ++r) {
-      const int64_t to = task.state(s, r), own = task.place[r] * dim;
-      std::copy_n(&y[own], dim, y_last + to);
-      std::copy_n(&c[own], dim, c_last + to);
-      std::copy_n(&log_n[own], dim, log_n_last + to);
-
-      for (int64_t t = task.len[r]; t < s.steps; ++t)
-        std::fill_n(outputs + task.position(s, r, t) * dim, dim, S(0));
-    }
+#pragma omp parallel num_threads(num_threads)
+  {
+    ForwardScan<S, factors> scan(s, data);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < s.num_tasks(); ++i) scan.run(Task(s, order[i]));
   }
 }
 
-// Takes the gradients of what a row remembers a step back; saved: (5,dim). Those of
-// pre-activations become `gates`, (4,dim), are written, (2,dim) each, and are added to the
-// bias's, (4,dim).
+// What the way back reads and writes. `grad_bias` has a row for each task.
 template <typename S>
-void revert(const S* saved, const S* out, int64_t dim, const S* grad_out,
-            const Memory<Wide<S>>& grads, Wide<S>* gates, S* grad_if, S* grad_zo,
-            Wide<S>* of_bias) {
+struct Backward {
+  const S *weight, *outputs, *activations, *grad_outputs;
+  const Wide<S> *grad_c_last, *grad_log_n_last, *grad_y_last;
+  S *grad_if, *grad_zo;
+  Wide<S> *grad_bias, *grad_c0, *grad_log_n0, *grad_y0;
+};
+
+// A thread's share of the way back.
+template <typename S, Factors factors>
+class BackwardScan {
+ public:
   using T = Wide<S>;
-  const Vec<T> one(T(1));
 
-  moxe::for_each_vector<T>(0, dim, [&](int64_t d, int64_t n) {
-    const S* from = saved + d;
-    const auto [w, kept] = load_shares(from, n);
-    const Vec<T> not_f = load(from + dim, n), z = load(from + 2 * dim, n),
-                 o = load(from + 3 * dim, n), difference = load(from + 4 * dim, n);
+  BackwardScan(const Shape& s, const Backward<S>& data)
+      : s_(s),
+        data_(data),
+        num_vecs_(divide_up(s.dim, kWidth)),
+        panel_vecs_(divide_up(num_vecs_, divide_up(num_vecs_, kMaxVecs<T>))),
+        num_places_(num_places(kGates * s.dim, factors)),
+        paired_(factors == Factors::kFloat ? 0 : s.dim * num_places_),
+        panels_(num_vecs_ * num_places_ * kWidth),
+        grad_c_(kRows * s.dim),
+        grad_log_n_(kRows * s.dim),
+        of_bias_(kGates * s.dim),
+        old_gates_(kRows * num_places_),
+        new_gates_(kRows * num_places_) {}
 
-    const Vec<T> dy = load(grads.y + d, n) + load(grad_out + d, n);
-    const Vec<T> dc = at::vec::fmadd(dy, o, load(grads.c + d, n));
-    const Vec<T> old_dn = load(grads.log_n + d, n);
+  void run(const Task& task, T* grad_bias) {
+    const int64_t dim = s_.dim;
+    pack(data_.weight + task.head * kGates * dim * dim);
+    std::fill_n(grad_bias, kGates * dim, T(0));
 
-    const Vec<T> di = w * (dc * kept * difference + old_dn);
-    const Vec<T> dn = old_dn - di;
+    for (int r = 0; r < task.rows; ++r) {
+      const int64_t from = task.state(s_, r);
+      std::copy_n(data_.grad_c_last + from, dim, grad_c_.data() + r * dim);
+      std::copy_n(data_.grad_log_n_last + from, dim, grad_log_n_.data() + r * dim);
 
-    const auto give = [&](const Vec<T>& x, int64_t gate, S* to) {
-      store(x, gates + gate * dim + d, n);
-      store(x, to + d, n);
-      T* sum = of_bias + gate * dim + d;
-      store(load(sum, n) + x, sum, n);
-    };
-    give(di, 0, grad_if);
-    give(dn * not_f, 1, grad_if + dim);
-    give(dc * w * (one - z * z), 2, grad_zo);
-    give(dy * load(out + d, n) * (one - o), 3, grad_zo + dim);
-    store(dc * kept, grads.c + d, n);
-    store(dn, grads.log_n + d, n);
-  });
-}
+      for (int64_t t = task.len[r]; t < s_.steps; ++t) {
+        const int64_t at = task.position(s_, r, t) * 2 * dim;
+        std::fill_n(data_.grad_if + at, 2 * dim, S(0));
+        std::fill_n(data_.grad_zo + at, 2 * dim, S(0));
+      }
+    }
+
+    int later_rows = 0;  // that have the step after
+    for (int64_t t = task.len[0] - 1; t >= 0; --t) {
+      const int rows = task.rows_at(t);
+      for_each_panel(later_rows, [&](int64_t d, int64_t end, const T* grad_y) {
+        for (; d < end; d += kWidth, grad_y += kWidth)
+          with_count<T>(d, dim, [&](auto count) {
+            revert(task, t, rows, later_rows, d, grad_y, count);
+          });
+      });
+      std::swap(old_gates_, new_gates_);
+      later_rows = rows;
+      if (t % kSummedSteps == 0) flush(grad_bias);
+    }
+
+    for_each_panel(later_rows, [&](int64_t d, int64_t end, const T* grad_y) {
+      for (int r = 0; r < later_rows; ++r)
+        std::copy_n(grad_y + r * kGradRow, std::min(end, dim) - d,
+                    data_.grad_y0 + task.state(s_, r) + d);
+    });
+    for (int r = 0; r < task.rows; ++r) {
+      const int64_t to = task.state(s_, r);
+      std::copy_n(grad_c_.data() + r * dim, dim, data_.grad_c0 + to);
+      std::copy_n(grad_log_n_.data() + r * dim, dim, data_.grad_log_n0 + to);
+      if (task.len[r] == 0)
+        std::copy_n(data_.grad_y_last + to, dim, data_.grad_y0 + to);
+    }
+  }
+
+ private:
+  static constexpr int64_t kWidth = Vec<T>::size();
+  static constexpr int64_t kGradRow = kMaxVecs<T> * kWidth;
+
+  // (dim,4,dim), transposed: to panels of some vectors of its rows.
+  void pack(const S* weight) {
+    const int64_t dim = s_.dim;
+    const T* places;
+    if constexpr (factors == Factors::kFloat) places = weight;
+#ifdef __AVX512BF16__
+    if constexpr (factors == Factors::kBFloat16) {
+      for (int64_t i = 0; i < dim; ++i)
+        moxe::pair_row(weight + i * kGates * dim, kGates * dim,
+                       paired_.data() + i * num_places_);
+      places = paired_.data();
+    }
+#endif
+    for (int64_t vec = 0; vec < num_vecs_; ++vec) {
+      const int64_t first = vec / panel_vecs_ * panel_vecs_,
+                    vecs = std::min(panel_vecs_, num_vecs_ - first),
+                    count = std::min(kWidth, dim - vec * kWidth);
+      T* to = panels_.data() + (first * num_places_ + vec - first) * kWidth;
+      for (int64_t i = 0; i < num_places_; i += kWidth)
+        at::vec::transpose_mxn<T>(places + vec * kWidth * num_places_ + i, num_places_,
+                                  to + i * vecs * kWidth, vecs * kWidth, count,
+                                  std::min(kWidth, num_places_ - i));
+    }
+  }
+
+  // Calls f(begin, end, gradients) of channels, with those of the outputs that the next step
+  // of some rows has read.
+  template <typename F>
+  void for_each_panel(int rows, const F& f) {
+    T grad_y[kRows * kGradRow];
+    for (int64_t first = 0; first < num_vecs_; first += panel_vecs_) {
+      const int64_t vecs = std::min(panel_vecs_, num_vecs_ - first);
+      if (rows > 0)
+        with_constant<kRows>(rows, [&](auto num_rows) {
+          with_constant<kMaxVecs<T>>(vecs, [&](auto num_vecs) {
+            multiply_panel<T, factors, decltype(num_rows)::value,
+                           decltype(num_vecs)::value>(
+                panels_.data() + first * num_places_ * kWidth, num_places_,
+                old_gates_.data(), num_places_, grad_y, kGradRow);
+          });
+        });
+      f(first * kWidth, (first + vecs) * kWidth, grad_y);
+    }
+  }
+
+  // Takes the gradients of channels a step back. Those of pre-activations are written, kept to
+  // be multiplied, and added to the bias's.
+  template <typename Count>
+  void revert(const Task& task, int64_t t, int rows, int later_rows, int64_t d,
+              const T* later_grad_y, Count n) {
+    const int64_t dim = s_.dim, last_step = s_.heads * dim;
+    const Vec<T> one(T(1));
+    Vec<T> of_bias[kGates];
+    for (int gate = 0; gate < kGates; ++gate)
+      of_bias[gate] = load(of_bias_.data() + gate * dim + d, n);
+
+    for (int r = 0; r < rows; ++r) {
+      const int64_t at = task.position(s_, r, t) * dim;
+      const S *from = data_.activations + 5 * at + d, *out = data_.outputs + at + d,
+              *grad_out = data_.grad_outputs + at + d;
+      if (t > 0) {
+        fetch<false>(from - 5 * last_step, 5, dim);
+        fetch<false>(out - last_step, 1, dim);
+        fetch<false>(grad_out - last_step, 1, dim);
+      }
+
+      const auto [w, kept] = load_shares(from, n);
+      const Vec<T> not_f = load(from + dim, n), z = load(from + 2 * dim, n),
+                   o = load(from + 3 * dim, n), difference = load(from + 4 * dim, n);
+
+      const Vec<T> of_y = r < later_rows
+                              ? Vec<T>::loadu(later_grad_y + r * kGradRow)
+                              : load(data_.grad_y_last + task.state(s_, r) + d, n);
+      const Vec<T> dy = of_y + load(grad_out, n);
+      T *grad_c = grad_c_.data() + r * dim + d, *grad_log_n = grad_log_n_.data() + r * dim + d;
+      const Vec<T> dc = at::vec::fmadd(dy, o, load(grad_c, n));
+      const Vec<T> old_dn = load(grad_log_n, n);
+
+      const Vec<T> di = w * (dc * kept * difference + old_dn);
+      const Vec<T> dn = old_dn - di;
+
+      auto* factors_of_row = reinterpret_cast<Factor<T, factors>*>(
+          new_gates_.data() + r * num_places_);
+      const auto give = [&](const Vec<T>& x, int gate, S* to) {
+        store(x, factors_of_row + gate * dim + d, n);
+        store(x, to + 2 * at + gate % 2 * dim + d, n);
+        of_bias[gate] = of_bias[gate] + x;
+      };
+      give(di, 0, data_.grad_if);
+      give(dn * not_f, 1, data_.grad_if);
+      give(dc * w * (one - z * z), 2, data_.grad_zo);
+      give(dy * load(out, n) * (one - o), 3, data_.grad_zo);
+      store(dc * kept, grad_c, n);
+      store(dn, grad_log_n, n);
+    }
+
+    for (int gate = 0; gate < kGates; ++gate)
+      store(of_bias[gate], of_bias_.data() + gate * dim + d, n);
+  }
+
+  // Adds the sum of some steps to that of all.
+  void flush(T* grad_bias) {
+    for (int64_t i = 0; i < kGates * s_.dim; ++i) {
+      grad_bias[i] += of_bias_.data()[i];
+      of_bias_.data()[i] = T(0);
+    }
+  }
+
+  const Shape& s_;
+  const Backward<S>& data_;
+  int64_t num_vecs_, panel_vecs_, num_places_;
+  Aligned<T> paired_, panels_, grad_c_, grad_log_n_, of_bias_, old_gates_, new_gates_;
+};
 
 template <typename S, Factors factors>
-void scan_backward(const Shape& s, const S* weight, const S* outputs,
-                   const S* activations, const S* grad_outputs,
-                   const Wide<S>* grad_c_last, const Wide<S>* grad_log_n_last,
-                   const Wide<S>* grad_y_last, S* grad_if, S* grad_zo,
-                   Wide<S>* grad_bias, Wide<S>* grad_c0, Wide<S>* grad_log_n0,
-                   Wide<S>* grad_y0, int num_threads) {
-  using T = Wide<S>;
-  const int64_t dim = s.dim;
-  const int64_t num_tasks = s.experts * s.heads * divide_up(s.rows, kRows);
+void scan_backward(const Shape& s, int num_threads, const Backward<S>& data) {
+  const std::vector<int64_t> order = order_tasks(s);
 
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
-  for (int64_t id = 0; id < num_tasks; ++id) {
-    const Task task(s, id);
-    std::vector<T> gates(kRows * 4 * dim, T(0)), grad_y(kRows * dim, T(0)),
-        grad_c(kRows * dim), grad_log_n(kRows * dim), of_bias(4 * dim, T(0)),
-        transposed(num_places(4 * dim, factors) * dim);
-    Rounded<T, factors> recurrent, of_gates, of_columns;
-    // A place holds what is multiplied, before and after.
-    recurrent.set_rows(weight + task.head * 4 * dim * dim, dim, 4 * dim);
-    transpose(recurrent.data(), dim, num_places(4 * dim, factors), transposed.data());
-    of_columns.refer_to(transposed.data());
-    std::fill_n(grad_bias + id * 4 * dim, 4 * dim, T(0));
-
-    for (int r = 0; r < task.rows; ++r) {
-      const int64_t from = task.state(s, r), own = task.place[r] * dim;
-      std::copy_n(grad_c_last + from, dim, &grad_c[own]);
-      std::copy_n(grad_log_n_last + from, dim, &grad_log_n[own]);
-
-      for (int64_t t = task.len[r]; t < s.steps; ++t) {
-        const int64_t at = task.position(s, r, t) * 2 * dim;
-        std::fill_n(grad_if + at, 2 * dim, S(0));
-        std::fill_n(grad_zo + at, 2 * dim, S(0));
-      }
-    }
-
-    for (int64_t t = task.max_len - 1; t >= 0; --t) {
-      for (int r = 0; r < task.rows; ++r) {
-        if (t >= task.len[r]) continue;
-
-        const int64_t at = task.position(s, r, t) * dim, own = task.place[r] * dim;
-        T* gy = &grad_y[own];
-        if (t == task.len[r] - 1) std::copy_n(grad_y_last + task.state(s, r), dim, gy);
-
-        revert(activations + 5 * at, outputs + at, dim, grad_outputs + at,
-               {&grad_c[own], &grad_log_n[own], gy}, &gates[4 * own], grad_if + 2 * at,
-               grad_zo + 2 * at, of_bias.data());
-
-        if (t > 0) {
-          const int64_t next = at - s.heads * dim;
-          fetch(activations + 5 * next, 5 * dim);
-          fetch(outputs + next, dim);
-          fetch(grad_outputs + next, dim);
-        }
-      }
-      if (t % kSummedSteps == 0) flush(of_bias, grad_bias + id * 4 * dim);
-
-      const int rows = task.rows_at(t);
-      std::fill_n(grad_y.data(), rows * dim, T(0));
-      of_gates.set_rows(gates.data(), rows, 4 * dim);
-      multiply(of_columns, 4 * dim, dim, of_gates, grad_y.data(), rows);
-    }
-
-    for (int r = 0; r < task.rows; ++r) {
-      const int64_t to = task.state(s, r), own = task.place[r] * dim;
-      std::copy_n(&grad_c[own], dim, grad_c0 + to);
-      std::copy_n(&grad_log_n[own], dim, grad_log_n0 + to);
-      std::copy_n(task.len[r] > 0 ? &grad_y[own] : grad_y_last + to, dim, grad_y0 + to);
-    }
+#pragma omp parallel num_threads(num_threads)
+  {
+    BackwardScan<S, factors> scan(s, data);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < s.num_tasks(); ++i)
+      scan.run(Task(s, order[i]), data.grad_bias + order[i] * kGates * s.dim);
   }
 }
 
@@ -503,9 +640,9 @@ void scan_backward(const Shape& s, const S* weight, const S* outputs,
       const Wide<S>* c0, const Wide<S>* log_n0, const Wide<S>* y0, S* outputs,           \
       S* activations, Wide<S>* c_last, Wide<S>* log_n_last, Wide<S>* y_last) {           \
     scan_forward<S, FACTORS>(                                                            \
-        {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, gates_if,      \
-        gates_zo, bias, weight, c0, log_n0, y0, outputs, activations, c_last, log_n_last, \
-        y_last, num_threads);                                                            \
+        {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, num_threads,   \
+        {gates_if, gates_zo, bias, weight, c0, log_n0, y0, outputs, activations, c_last, \
+         log_n_last, y_last});                                                           \
   }                                                                                      \
   extern "C" void moxe_slstm_backward_##SUFFIX(                                          \
       const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \
@@ -514,9 +651,9 @@ void scan_backward(const Shape& s, const S* weight, const S* outputs,
       const Wide<S>* grad_y_last, S* grad_if, S* grad_zo, Wide<S>* grad_bias,            \
       Wide<S>* grad_c0, Wide<S>* grad_log_n0, Wide<S>* grad_y0) {                        \
     scan_backward<S, FACTORS>(                                                           \
-        {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, weight,        \
-        outputs, activations, grad_outputs, grad_c_last, grad_log_n_last, grad_y_last,   \
-        grad_if, grad_zo, grad_bias, grad_c0, grad_log_n0, grad_y0, num_threads);        \
+        {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, num_threads,   \
+        {weight, outputs, activations, grad_outputs, grad_c_last, grad_log_n_last,       \
+         grad_y_last, grad_if, grad_zo, grad_bias, grad_c0, grad_log_n0, grad_y0});      \
   }
 
 MOXE_SLSTM_SCAN(float, Factors::kFloat, float)
