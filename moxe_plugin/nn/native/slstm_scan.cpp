@@ -102,23 +102,30 @@ void multiply_panel(const T* panel, int64_t num_places, const T* x, int64_t x_ro
   constexpr int64_t width = Vec<T>::size();
 
   Vec<T> sums[Rows][Vecs];
+#pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) sums[r][v] = Vec<T>(T(0));
 
   for (int64_t i = 0; i < num_places; ++i, panel += Vecs * width) {
     Vec<T> weights[Vecs];
+#pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) {
       __builtin_prefetch(panel + kPlacesAhead * Vecs * width + v * width);
       weights[v] = Vec<T>::loadu(panel + v * width);
     }
+#pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       const Vec<T> value(x[r * x_row + i]);
+#pragma GCC unroll 8
       for (int v = 0; v < Vecs; ++v)
         sums[r][v] = add_products<T, factors>(sums[r][v], value, weights[v]);
     }
   }
 
+#pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) sums[r][v].store(out + r * out_row + v * width);
 }
 
