@@ -33,6 +33,7 @@ constexpr int kRows = moxe::kTileRows;
 constexpr int kBlockRows = 4 * kRows;   // that are read at a time
 constexpr int64_t kGroupsOfTask = 4;
 constexpr int64_t kGroupsAhead = 4;     // whose channels are fetched
+constexpr int kShares = kBlockRows / kRows;  // of what is fetched of a block
 constexpr int64_t kLine = 64;           // bytes of the caches
 constexpr int kKinds = 3;       // queries, keys and values
 constexpr int kMaxGates = 16;
@@ -57,10 +58,12 @@ void add_gates(const float* x, const float* weight, int64_t next_place, float* s
                int64_t next_row) {
   constexpr int places = factors == Factors::kFloat ? kWidth : kWidth / 2;
   __m512 of_rows[Rows];
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) of_rows[r] = _mm512_loadu_ps(sums + r * next_row);
 
   for (int i = 0; i < places; i += 2) {
     const __m512 weights = _mm512_loadu_ps(weight + i / 2 * next_place);
+#pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       double two;
       std::memcpy(&two, x + r * places + i, sizeof(two));
@@ -69,6 +72,7 @@ void add_gates(const float* x, const float* weight, int64_t next_place, float* s
     }
   }
 
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) _mm512_storeu_ps(sums + r * next_row, of_rows[r]);
 }
 
@@ -78,11 +82,11 @@ constexpr auto kAddGates = moxe::by_rows<AddGates, kRows>(
     [](auto rows) { return &add_gates<factors, decltype(rows)::value>; });
 
 // Brings a group's channels of some rows into the caches.
-template <typename T>
+template <bool writes = false, typename T>
 void fetch(const T* from, int64_t num_rows, int64_t next_row) {
   for (int64_t r = 0; r < num_rows; ++r)
     for (int64_t i = 0; i < kWidth; i += kLine / int64_t(sizeof(T)))
-      __builtin_prefetch(from + r * next_row + i);
+      __builtin_prefetch(from + r * next_row + i, writes);
 }
 
 // Copies `count` numbers that are multiplied by others in the same row.
@@ -180,33 +184,40 @@ Row load_columns(const T* from, int64_t num_rows, int64_t next_row, int64_t i) {
 }
 
 // out (Rows,kWidth) = start + lhs (Rows,depth) @ rhs (depth,kWidth), rounded where it is
-// written. `start` may be null; `depth` are places of what is multiplied.
-template <Factors factors, typename T, typename Out, int Rows>
-void multiply_rows(int64_t depth, const float* lhs, int64_t lhs_row, const float* rhs,
-                   const T* start, Out* out, int64_t next_row, int64_t out_row) {
+// written. `start` is read if `starts`; `depth` are places of what is multiplied. What is known
+// when it is compiled leaves the registers to the sums.
+template <Factors factors, typename T, typename Out, int lhs_row, bool starts, int Rows>
+void multiply_rows(int64_t depth, const float* lhs, const float* rhs, const T* start,
+                   Out* out, int64_t next_row, int64_t out_row) {
   Row sums[Rows];
-  for (int r = 0; r < Rows; ++r) sums[r] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  if (start != nullptr)
-    for (int r = 0; r < Rows; ++r) sums[r] = load_row(start + r * next_row);
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    if constexpr (starts)
+      sums[r] = load_row(start + r * next_row);
+    else
+      sums[r] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  }
 
-  for (int64_t i = 0; i < depth; ++i, rhs += kWidth) {
+  for (int64_t i = 0; i < depth; ++i, rhs += kWidth, ++lhs) {
     const Row weights = load_row(rhs);
+#pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const __m512 value = _mm512_set1_ps(lhs[r * lhs_row + i]);
+      const __m512 value = _mm512_set1_ps(lhs[r * lhs_row]);
       sums[r].low = add_products<factors>(sums[r].low, value, weights.low);
       sums[r].high = add_products<factors>(sums[r].high, value, weights.high);
     }
   }
 
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) write_row(sums[r], out + r * out_row);
 }
 
 template <typename T, typename Out>
-using MultiplyRows = void (*)(int64_t, const float*, int64_t, const float*, const T*, Out*,
-                              int64_t, int64_t);
-template <Factors factors, typename T, typename Out>
+using MultiplyRows = void (*)(int64_t, const float*, const float*, const T*, Out*, int64_t,
+                              int64_t);
+template <Factors factors, typename T, typename Out, int lhs_row, bool starts>
 constexpr auto kMultiplyRows = moxe::by_rows<MultiplyRows<T, Out>, kRows>([](auto rows) {
-  return &multiply_rows<factors, T, Out, decltype(rows)::value>;
+  return &multiply_rows<factors, T, Out, lhs_row, starts, decltype(rows)::value>;
 });
 
 // sums (Gates,kWidth) += the transposed `gates` @ rows, as they lie. `gates` are places of
@@ -215,10 +226,12 @@ template <Factors factors, typename T, int Gates>
 void add_gate_weights(const T* rows, int64_t num_rows, int64_t next_row, const float* gates,
                       int64_t num_gates, float* sums) {
   Row of_gates[Gates];
+#pragma GCC unroll 16
   for (int gate = 0; gate < Gates; ++gate) of_gates[gate] = load_row(sums + gate * kWidth);
 
   for (int64_t i = 0; i < num_places(num_rows, factors); ++i, gates += num_gates) {
     const Row row = load_columns<factors>(rows, num_rows, next_row, i);
+#pragma GCC unroll 16
     for (int gate = 0; gate < Gates; ++gate) {
       const __m512 value = _mm512_set1_ps(gates[gate]);
       of_gates[gate].low = add_products<factors>(of_gates[gate].low, value, row.low);
@@ -226,6 +239,7 @@ void add_gate_weights(const T* rows, int64_t num_rows, int64_t next_row, const f
     }
   }
 
+#pragma GCC unroll 16
   for (int gate = 0; gate < Gates; ++gate) write_row(of_gates[gate], sums + gate * kWidth);
 }
 
@@ -329,9 +343,9 @@ void project(const Shape& s, int num_threads, const T* conv_input, const T* conv
           const int64_t at = packed.index(kind, s.experts, rows.expert, group);
           T* out = outs[kind] + row * width + group * kWidth;
           fetch(out + kGroupsAhead * kWidth, num, width);
-          kMultiplyRows<factors, T, T>[num](places, inputs, places,
-                                            &packed.projections[at * Packed::kSize],
-                                            nullptr, out, 0, width);
+          kMultiplyRows<factors, T, T, places, false>[num](
+              places, inputs, &packed.projections[at * Packed::kSize], nullptr, out, 0,
+              width);
 
           for (int r = 0; r < num; ++r)
             set_row<factors>(out + r * width, kWidth, outputs + r * places);
@@ -378,22 +392,33 @@ class WayBack {
     }
   }
 
-  // `gate_rows` and `gate_columns` are places of the gates' gradients.
+  // `gate_rows` and `gate_columns` are places of the gates' gradients. Rows `ahead` of another
+  // group are fetched: their lines of the caches lie too far apart for the processor to foresee
+  // them.
   void add(const Rows& rows, const T* conv_input, const T* convolved,
            const std::array<const T*, kKinds>& outs, const Gradients<T>& grads,
-           const float* gate_rows, const float* gate_columns) {
+           const float* gate_rows, const float* gate_columns, const Rows& ahead,
+           int64_t group_ahead) {
     const int64_t num = rows.end - rows.begin, width = s_.width(),
-                  at = rows.begin * width + group_ * kWidth,
-                  gate_places = num_places(s_.gates, factors);
+                  at = rows.begin * width + group_ * kWidth;
+    // A share of kShares of them.
+    const auto fetch_ahead = [&](const T* from, int64_t next_row, int64_t share) {
+      const int64_t begin = ahead.begin + share * (kBlockRows / kShares);
+      fetch(from + begin * next_row + group_ahead * kWidth,
+            std::min<int64_t>(kBlockRows / kShares, ahead.end - begin), next_row);
+    };
     alignas(64) Factor<factors> of_outs[kBlockRows * kOutsRow];
     alignas(64) float columns[kBlockRows * kWidth], of_out_columns[kBlockRows * kWidth];
 
     for (int kind = 0; kind < kKinds; ++kind) {
-      for (int64_t r = 0; r < num; r += kRows)
-        kMultiplyRows<factors, T, Factor<factors>>[std::min<int64_t>(kRows, num - r)](
-            gate_places, gate_rows + r * gate_places, gate_places, gates_transposed_[kind],
-            grads.of_outs[kind] + at + r * width, of_outs + r * kOutsRow + kind * kWidth,
-            width, kOutsRow);
+      for (int64_t r = 0; r < num; r += kRows) {
+        fetch_ahead(grads.of_outs[kind], width, r / kRows);
+        kMultiplyRows<factors, T, Factor<factors>, kMaxGates,
+                      true>[std::min<int64_t>(kRows, num - r)](
+            num_places(s_.gates, factors), gate_rows + r * kMaxGates,
+            gates_transposed_[kind], grads.of_outs[kind] + at + r * width,
+            of_outs + r * kOutsRow + kind * kWidth, width, kOutsRow);
+      }
 
       // Those of weights: rows are summed.
       if (kind == 0) set_group_columns<factors>(convolved + at, num, width, columns);
@@ -402,10 +427,16 @@ class WayBack {
             conv_input + rows.begin * s_.input_row + group_ * kWidth, num, s_.input_row,
             columns);
       set_group_columns<factors>(of_outs + kind * kWidth, num, kOutsRow, of_out_columns);
-      for (int i = 0; i < kWidth && grads.of_weights[kind] != nullptr; i += 8)
+      for (int i = 0; i < kWidth; i += 8) {
+        fetch_ahead(outs[kind], width, i / 8);
+        if (kind < 2)
+          fetch_ahead(kind == 0 ? convolved : conv_input, kind == 0 ? width : s_.input_row,
+                      i / 8);
+        if (grads.of_weights[kind] == nullptr) continue;
         kMultiplyDirect<factors>[8](num_places(num, factors), columns + i, 1, kWidth,
                                     of_out_columns, kWidth, of_weights_[kind] + i * kWidth,
                                     kWidth, true);
+      }
 
       for (int64_t gate = 0; gate < s_.gates; gate += kGatesOfTile)
         kAddGateWeights<factors, T>[std::min<int64_t>(kGatesOfTile, s_.gates - gate)](
@@ -437,12 +468,12 @@ class WayBack {
   // Gradients of what some kinds are made of.
   void multiply_back(const Factor<factors>* of_outs, int kind, int num_kinds, int64_t num,
                      T* to) const {
-    constexpr int64_t row_places = kKinds * kPlaces;
+    constexpr int row_places = kKinds * kPlaces;
     const float* places = reinterpret_cast<const float*>(of_outs) + kind * kPlaces;
     for (int64_t r = 0; r < num; r += kRows)
-      kMultiplyRows<factors, T, T>[std::min<int64_t>(kRows, num - r)](
-          num_kinds * kPlaces, places + r * row_places, row_places, transposed_[kind],
-          nullptr, to + r * s_.width(), 0, s_.width());
+      kMultiplyRows<factors, T, T, row_places, false>[std::min<int64_t>(kRows, num - r)](
+          num_kinds * kPlaces, places + r * row_places, transposed_[kind], nullptr,
+          to + r * s_.width(), 0, s_.width());
   }
 
   // Into (E,kKinds,G,kWidth,gates).
@@ -452,10 +483,10 @@ class WayBack {
 
   const Shape& s_;
   int64_t expert_, group_;
-  float transposed_[kKinds][kPlaces * kWidth];
-  float gates_transposed_[kKinds][kMaxGates * kWidth];
-  float of_weights_[kKinds][kWidth * kWidth] = {};
-  float of_gate_weights_[kKinds][kMaxGates * kWidth] = {};
+  alignas(kLine) float transposed_[kKinds][kPlaces * kWidth];
+  alignas(kLine) float gates_transposed_[kKinds][kMaxGates * kWidth];
+  alignas(kLine) float of_weights_[kKinds][kWidth * kWidth] = {};
+  alignas(kLine) float of_gate_weights_[kKinds][kMaxGates * kWidth] = {};
 };
 
 template <typename T, Factors factors>
@@ -475,18 +506,22 @@ void project_backward(const Shape& s, int num_threads, const T* conv_input,
         groups.emplace_back(s, expert, g, weights, gate_weight);
 
       float gate_rows[kBlockRows * kMaxGates], gate_columns[kBlockRows * kMaxGates];
-      for (const Rows& rows : blocks) {
+      for (size_t block = 0; block < blocks.size(); ++block) {
+        const Rows& rows = blocks[block];
         if (rows.expert != expert) continue;
 
         const int64_t num = rows.end - rows.begin;
         const float* of_gates = grads.of_gates + rows.begin * s.gates;
         for (int64_t r = 0; r < num; ++r)
-          set_row<factors>(of_gates + r * s.gates, s.gates,
-                           gate_rows + r * num_places(s.gates, factors));
+          set_row<factors>(of_gates + r * s.gates, s.gates, gate_rows + r * kMaxGates);
         set_columns<factors>(of_gates, num, s.gates, s.gates, gate_columns);
 
-        for (auto& group : groups)
-          group.add(rows, conv_input, convolved, outs, grads, gate_rows, gate_columns);
+        for (size_t g = 0; g < groups.size(); ++g) {
+          const bool is_last = g + 1 == groups.size();
+          groups[g].add(rows, conv_input, convolved, outs, grads, gate_rows, gate_columns,
+                        is_last ? blocks[std::min(block + 1, blocks.size() - 1)] : rows,
+                        task * kGroupsOfTask + (is_last ? 0 : g + 1));
+        }
       }
 
       for (const auto& group : groups) group.store(grads);

@@ -35,6 +35,7 @@ constexpr int kRows = 4;
 // of a sum.
 constexpr int64_t kSummedSteps = 32;
 constexpr int kGates = 4;
+constexpr int kSaved = 5;  // of a channel, for the way back
 // Places of a panel that are fetched before they are read.
 constexpr int64_t kPlacesAhead = 8;
 
@@ -65,6 +66,22 @@ class Aligned {
   std::vector<Line> lines_;
 };
 
+// Whether lines of the caches can be written that are not in one, which spares reading them
+// and leaves what is read sooner where it is.
+inline bool can_stream(const void* to) {
+#ifdef __AVX512F__
+  return to != nullptr && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+#else
+  return false;
+#endif
+}
+
+inline void write_line(const void* from, void* to) {
+#ifdef __AVX512F__
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
+#endif
+}
+
 // What is multiplied is kept as: bfloat16, of which a pair is a place, or as it is.
 template <typename T, Factors factors>
 using Factor = std::conditional_t<factors == Factors::kFloat, T, at::BFloat16>;
@@ -85,23 +102,30 @@ void multiply_panel(const T* panel, int64_t num_places, const T* x, int64_t x_ro
   constexpr int64_t width = Vec<T>::size();
 
   Vec<T> sums[Rows][Vecs];
+#pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) sums[r][v] = Vec<T>(T(0));
 
   for (int64_t i = 0; i < num_places; ++i, panel += Vecs * width) {
     Vec<T> weights[Vecs];
+#pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) {
       __builtin_prefetch(panel + kPlacesAhead * Vecs * width + v * width);
       weights[v] = Vec<T>::loadu(panel + v * width);
     }
+#pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       const Vec<T> value(x[r * x_row + i]);
+#pragma GCC unroll 8
       for (int v = 0; v < Vecs; ++v)
         sums[r][v] = add_products<T, factors>(sums[r][v], value, weights[v]);
     }
   }
 
+#pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) sums[r][v].store(out + r * out_row + v * width);
 }
 
@@ -258,7 +282,9 @@ class ForwardScan {
         log_n_(kRows * s.dim),
         y_(kRows * s.dim),
         old_y_(kRows * num_places_),
-        new_y_(kRows * num_places_) {}
+        new_y_(kRows * num_places_),
+        staged_(kRows * kSaved * kLine),
+        streams_(can_stream(data.activations) && s.dim % kLine == 0) {}
 
   void run(const Task& task) {
     const int64_t dim = s_.dim;
@@ -279,6 +305,8 @@ class ForwardScan {
       std::swap(old_y_, new_y_);
     }
 
+    if (streams_) _mm_sfence();
+
     for (int r = 0; r < task.rows; ++r) {
       const int64_t to = task.state(s_, r);
       std::copy_n(c_.data() + r * dim, dim, data_.c_last + to);
@@ -293,6 +321,7 @@ class ForwardScan {
  private:
   static constexpr int64_t kWidth = Vec<T>::size();
   static constexpr int kVecs = kGateVecs<T>;
+  static constexpr int64_t kLine = 64 / sizeof(S);
 
   // (num_in,4,dim): to panels of a vector of channels of some gates each.
   void pack(const S* weight) {
@@ -378,14 +407,22 @@ class ForwardScan {
 
       if (data_.activations == nullptr) continue;
 
-      S* saved = data_.activations + 5 * at[r] - 4 * d;
+      S* saved = streams_ ? staged_.data() + r * kSaved * kLine + d % kLine
+                          : data_.activations + kSaved * at[r] - (kSaved - 1) * d;
+      const int64_t next = streams_ ? kLine : dim;
       save_shares(share[r], saved, n);
-      store(forget[r].complement(), saved + dim, n);
-      store(z[r], saved + 2 * dim, n);
-      store(o[r], saved + 3 * dim, n);
+      store(forget[r].complement(), saved + next, n);
+      store(z[r], saved + 2 * next, n);
+      store(o[r], saved + 3 * next, n);
       // Of z and c that are rounded, it would lose digits.
-      store(difference, saved + 4 * dim, n);
+      store(difference, saved + 4 * next, n);
     }
+
+    if (streams_ && (d + kWidth) % kLine == 0)
+      for (int r = 0; r < Rows; ++r)
+        for (int k = 0; k < kSaved; ++k)
+          write_line(staged_.data() + (r * kSaved + k) * kLine,
+                     data_.activations + kSaved * (at[r] - d) + k * dim + d + kWidth - kLine);
   }
 
   // Fetches what the next step reads or writes, which lies too far from this one's for the
@@ -397,7 +434,6 @@ class ForwardScan {
       fetch<false>(data_.gates_if + 2 * at + d, 2, dim);
       fetch<false>(data_.gates_zo + 2 * at + d, 2, dim);
       fetch<true>(data_.outputs + at + d, 1, dim);
-      if (data_.activations) fetch<true>(data_.activations + 5 * at + d, 5, dim);
     }
   }
 
@@ -410,6 +446,9 @@ class ForwardScan {
   const Forward<S>& data_;
   int64_t num_places_;
   Aligned<T> panels_, c_, log_n_, y_, old_y_, new_y_;
+  // What is saved of a step, until it fills lines of the caches.
+  Aligned<S> staged_;
+  bool streams_;
 };
 
 template <typename S, Factors factors>

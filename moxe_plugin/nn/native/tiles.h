@@ -37,23 +37,30 @@ void multiply_direct(int64_t depth, const float* lhs, int64_t lhs_row, int64_t l
                      bool adds) {
   constexpr int vecs = kTileCols / 16;
   __m512 sums[Rows][vecs];
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
     for (int v = 0; v < vecs; ++v) sums[r][v] = _mm512_setzero_ps();
 
   for (int64_t i = 0; i < depth; ++i, lhs += lhs_col, rhs += rhs_row) {
     __m512 weights[vecs];
+#pragma GCC unroll 16
     for (int v = 0; v < vecs; ++v) {
       __builtin_prefetch(rhs + kRowsAhead * rhs_row + v * 16);
       weights[v] = _mm512_loadu_ps(rhs + v * 16);
     }
+#pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const __m512 value = _mm512_set1_ps(lhs[r * lhs_row]);
+#pragma GCC unroll 16
       for (int v = 0; v < vecs; ++v)
         sums[r][v] = add_products<factors>(sums[r][v], value, weights[v]);
     }
   }
 
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
     for (int v = 0; v < vecs; ++v) {
       float* to = out + r * out_row + v * 16;
       _mm512_storeu_ps(
