@@ -33,7 +33,6 @@ constexpr int kRows = moxe::kTileRows;
 constexpr int kBlockRows = 4 * kRows;   // that are read at a time
 constexpr int64_t kGroupsOfTask = 4;
 constexpr int64_t kGroupsAhead = 4;     // whose channels are fetched
-constexpr int kShares = kBlockRows / kRows;  // of what is fetched of a block
 constexpr int64_t kLine = 64;           // bytes of the caches
 constexpr int kKinds = 3;       // queries, keys and values
 constexpr int kMaxGates = 16;
@@ -82,11 +81,11 @@ constexpr auto kAddGates = moxe::by_rows<AddGates, kRows>(
     [](auto rows) { return &add_gates<factors, decltype(rows)::value>; });
 
 // Brings a group's channels of some rows into the caches.
-template <bool writes = false, typename T>
+template <typename T>
 void fetch(const T* from, int64_t num_rows, int64_t next_row) {
   for (int64_t r = 0; r < num_rows; ++r)
     for (int64_t i = 0; i < kWidth; i += kLine / int64_t(sizeof(T)))
-      __builtin_prefetch(from + r * next_row + i, writes);
+      __builtin_prefetch(from + r * next_row + i);
 }
 
 // Copies `count` numbers that are multiplied by others in the same row.
@@ -392,33 +391,22 @@ class WayBack {
     }
   }
 
-  // `gate_rows` and `gate_columns` are places of the gates' gradients. Rows `ahead` of another
-  // group are fetched: their lines of the caches lie too far apart for the processor to foresee
-  // them.
+  // `gate_rows` and `gate_columns` are places of the gates' gradients.
   void add(const Rows& rows, const T* conv_input, const T* convolved,
            const std::array<const T*, kKinds>& outs, const Gradients<T>& grads,
-           const float* gate_rows, const float* gate_columns, const Rows& ahead,
-           int64_t group_ahead) {
+           const float* gate_rows, const float* gate_columns) {
     const int64_t num = rows.end - rows.begin, width = s_.width(),
                   at = rows.begin * width + group_ * kWidth;
-    // A share of kShares of them.
-    const auto fetch_ahead = [&](const T* from, int64_t next_row, int64_t share) {
-      const int64_t begin = ahead.begin + share * (kBlockRows / kShares);
-      fetch(from + begin * next_row + group_ahead * kWidth,
-            std::min<int64_t>(kBlockRows / kShares, ahead.end - begin), next_row);
-    };
     alignas(64) Factor<factors> of_outs[kBlockRows * kOutsRow];
     alignas(64) float columns[kBlockRows * kWidth], of_out_columns[kBlockRows * kWidth];
 
     for (int kind = 0; kind < kKinds; ++kind) {
-      for (int64_t r = 0; r < num; r += kRows) {
-        fetch_ahead(grads.of_outs[kind], width, r / kRows);
+      for (int64_t r = 0; r < num; r += kRows)
         kMultiplyRows<factors, T, Factor<factors>, kMaxGates,
                       true>[std::min<int64_t>(kRows, num - r)](
             num_places(s_.gates, factors), gate_rows + r * kMaxGates,
             gates_transposed_[kind], grads.of_outs[kind] + at + r * width,
             of_outs + r * kOutsRow + kind * kWidth, width, kOutsRow);
-      }
 
       // Those of weights: rows are summed.
       if (kind == 0) set_group_columns<factors>(convolved + at, num, width, columns);
@@ -427,16 +415,10 @@ class WayBack {
             conv_input + rows.begin * s_.input_row + group_ * kWidth, num, s_.input_row,
             columns);
       set_group_columns<factors>(of_outs + kind * kWidth, num, kOutsRow, of_out_columns);
-      for (int i = 0; i < kWidth; i += 8) {
-        fetch_ahead(outs[kind], width, i / 8);
-        if (kind < 2)
-          fetch_ahead(kind == 0 ? convolved : conv_input, kind == 0 ? width : s_.input_row,
-                      i / 8);
-        if (grads.of_weights[kind] == nullptr) continue;
+      for (int i = 0; i < kWidth && grads.of_weights[kind] != nullptr; i += 8)
         kMultiplyDirect<factors>[8](num_places(num, factors), columns + i, 1, kWidth,
                                     of_out_columns, kWidth, of_weights_[kind] + i * kWidth,
                                     kWidth, true);
-      }
 
       for (int64_t gate = 0; gate < s_.gates; gate += kGatesOfTile)
         kAddGateWeights<factors, T>[std::min<int64_t>(kGatesOfTile, s_.gates - gate)](
@@ -506,8 +488,7 @@ void project_backward(const Shape& s, int num_threads, const T* conv_input,
         groups.emplace_back(s, expert, g, weights, gate_weight);
 
       float gate_rows[kBlockRows * kMaxGates], gate_columns[kBlockRows * kMaxGates];
-      for (size_t block = 0; block < blocks.size(); ++block) {
-        const Rows& rows = blocks[block];
+      for (const Rows& rows : blocks) {
         if (rows.expert != expert) continue;
 
         const int64_t num = rows.end - rows.begin;
@@ -516,12 +497,8 @@ void project_backward(const Shape& s, int num_threads, const T* conv_input,
           set_row<factors>(of_gates + r * s.gates, s.gates, gate_rows + r * kMaxGates);
         set_columns<factors>(of_gates, num, s.gates, s.gates, gate_columns);
 
-        for (size_t g = 0; g < groups.size(); ++g) {
-          const bool is_last = g + 1 == groups.size();
-          groups[g].add(rows, conv_input, convolved, outs, grads, gate_rows, gate_columns,
-                        is_last ? blocks[std::min(block + 1, blocks.size() - 1)] : rows,
-                        task * kGroupsOfTask + (is_last ? 0 : g + 1));
-        }
+        for (auto& group : groups)
+          group.add(rows, conv_input, convolved, outs, grads, gate_rows, gate_columns);
       }
 
       for (const auto& group : groups) group.store(grads);

@@ -364,7 +364,8 @@ class ForwardScan {
   // Takes channels of rows a step further. Each function is computed of all rows before the
   // next one, which waits for it.
   template <int Rows, typename Count>
-  __attribute__((flatten)) void advance(const Task& task, int64_t t, int64_t d, const T* recurrent, Count n) {
+  __attribute__((flatten)) void advance(const Task& task, int64_t t, int64_t d,
+                                        const T* recurrent, Count n) {
     const int64_t dim = s_.dim;
     const Vec<T> zero(T(0));
     T *log_n = log_n_.data() + d, *c = c_.data() + d, *last_y = y_.data() + d;
