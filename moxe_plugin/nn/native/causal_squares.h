@@ -1,4 +1,4 @@
-// Blocks of rows of a causal square, as causal_squares.py cuts them.
+// Rows of causal squares, as causal_squares.py multiplies them.
 
 #pragma once
 
@@ -8,10 +8,13 @@
 
 namespace moxe {
 
-// Where the block of row t ends, of a square of `len` rows in equal blocks of up to `block`.
-inline int64_t end_of_block(int64_t t, int64_t len, int64_t block) {
-  const int64_t size = divide_up(len, divide_up(len, block));
-  return std::min(len, (t / size + 1) * size);
+// How many numbers of a row products read beyond the diagonal: what panels of rows cut of it.
+constexpr int64_t kBeyondDiagonal = 16;
+
+// Writes 0 where row t, of a square of `len` rows, is read beyond the diagonal.
+template <typename T>
+inline void clear_beyond_diagonal(T* row, int64_t t, int64_t len) {
+  std::fill(row + t + 1, row + std::min(len, t + 1 + kBeyondDiagonal), T(0));
 }
 
 }  // namespace moxe

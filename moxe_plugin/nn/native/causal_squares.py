@@ -1,6 +1,6 @@
 """Causal squares ``(S,S)`` of sequences in rows, and their products.
 
-What lies above the diagonal is neither computed nor read, but for blocks that it cuts.
+What lies above the diagonal is neither computed nor read, but for what is next to it.
 No gradients here. Where products in C++ multiply bfloat16, rows may be it, beside
 squares of float32, which are rounded to it where they are multiplied by rows.
 """
@@ -8,17 +8,25 @@ squares of float32, which are rounded to it where they are multiplied by rows.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.ragged_products import multiply_parts
+from moxe_plugin.nn.native.products import (
+    Product,
+    Triangle,
+    find_halves,
+    multiply_described,
+    round_into,
+    sums_of,
+)
+from moxe_plugin.nn.products import multiply_all, runs_native
 
-BLOCK: Final = 56
-"""The most rows of the squares that are multiplied at a time."""
+_BLOCK: Final = 56
+"""The most rows of a square that torch multiplies at a time."""
 
 
 class Sequences(NamedTuple):
@@ -58,75 +66,163 @@ class Squares:
         self.size = ends[-1] if ends else 0
         self.offsets = [0, *ends][: len(self.lens)]
 
-    def blocks(self) -> Iterator[tuple[int, int, int, int, int]]:
-        """Cut the squares into some rows each.
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """List the squares.
 
-        :yields: Of each square: its sequence's first row and length, its offset, and
-            from where to where some of its rows go. What they read ends where they do.
+        :yields: Of each: its sequence's first row and length, and its offset.
         """
-        for first, n, offset in zip(self.begins, self.lens, self.offsets, strict=True):
-            # Equal ones, which are as few, and compute less above the diagonal.
-            size = -(-n // -(-n // BLOCK))
-            for begin in range(0, n, size):
-                yield first, n, offset, begin, min(begin + size, n)
+        yield from zip(self.begins, self.lens, self.offsets, strict=True)
+
+
+class LowerProduct(NamedTuple):
+    """The lower halves of squares, times the rows of their sequences and heads."""
+
+    flat: Tensor
+    """The squares, 0 beyond the diagonal as far as ``kBeyondDiagonal`` of the C++ code
+    says."""
+
+    rows: Tensor
+    """Contiguous. *Shape:* ``(C,H,D)``."""
+
+    out: Tensor
+    """Where the results go; contiguous. *Shape:* ``(C,H,D)``."""
+
+    transposed: bool = False
+    """Whether to multiply by the transposed squares."""
 
 
 def multiply_into_lower(
     lhs: Tensor, rhs: Tensor, flat: Tensor, squares: Squares
 ) -> None:
-    """Compute ``lhs rhs^T`` of each sequence and head, as far as the diagonal's blocks.
+    """Compute ``lhs rhs^T`` of each sequence and head, as far as the diagonal at least.
 
     :param lhs: Contiguous. *Shape:* ``(C,H,D)``.
     :param rhs: Contiguous. *Shape:* ``(C,H,D)``.
     :param flat: Where the squares go.
     :param squares: Which squares.
     """
+    if not runs_native(lhs, rhs, flat, mixes=True):
+        multiply_all(
+            [
+                Product(x[:, begin:end], y[:, :end].mT, square[:, begin:end, :end])
+                for x, y, square in zip(
+                    _by_head(lhs, squares),
+                    _by_head(rhs, squares),
+                    _split(flat, squares),
+                    strict=True,
+                )
+                for begin, end in _blocks(square.size(-1))
+            ]
+        )
+
+        return
+
     num_heads, dim = lhs.shape[1:]
     width = num_heads * dim
     numbers = array("q")
+    (address, size), (rhs_address, rhs_size), (out_address, out_size) = (
+        (x.data_ptr(), x.element_size()) for x in (lhs, rhs, flat)
+    )
 
-    for first, n, offset, begin, end in squares.blocks():
+    for first, n, offset in squares.places():
         numbers.extend(
             (
-                *(num_heads, end - begin, end, dim),
-                *((first + begin) * width, dim, width, 1),
-                *(first * width, dim, 1, width),
-                *(offset + begin * n, n * n, n),
+                *(num_heads, n, n, dim),
+                *(address + size * first * width, dim, width, 1),
+                *(rhs_address + rhs_size * first * width, dim, 1, width),
+                *(out_address + out_size * offset, n * n, n),
             )
         )
 
-    multiply_parts(numbers, lhs, rhs, flat)
+    multiply_described(
+        numbers,
+        triangles=array("q", [Triangle.LOWER_RESULT]) * len(squares.lens),
+        halves=find_halves([(lhs, rhs, flat)], [flat]),
+    )
 
 
-def multiply_lower(
-    flat: Tensor, rows: Tensor, out: Tensor, squares: Squares, transposed: bool = False
-) -> None:
+def multiply_lower(products: Sequence[LowerProduct], squares: Squares) -> None:
     """Multiply the lower half of each square by the rows of its sequence and head.
 
-    :param flat: The squares, 0 above the diagonal in the blocks that it cuts.
-    :param rows: Contiguous. *Shape:* ``(C,H,D)``.
-    :param out: Where the results go; contiguous. *Shape:* ``(C,H,D)``.
+    :param products: What to multiply, all at once; squares of one type, rows of one,
+        and results of one.
     :param squares: Which squares.
-    :param transposed: Whether to multiply by the transposed squares.
     """
-    num_heads, dim = rows.shape[1:]
-    width = num_heads * dim
-    numbers = array("q")
+    if not runs_native(*(x for y in products for x in y[:3]), mixes=True):
+        multiply_all([x for y in products for x in _cut(y, squares)])
 
-    for first, n, offset, begin, end in squares.blocks():
-        if transposed:
-            # Columns of the square, from the block that the diagonal cuts on.
-            inner, at, strides, read = n - begin, begin * n + begin, (1, n), begin
-        else:
-            inner, at, strides, read = end, begin * n, (n, 1), 0
+        return
 
-        numbers.extend(
-            (
-                *(num_heads, end - begin, dim, inner),
-                *(offset + at, n * n, *strides),
-                *((first + read) * width, dim, width, 1),
-                *((first + begin) * width, dim, width),
-            )
+    numbers, triangles = array("q"), array("q")
+    # What holds the sums of results
+    all_sums = []
+
+    for flat, rows, out, transposed in products:
+        num_heads, dim = rows.shape[1:]
+        width = num_heads * dim
+        sums = sums_of(out, (flat, rows), max(squares.lens, default=0), keeps=True)
+        all_sums.append(sums)
+        (address, size), (rhs_address, rhs_size), (out_address, out_size) = (
+            (x.data_ptr(), x.element_size()) for x in (flat, rows, sums)
         )
 
-    multiply_parts(numbers, flat, rows, out)
+        for first, n, offset in squares.places():
+            numbers.extend(
+                (
+                    *(num_heads, n, dim, n),
+                    *(address + size * offset, n * n),
+                    *((1, n) if transposed else (n, 1)),
+                    *(rhs_address + rhs_size * first * width, dim, width, 1),
+                    *(out_address + out_size * first * width, dim, width),
+                )
+            )
+
+        triangle = Triangle.UPPER_LEFT if transposed else Triangle.LOWER_LEFT
+        triangles.extend([triangle] * len(squares.lens))
+
+    halves = find_halves([x[:3] for x in products], all_sums)
+    multiply_described(numbers, triangles=triangles, halves=halves)
+
+    for product, sums in zip(products, all_sums, strict=True):
+        round_into(product.out, sums)
+
+
+def _cut(product: LowerProduct, squares: Squares) -> Iterator[Product]:
+    # Some rows of each square, and what they read.
+    flat, rows, out, transposed = product
+
+    for square, x, y in zip(
+        _split(flat, squares),
+        _by_head(rows, squares),
+        _by_head(out, squares),
+        strict=True,
+    ):
+        for begin, end in _blocks(square.size(-1)):
+            result = y[:, begin:end]
+            if transposed:
+                columns = square[:, begin:, begin:end].tril()
+                yield Product(columns.mT, x[:, begin:], result)
+            else:
+                yield Product(
+                    square[:, begin:end, :end].tril(begin), x[:, :end], result
+                )
+
+
+def _split(flat: Tensor, squares: Squares) -> Iterator[Tensor]:
+    # One (H,S,S) of each sequence.
+    for _, n, offset in squares.places():
+        size = squares.num_heads * n * n
+        yield flat[offset : offset + size].view(-1, n, n)
+
+
+def _by_head(rows: Tensor, squares: Squares) -> Iterator[Tensor]:
+    # (C,H,D) -> (H,S,D) of each sequence
+    for first, n, _ in squares.places():
+        yield rows[first : first + n].transpose(0, 1)
+
+
+def _blocks(n: int) -> Iterator[tuple[int, int]]:
+    # Equal ones, which are as few, and compute less above the diagonal.
+    size = -(-n // -(-n // _BLOCK))
+
+    return ((begin, min(begin + size, n)) for begin in range(0, n, size))

@@ -19,7 +19,7 @@ template <typename T>
 using Vec = at::vec::Vectorized<T>;
 
 struct Shape {
-  int64_t num_seqs, num_heads, dim, num_rows, block, rows_at_once;
+  int64_t num_seqs, num_heads, dim, num_rows, rows_at_once;
   // Of each chunk; of each sequence its first chunk, and at last the number of chunks.
   const int64_t *begins, *lens, *squares, *firsts;
 
@@ -227,8 +227,7 @@ void replace_row(const Shape& s, const Constants<T>& k, const Position& p, const
     f(decayed, load(x + i, n), n).store(x + i, n);
   });
 
-  const int64_t end = moxe::end_of_block(p.index, s.lens[p.chunk], s.block);
-  std::fill(x + p.index + 1, x + end, T(0));
+  moxe::clear_beyond_diagonal(x, p.index, s.lens[p.chunk]);
 }
 
 // weights: q k^T at first. Writes them, their sums with what the memory adds, and what h is
@@ -366,7 +365,7 @@ void stabilise_backward(const Shape& s, const Constants<T>&, int num_threads,
       const int64_t *lens, const int64_t *squares, const int64_t *firsts
 #define MOXE_SHAPE(T)                                                                    \
   {shape[0], shape[1], shape[2], shape[3], shape[4],                                     \
-   shape[5], begins,   lens,     squares,  firsts},                                      \
+   begins,   lens,     squares,  firsts},                                                \
       {T(constants[0]), T(constants[1]), T(constants[2]), T(constants[3])}, num_threads
 
 #define MOXE_MLSTM_CHUNKWISE(T)                                                          \

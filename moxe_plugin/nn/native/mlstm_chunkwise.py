@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from moxe_plugin.nn.native.causal_squares import (
-    BLOCK,
+    LowerProduct,
     Sequences,
     Squares,
     multiply_into_lower,
@@ -96,7 +96,7 @@ class MLSTMChunkwiseForm:
         )
 
         hidden = self._seqs.rows_like(q)
-        multiply_lower(weights, v, hidden, chunks.squares)
+        multiply_lower([LowerProduct(weights, v, hidden)], chunks.squares)
         _add_from_memories(q * kept.unsqueeze(-1), c, hidden, chunks.later)
         hidden /= normalizer.unsqueeze(-1)
 
@@ -133,9 +133,14 @@ class MLSTMChunkwiseForm:
             *(log_weights, peak, m, total, grad_normalizer),
             *(grads, grad_total, grad_m),
         )
-        multiply_lower(grads, k, grad_q, chunks.squares)
-        multiply_lower(grads, q, grad_k, chunks.squares, transposed=True)
-        multiply_lower(weights, grad_numerator, grad_v, chunks.squares, transposed=True)
+        multiply_lower(
+            [
+                LowerProduct(grads, k, grad_q),
+                LowerProduct(grads, q, grad_k, transposed=True),
+                LowerProduct(weights, grad_numerator, grad_v, transposed=True),
+            ],
+            chunks.squares,
+        )
 
         grad_c, grad_n = torch.empty_like(c), torch.empty_like(n)
         dots = q.new_empty(-(-q.size(-1) // _ROWS_AT_ONCE), *n.shape[:2])
@@ -252,7 +257,7 @@ def _call(
 
     # The tensors live until the call returns: the caller holds them.
     function(
-        int64_array((num_seqs, num_heads, dim, num_rows, BLOCK, _ROWS_AT_ONCE)),
+        int64_array((num_seqs, num_heads, dim, num_rows, _ROWS_AT_ONCE)),
         (ctypes.c_double * len(constants))(*constants),
         ctypes.c_int(torch.get_num_threads()),
         *(

@@ -2,7 +2,7 @@
 // mlstm_parallel.py for the whole.
 //
 // A sequence of length S has for each head a square (S,S) of weights, of which the rows above
-// the diagonal are not read beyond the block that the diagonal cuts.
+// the diagonal are 0 next to it, and not read beyond, see causal_squares.h.
 
 #include "causal_squares.h"
 #include "vector_math.h"
@@ -13,13 +13,12 @@
 namespace {
 
 using moxe::for_each_vector;
-using moxe::end_of_block;
 using moxe::load;
 using moxe::store;
 using moxe::Vec;
 
 struct Shape {
-  int64_t num_seqs, num_heads, block;
+  int64_t num_seqs, num_heads;
   const int64_t *begins, *lens, *squares;
 };
 
@@ -81,7 +80,7 @@ void weigh(const Shape& s, const Constants<T>& k, const T* gates, T* weights, T*
         store(w, row + i, n);
         sums = sums + Vec<T>::set(Vec<T>(T(0)), w, n);
       });
-      std::fill(row + t + 1, row + end_of_block(t, h.len, s.block), T(0));
+      moxe::clear_beyond_diagonal(row, t, h.len);
 
       total[at] = moxe::sum(sums);
       const T floor = std::exp(std::min(-m[at], k.max_exponent));
@@ -144,7 +143,7 @@ void weigh_backward(const Shape& s, const Constants<T>& k, const T* gates,
         store(grad * moxe::exp<T>(load(log_weight.data() + i, n) - top) * scale,
               grad_row + i, n);
       });
-      std::fill(grad_row + t + 1, grad_row + end_of_block(t, h.len, s.block), T(0));
+      moxe::clear_beyond_diagonal(grad_row, t, h.len);
 
       if (largest >= 0) grad_a[largest] += grad_m[t] - moxe::sum(sums);
     }
@@ -169,7 +168,7 @@ void weigh_backward(const Shape& s, const Constants<T>& k, const T* gates,
       const int64_t* shape, const double* constants, int num_threads,                    \
       const int64_t* begins, const int64_t* lens, const int64_t* squares,                \
       const T* gates, T* weights, T* a, T* peak, T* m, T* total, T* normalizer) {        \
-    weigh<T>({shape[0], shape[1], shape[2], begins, lens, squares},                      \
+    weigh<T>({shape[0], shape[1], begins, lens, squares},                                \
              {T(constants[0]), T(constants[1]), T(constants[2]), T(constants[3])},       \
              gates, weights, a, peak, m, total, normalizer, num_threads);                \
   }                                                                                      \
@@ -178,7 +177,7 @@ void weigh_backward(const Shape& s, const Constants<T>& k, const T* gates,
       const int64_t* begins, const int64_t* lens, const int64_t* squares,                \
       const T* gates, const T* weights, const T* a, const T* peak, const T* m,           \
       const T* total, const T* normalizer, T* grads, T* grad_gates) {               \
-    weigh_backward<T>({shape[0], shape[1], shape[2], begins, lens, squares},             \
+    weigh_backward<T>({shape[0], shape[1], begins, lens, squares},                       \
                       {T(constants[0]), T(constants[1]), T(constants[2]),                \
                        T(constants[3])},                                                 \
                       gates, weights, a, peak, m, total, normalizer, grads,         \

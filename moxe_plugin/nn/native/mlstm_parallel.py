@@ -3,9 +3,9 @@
 The same function as :func:`~moxe_plugin.nn.mlstm_cell.mlstm_parallel`, whose docstring
 has the equations, with an empty memory before and none wanted after. Sequences of any
 lengths stand one after the other in rows, heads side by side in a row, as the products
-around the cell make and read them. What lies above the diagonal is not computed, but
-for blocks that it cuts. Rows may be bfloat16: squares and gates are float32 then, but
-for the rounding of squares that are multiplied.
+around the cell make and read them. What lies above the diagonal of a square is not
+computed, but for what is next to it. Rows may be bfloat16: squares and gates are
+float32 then, but for the rounding of squares that are multiplied.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moxe_plugin.nn.native.causal_squares import (
-    BLOCK,
+    LowerProduct,
     Sequences,
     Squares,
     multiply_into_lower,
@@ -58,7 +58,7 @@ class MLSTMParallelForm:
         self._call("weigh", q.size(-1), gates, weights, *stats)
 
         hidden = self._seqs.rows_like(q)
-        multiply_lower(weights, v, hidden, self._squares)
+        multiply_lower([LowerProduct(weights, v, hidden)], self._squares)
 
         return hidden, [q, k, v, gates, weights, *stats]
 
@@ -76,9 +76,14 @@ class MLSTMParallelForm:
             "weigh_backward", q.size(-1), gates, weights, *stats, grads, grad_gates
         )
 
-        multiply_lower(grads, k, grad_q, self._squares)
-        multiply_lower(grads, q, grad_k, self._squares, transposed=True)
-        multiply_lower(weights, grad_hidden, grad_v, self._squares, transposed=True)
+        multiply_lower(
+            [
+                LowerProduct(grads, k, grad_q),
+                LowerProduct(grads, q, grad_k, transposed=True),
+                LowerProduct(weights, grad_hidden, grad_v, transposed=True),
+            ],
+            self._squares,
+        )
 
         return CellGradients(grad_q, grad_k, grad_v, grad_gates)
 
@@ -93,7 +98,7 @@ class MLSTMParallelForm:
 
         # The tensors live until the call returns: the caller holds them.
         function(
-            int64_array((len(squares.lens), squares.num_heads, BLOCK)),
+            int64_array((len(squares.lens), squares.num_heads)),
             (ctypes.c_double * len(constants))(*constants),
             ctypes.c_int(torch.get_num_threads()),
             *(int64_array(x) for x in lists),

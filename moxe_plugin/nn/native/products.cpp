@@ -9,6 +9,7 @@
 // one large one. Each element is summed in an order that depends on nothing but the inner
 // dimension.
 
+#include "causal_squares.h"
 #include "tiles.h"
 
 #include <immintrin.h>
@@ -62,6 +63,12 @@ constexpr double kMinWork = 1e6;        // multiply-adds below which a task is n
 // few rows, few columns (as rows, where that is how the left factor lies), or little else.
 enum class Kind { kPacked, kThin, kNarrow, kFlipped, kDirect };
 
+// Which half of a square matrix is all that there is of it: of the result the lower one, of the
+// left factor the lower or the upper one. Beyond the diagonal, panels that it cuts are computed
+// nevertheless, and left factors read, which are 0 there. Read as a number by products.py.
+enum class Triangle : int64_t { kNone, kLowerResult, kLowerLeft, kUpperLeft };
+static_assert(kRows < moxe::kBeyondDiagonal, "panels read zeros beyond the diagonal");
+
 // What is kept in bfloat16 of all products of a call, and what is multiplied.
 struct Types {
   bool is_lhs_half, is_rhs_half, is_out_half;
@@ -82,9 +89,13 @@ struct Product {
   char* out;
   int64_t out_next, out_row;
 
-  Kind kind(const Types& types) const {
+  Kind kind(const Types& types, Triangle triangle) const {
     // All others read and write floats.
     if (types.has_half()) return Kind::kPacked;
+    // They know no halves either, but for one.
+    if (triangle != Triangle::kNone &&
+        (triangle == Triangle::kLowerResult || m > kDirect || n % kCols != 0 || rhs_col != 1))
+      return Kind::kPacked;
     if (m <= kThinRows && rhs_col == 1) return Kind::kThin;
     // The right factor is small, or few rows read it, and panels of pairs would not halve what
     // is left to do.
@@ -102,9 +113,10 @@ struct Product {
   }
 
   // Whether small products lie side by side. Together, they read and write whole rows.
-  bool is_side_by_side(const Types& types) const {
-    return kind(types) == Kind::kDirect && n <= kDirect && k <= kDirect &&
-           count * n * k <= kMaxWeights && lhs_next > 0 && count * lhs_next <= lhs_row;
+  bool is_side_by_side(const Types& types, Triangle triangle) const {
+    return triangle == Triangle::kNone && kind(types, triangle) == Kind::kDirect &&
+           n <= kDirect && k <= kDirect && count * n * k <= kMaxWeights && lhs_next > 0 &&
+           count * lhs_next <= lhs_row;
   }
 };
 static_assert(sizeof(Product) == 15 * sizeof(int64_t), "a product is 15 numbers");
@@ -312,8 +324,9 @@ ALWAYS_INLINE void store(float* row, int64_t i, int64_t depth, __m512 x) {
 }
 
 // How many of the inner dimension are in a row of a panel.
+constexpr int64_t per_place(Factors factors) { return factors == Factors::kFloat ? 1 : 2; }
 template <Factors factors>
-constexpr int64_t kPerRow = factors == Factors::kFloat ? 1 : 2;
+constexpr int64_t kPerRow = per_place(factors);
 
 // The next `count` numbers of the inner dimension, which follow each other, as panels hold them:
 // 16 floats or 16 pairs; 0 beyond them.
@@ -487,11 +500,19 @@ class Buffer {
   int64_t capacity_ = 0;
 };
 
+struct Range {
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+};
+
 // Some rows of a product, or of all that lie side by side, and `inner` of the inner dimension
 // from `first` on. A left factor is packed once, for all threads, in panels of `panel_rows`.
 struct Part {
   const Product* product;
-  int64_t index, num_indices, row, num_rows, first, inner, panel_rows;
+  Triangle triangle;
+  int64_t index, num_indices, row, num_rows, num_cols, first, inner, panel_rows;
+  bool is_first;  // of the pieces of the inner dimension
   Kind kind;
   Types types;  // `factors` are those of panels
   float* packed;
@@ -501,8 +522,26 @@ struct Part {
     return std::min(panel_rows, num_rows - panel * panel_rows);
   }
   bool packs() const { return kind == Kind::kPacked; }
+  bool has_left_triangle() const {
+    return triangle == Triangle::kLowerLeft || triangle == Triangle::kUpperLeft;
+  }
   // Rows of panels.
   int64_t depth() const { return num_places(inner, types.factors); }
+  // Those that a panel of the left factor is multiplied with: others are 0 in it.
+  Range depths_of(int64_t panel) const {
+    const int64_t begin = row + panel * panel_rows - first, end = begin + rows_of(panel);
+    if (triangle == Triangle::kLowerLeft)
+      return {0, num_places(std::clamp<int64_t>(end, 0, inner), types.factors)};
+    if (triangle == Triangle::kUpperLeft)
+      return {std::clamp<int64_t>(begin, 0, inner) / per_place(types.factors), depth()};
+    return {0, depth()};
+  }
+  // Where the columns of a panel's results end.
+  int64_t end_of_cols(int64_t panel) const {
+    return triangle == Triangle::kLowerResult
+               ? std::min(num_cols, row + panel * panel_rows + rows_of(panel))
+               : num_cols;
+  }
   // What it packs.
   int64_t size() const { return packs() ? num_panels() * kRows * depth() : 0; }
 
@@ -544,6 +583,17 @@ struct Task {
   const Part* part;
   int64_t col, num_cols;
 
+  // How many tiles' rows of panels are multiplied, about.
+  double work() const {
+    double sum = 0;
+    for (int64_t i = 0; i < part->num_panels(); ++i) {
+      const int64_t cols = std::min(num_cols, part->end_of_cols(i) - col);
+      sum += double(part->rows_of(i)) * part->depths_of(i).size() *
+             std::max<int64_t>(cols, 0) * part->num_indices;
+    }
+    return sum;
+  }
+
   // Panels of the right factor.
   int64_t size() const {
     return part->depth() * divide_up(num_cols, kCols) * kCols * part->num_indices;
@@ -555,6 +605,20 @@ void run(const PackTask& task) {
   const int64_t row = task.panel * part.panel_rows;
   const int64_t num_rows =
       std::min(kPanelsAtOnce * part.panel_rows, part.num_rows - row);
+
+  if (part.has_left_triangle()) {
+    const Product& p = *part.product;
+    const int64_t per = per_place(part.types.factors);
+    for (int64_t i = task.panel; i < std::min(task.panel + kPanelsAtOnce, part.num_panels()); ++i) {
+      const Range depths = part.depths_of(i);
+      const int64_t begin = depths.begin * per, end = std::min(depths.end * per, part.inner);
+      pack<kRows>(part.types.factors, part.types.is_lhs_half,
+                  part.lhs(i * part.panel_rows) + bytes_of(part.types.is_lhs_half) * begin * p.lhs_col,
+                  p.lhs_col, p.lhs_row, end - begin, part.rows_of(i), part.panel_rows,
+                  part.packed + (i * part.depth() + depths.begin) * kRows);
+    }
+    return;
+  }
 
   pack<kRows>(part.types.factors, part.types.is_lhs_half, part.lhs(row),
               part.product->lhs_col, part.product->lhs_row, part.inner, num_rows,
@@ -574,11 +638,13 @@ void run_direct(const Task& task, bool adds, float* panels) {
   const auto multiply = [&](int64_t panel, int64_t i, int64_t col) {
     const float* rhs =
         packs ? panels + (i * p.n + col) * part.inner : part.rhs_floats(col, i);
-    const int64_t row = panel * part.panel_rows;
+    const int64_t row = panel * part.panel_rows, rhs_row = packs ? kCols : p.rhs_row;
+    const Range depths = part.depths_of(panel);
 
     moxe::kMultiplyDirect<Factors::kFloat>[part.rows_of(panel)](
-        part.inner, part.lhs_floats(row, i), p.lhs_row, p.lhs_col, rhs,
-        packs ? kCols : p.rhs_row, part.out_floats(row, i) + col, p.out_row, adds);
+        depths.size(), part.lhs_floats(row, i) + depths.begin * p.lhs_col, p.lhs_row,
+        p.lhs_col, rhs + depths.begin * rhs_row, rhs_row, part.out_floats(row, i) + col,
+        p.out_row, adds);
   };
 
   // Of several small products whole rows, of a large right factor what was just read.
@@ -624,8 +690,11 @@ void run_tiles(const Task& task, const Task* next, bool adds, bool streams, floa
             reinterpret_cast<uintptr_t>(out) % vector == 0;
   const Into into = streams ? Into::kMemory : adds ? Into::kSum : Into::kOut;
 
-  Ahead ahead = look_ahead(next, part.num_panels() * num_col_panels *
-                                     divide_up(part.depth(), kDepthAtOnce));
+  int64_t num_times = 0;
+  for (int64_t i = 0; i < part.num_panels(); ++i)
+    num_times += divide_up(std::min(task.num_cols, part.end_of_cols(i) - task.col), kCols) *
+                 divide_up(part.depths_of(i).size(), kDepthAtOnce);
+  Ahead ahead = look_ahead(next, num_times);
 
   const auto& multiply = kMultiplyTile<factors, Out>;
   const int64_t block = std::max<int64_t>(1, kBlockRows / part.panel_rows);
@@ -635,17 +704,21 @@ void run_tiles(const Task& task, const Task* next, bool adds, bool streams, floa
       const float* right = panels + j * kCols * part.depth();
 
       for (int64_t i = first; i < std::min(first + block, part.num_panels()); ++i) {
+        if (task.col + j * kCols >= part.end_of_cols(i)) continue;
+
         const int64_t row = i * part.panel_rows, rows = part.rows_of(i);
-        const float* left = part.packed + i * kRows * part.depth();
+        const Range depths = part.depths_of(i);
+        const float* left = part.packed + (i * part.depth() + depths.begin) * kRows;
+        const float* below = right + depths.begin * kCols;
         Out* to = out + row * p.out_row + j * kCols;
 
         if (cols == kCols) {
-          multiply[rows](part.depth(), left, right, to, p.out_row, into, ahead);
+          multiply[rows](depths.size(), left, below, to, p.out_row, into, ahead);
           continue;
         }
 
         alignas(64) float edge[kRows * kCols];
-        kMultiplyTile<factors, float>[rows](part.depth(), left, right, edge, kCols,
+        kMultiplyTile<factors, float>[rows](depths.size(), left, below, edge, kCols,
                                             Into::kOut, ahead);
         for (int64_t r = 0; r < rows; ++r)
           moxe::store_row(edge + r * kCols, cols, adds, to + r * p.out_row);
@@ -680,7 +753,7 @@ void run(const Task& task, const Task* next, bool adds, bool streams, float* pan
       std::memset(part.out(r) + bytes * task.col, 0, bytes * task.num_cols);
   }
 
-  adds = adds || part.first > 0;
+  adds = adds || !part.is_first;
 
   switch (part.kind) {
     case Kind::kPacked:
@@ -712,9 +785,9 @@ void run(const Task& task, const Task* next, bool adds, bool streams, float* pan
 
 // The products, cut into parts, for one of several equal pieces of their inner dimensions;
 // `num_col_blocks` gets what each part is divided into.
-std::vector<Part> cut(int64_t num_products, const Product* products, const Types& types,
-                      int64_t piece, int num_threads,
-                      std::vector<int64_t>& num_col_blocks) {
+std::vector<Part> cut(int64_t num_products, const Product* products,
+                      const Triangle* triangles, const Types& types, int64_t piece,
+                      int num_threads, std::vector<int64_t>& num_col_blocks) {
   // Depends on k alone, as the order of sums does.
   const auto first_of = [types](const Product& p, int64_t piece) {
     return p.k == 0 ? 0 : piece * divide_up(p.k, p.num_pieces(types.factors));
@@ -724,12 +797,18 @@ std::vector<Part> cut(int64_t num_products, const Product* products, const Types
                ? int64_t(-1)
                : std::min(first_of(p, piece + 1), p.k) - first_of(p, piece);
   };
+  const auto triangle_of = [&](int64_t i) {
+    return triangles == nullptr ? Triangle::kNone : triangles[i];
+  };
+  // Of one of `count` products.
+  const auto work_of = [&](int64_t i) {
+    const Product& p = products[i];
+    const double work = double(p.m) * p.n * std::max<int64_t>(inner_of(p), 0);
+    return triangle_of(i) == Triangle::kNone ? work : work / 2;
+  };
 
   double work = 0;
-  for (int64_t i = 0; i < num_products; ++i) {
-    const Product& p = products[i];
-    work += double(p.count) * p.m * p.n * std::max<int64_t>(inner_of(p), 0);
-  }
+  for (int64_t i = 0; i < num_products; ++i) work += products[i].count * work_of(i);
   // Some tasks a thread, so that none waits for long.
   const double limit = std::max(work / (8.0 * num_threads), kMinWork);
 
@@ -737,27 +816,42 @@ std::vector<Part> cut(int64_t num_products, const Product* products, const Types
   num_col_blocks.clear();
   for (int64_t i = 0; i < num_products; ++i) {
     const Product& p = products[i];
-    const int64_t inner = inner_of(p);
-    if (inner < 0) continue;
+    const Triangle triangle = triangle_of(i);
+    const int64_t whole = inner_of(p);
+    if (whole < 0) continue;
 
-    const Kind kind = p.kind(types);
-    const int64_t num_indices = p.is_side_by_side(types) ? p.count : 1;
+    const Kind kind = p.kind(types, triangle);
+    const int64_t num_indices = p.is_side_by_side(types, triangle) ? p.count : 1;
     Types of_part = types;
     if (kind != Kind::kPacked) of_part.factors = Factors::kFloat;
-    const int64_t num_tasks = 1 + int64_t(double(num_indices) * p.m * p.n * inner / limit);
+    const int64_t num_tasks = 1 + int64_t(num_indices * work_of(i) / limit);
     const int64_t cols = std::max(std::min(num_tasks, divide_up(p.n, kMinCols)),
                                   divide_up(p.n, kMaxCols));
     const int64_t max_rows =
-        std::min(kMaxPacked / std::max<int64_t>(inner, 1),
+        std::min(kMaxPacked / std::max<int64_t>(whole, 1),
                  divide_up(p.m, divide_up(num_tasks, cols)));
     const int64_t rows = divide_up(max_rows, kRows) * kRows;
     for (int64_t index = 0; index < p.count; index += num_indices)
       for (int64_t row = 0; row < p.m; row += rows) {
-        const int64_t num_rows = std::min(rows, p.m - row);
+        const int64_t num_rows = std::min(rows, p.m - row), end = row + num_rows;
         // Even, since a panel of few rows is slow.
         const int64_t panel_rows = divide_up(num_rows, divide_up(num_rows, kRows));
-        parts.push_back({&p, index, num_indices, row, num_rows, first_of(p, piece), inner,
-                         panel_rows, kind, of_part, nullptr});
+
+        int64_t num_cols = p.n, first = first_of(p, piece), inner = whole;
+        if (triangle == Triangle::kLowerResult) num_cols = std::min(num_cols, end);
+        if (triangle == Triangle::kLowerLeft)
+          inner = std::clamp<int64_t>(end - first, 0, inner);
+        if (triangle == Triangle::kUpperLeft) {
+          // Pairs stay what they are.
+          const int64_t per = per_place(of_part.factors);
+          const int64_t skipped = std::clamp<int64_t>(row - first, 0, inner) / per * per;
+          first += skipped;
+          inner -= skipped;
+        }
+        if (inner == 0 && piece > 0) continue;
+
+        parts.push_back({&p, triangle, index, num_indices, row, num_rows, num_cols, first,
+                         inner, panel_rows, piece == 0, kind, of_part, nullptr});
         num_col_blocks.push_back(cols);
       }
   }
@@ -772,17 +866,24 @@ struct alignas(64) Queue {
   int64_t end;
 };
 
-// Gives each thread an equal share of the tasks, of which the last one is cut into small ones:
+// Gives each thread an equal share of the work, of which the last task is cut into small ones:
 // the threads end at about the same time then.
 std::vector<Task> deal(const std::vector<Task>& tasks, std::vector<Queue>& queues) {
   const int64_t num_tasks = tasks.size(), num_threads = queues.size();
   std::vector<Task> dealt;
   dealt.reserve(num_tasks + num_threads * divide_up(kMaxCols, kCols));
 
-  for (int64_t i = 0; i < num_threads; ++i) {
-    const int64_t end = (i + 1) * num_tasks / num_threads;
+  // Up to each task. All tasks do something, so that there is an order to cut.
+  std::vector<double> work(num_tasks + 1, 0);
+  for (int64_t t = 0; t < num_tasks; ++t) work[t + 1] = work[t] + tasks[t].work() + 1;
+
+  for (int64_t i = 0, begin = 0, end; i < num_threads; ++i, begin = end) {
+    const double share = work[num_tasks] * (i + 1) / num_threads;
+    // A task is of the thread in whose share its middle lies.
+    for (end = begin; end < num_tasks && work[end] + work[end + 1] <= 2 * share;) ++end;
+
     queues[i].next = dealt.size();
-    for (int64_t t = i * num_tasks / num_threads; t < end; ++t) {
+    for (int64_t t = begin; t < end; ++t) {
       const Task& task = tasks[t];
       const bool is_cut = t == end - 1 && task.part->packs();
       const int64_t cols = is_cut ? int64_t(kCols) : task.num_cols;
@@ -813,10 +914,10 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
          panel += kPanelsAtOnce)
       pack_tasks.push_back({part, panel});
 
-    const int64_t n = part->product->n;
-    const int64_t cols = divide_up(divide_up(n, *num_col_blocks), kCols) * kCols;
-    for (int64_t col = 0; col < n; col += cols)
-      tasks.push_back({part, col, std::min(cols, n - col)});
+    const int64_t cols =
+        divide_up(divide_up(part->product->n, *num_col_blocks), kCols) * kCols;
+    for (int64_t col = 0; col < part->num_cols; col += cols)
+      tasks.push_back({part, col, std::min(cols, part->num_cols - col)});
   }
 
   const int64_t num_pack_tasks = pack_tasks.size();
@@ -847,8 +948,8 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
   return done;
 }
 
-bool multiply_all(int64_t num_products, const Product* products, const Types& types,
-                  bool adds, bool streams, int num_threads) {
+bool multiply_all(int64_t num_products, const Product* products, const Triangle* triangles,
+                  const Types& types, bool adds, bool streams, int num_threads) {
   int64_t num_pieces = 0;
   for (int64_t i = 0; i < num_products; ++i)
     num_pieces = std::max(num_pieces, products[i].num_pieces(types.factors));
@@ -856,7 +957,7 @@ bool multiply_all(int64_t num_products, const Product* products, const Types& ty
   std::vector<int64_t> num_col_blocks;
   for (int64_t piece = 0; piece < num_pieces; ++piece) {
     std::vector<Part> parts =
-        cut(num_products, products, types, piece, num_threads, num_col_blocks);
+        cut(num_products, products, triangles, types, piece, num_threads, num_col_blocks);
 
     // Groups of equal size, as the threads wait for each other after each.
     int64_t total = 0;
@@ -889,14 +990,15 @@ extern "C" int moxe_multiplies_bfloat16() {
 
 // Returns 0, or 1 if there is no memory for copies of the factors. Where bits of `halves` are
 // set, left factors (1), right ones (2) or results (4) are kept in bfloat16. Factors are rounded
-// to it where one is, and, where that is possible, with `rounds`.
-extern "C" int moxe_multiply(int64_t num_products, const Product* products, int rounds,
-                             int halves, int adds, int streams, int num_threads) {
+// to it where one is, and, where that is possible, with `rounds`. Without `triangles`, all
+// matrices are whole.
+extern "C" int moxe_multiply(int64_t num_products, const Product* products,
+                             const Triangle* triangles, int rounds, int halves, int adds, int streams, int num_threads) {
   const bool pairs = (rounds || (halves & 3)) && moxe::kHasBFloat16;
   const Types types = {(halves & 1) != 0, (halves & 2) != 0, (halves & 4) != 0,
                        pairs ? Factors::kBFloat16 : Factors::kFloat};
   try {
-    return multiply_all(num_products, products, types, adds != 0, streams != 0, num_threads)
+    return multiply_all(num_products, products, triangles, types, adds != 0, streams != 0, num_threads)
                ? 0
                : 1;
   } catch (const std::bad_alloc&) {

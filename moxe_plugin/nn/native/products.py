@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from enum import IntEnum
 from functools import cache
 from typing import Final, NamedTuple
 
@@ -35,6 +36,19 @@ _DTYPES: Final = (torch.float32, torch.bfloat16)
 _MAX_DEPTH: Final = 1024
 """Up to which inner dimension a result of float32 factors is complete at once; if one
 is bfloat16, up to twice as many: ``kMaxDepth`` of the C++ code."""
+
+
+class Triangle(IntEnum):
+    """Which half of a square matrix of a product is all that there is of it.
+
+    Of the other half, numbers next to the diagonal are written, if it is of a result,
+    or have to be 0: ``kBeyondDiagonal`` of the C++ code. The rest is not touched.
+    """
+
+    NONE = 0
+    LOWER_RESULT = 1
+    LOWER_LEFT = 2
+    UPPER_LEFT = 3
 
 
 class Product(NamedTuple):
@@ -96,6 +110,7 @@ def multiply_all(
 def multiply_described(
     numbers: array[int],
     *,
+    triangles: array[int] | None = None,
     halves: int = 0,
     adds: bool = False,
     streams: bool = False,
@@ -106,6 +121,7 @@ def multiply_described(
         code: B, m, n, k; then of ``lhs``, ``rhs`` and ``out`` the address, and the
         elements from one to the next matrix, row and column (of ``out``, no column).
         The caller holds the memory.
+    :param triangles: The :class:`Triangle` of each product, by default none.
     :param halves: What is bfloat16, see :func:`find_halves`.
     :param adds: As for :func:`multiply_all`.
     :param streams: As for :func:`multiply_all`.
@@ -123,6 +139,7 @@ def multiply_described(
     is_out_of_memory = find_function("products", "moxe_multiply")(
         ctypes.c_int64(len(numbers) // NUM_NUMBERS),
         ctypes.c_void_p(numbers.buffer_info()[0]),
+        ctypes.c_void_p(triangles.buffer_info()[0] if triangles else None),
         ctypes.c_int(rounds_now()),
         ctypes.c_int(halves),
         ctypes.c_int(adds),

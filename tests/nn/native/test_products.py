@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, product
 from typing import Final
@@ -17,8 +18,12 @@ from torch.testing import assert_close
 from moxe_plugin.nn.native import products
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.products import (
+    NUM_NUMBERS,
     Product,
+    Triangle,
+    find_halves,
     multiply_all,
+    multiply_described,
     rounds_to_bfloat16,
 )
 from moxe_plugin.nn.native.row_products import (
@@ -599,3 +604,135 @@ def test_factors_of_other_types_are_refused() -> None:
         multiply_all(
             [Product(torch.ones(2, 3), torch.ones(3, 4).double(), torch.ones(2, 4))]
         )
+
+
+# How many numbers beyond the diagonal are read: those of a panel of rows.
+BEYOND_DIAGONAL: Final = 16
+
+# The sides of squares, and the other dimension; the last is summed in pieces.
+SQUARES: Final = (
+    *product((1, 2, 13, 15, 29, 64, 70, 113), (5, 32, 40)),
+    *((257, 64), (300, 96), (2100, 7)),
+)
+
+
+def make_half(triangle: Triangle, layout: str, num: int) -> Tensor:
+    """Make squares that are 0 next to the diagonal, and not finite beyond that."""
+    square = LAYOUTS[layout](2, num, num)
+    if triangle == Triangle.LOWER_LEFT:
+        return square.tril() + torch.full((num, num), nan).triu(BEYOND_DIAGONAL + 1)
+
+    return square.triu() + torch.full((num, num), nan).tril(-BEYOND_DIAGONAL - 1)
+
+
+def multiply_triangles(
+    products: Sequence[Product], triangles: Sequence[Triangle], *, adds: bool = False
+) -> None:
+    numbers = array("q")
+    for lhs, rhs, out in products:
+        numbers.extend((*lhs.shape[:2], rhs.size(2), lhs.size(2)))
+        for x in (lhs, rhs, out):
+            numbers.extend((x.data_ptr(), *x.stride()))
+        numbers.pop()
+
+    assert len(numbers) == NUM_NUMBERS * len(products)
+    halves = find_halves(products, [x.out for x in products])
+    multiply_described(
+        numbers, triangles=array("q", triangles), halves=halves, adds=adds
+    )
+
+
+def make_triangular_products(
+    layout: str, dtypes: Sequence[torch.dtype]
+) -> tuple[list[Product], list[Triangle]]:
+    """Make products of each kind, in turn with whole ones."""
+    wanted, triangles = [], []
+    for (num, other), triangle in product(SQUARES, Triangle):
+        if triangle in (Triangle.LOWER_LEFT, Triangle.UPPER_LEFT):
+            lhs = make_half(triangle, layout, num)
+            rhs = LAYOUTS[layout](2, num, other)
+        else:
+            lhs, rhs = LAYOUTS[layout](2, num, other), LAYOUTS[layout](2, other, num)
+        out = torch.randn(2, num, rhs.size(-1) + 3)[..., :-3]
+
+        tensors = (
+            x.to(dtype) for x, dtype in zip((lhs, rhs, out), dtypes, strict=True)
+        )
+        wanted.append(Product(*tensors))
+        triangles.append(triangle)
+
+    return wanted, triangles
+
+
+def check_triangular_product(
+    product: Product, triangle: Triangle, old: Tensor, *, adds: bool
+) -> None:
+    lhs, rhs, out = product
+    if torch.bfloat16 in (lhs.dtype, rhs.dtype):
+        lhs, rhs = lhs.bfloat16(), rhs.bfloat16()
+    if triangle == Triangle.LOWER_LEFT:
+        lhs = lhs.tril()
+    if triangle == Triangle.UPPER_LEFT:
+        lhs = lhs.triu()
+    before = old if adds else torch.zeros_like(old)
+    if triangle != Triangle.LOWER_RESULT:
+        check_rounded(lhs, rhs, out, before)
+        return
+
+    # Tiles that the diagonal does not cut are left alone.
+    assert torch.equal(out.triu(14 + 32), old.triu(14 + 32))
+    expected = (lhs.double() @ rhs.double() + before).to(out.dtype)
+    is_lower = torch.ones_like(out[0], dtype=torch.bool).tril()
+    check_rounded(lhs, rhs, torch.where(is_lower, out, expected), before)
+
+
+@needs_avx512
+@pytest.mark.parametrize("adds", [False, True], ids=["sets", "adds"])
+@pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
+def test_halves_of_squares_are_read_or_written(layout: str, adds: bool) -> None:
+    wanted, triangles = make_triangular_products(layout, [torch.float32] * 3)
+    old = [out.clone() for *_, out in wanted]
+
+    multiply_triangles(wanted, triangles, adds=adds)
+
+    for x, triangle, before in zip(wanted, triangles, old, strict=True):
+        check_triangular_product(x, triangle, before, adds=adds)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtypes", HALVES, ids=str)
+def test_halves_of_squares_may_be_kept_in_bfloat16(
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], layout: str
+) -> None:
+    wanted, triangles = make_triangular_products(layout, dtypes)
+    # Several sums of bfloat16 would be rounded.
+    short = [i for i, x in enumerate(wanted) if x.lhs.size(-1) < 1000]
+    wanted, triangles = [wanted[i] for i in short], [triangles[i] for i in short]
+    old = [out.clone() for *_, out in wanted]
+
+    multiply_triangles(wanted, triangles)
+
+    for x, triangle, before in zip(wanted, triangles, old, strict=True):
+        check_triangular_product(x, triangle, before, adds=False)
+
+
+@needs_bfloat16
+@pytest.mark.usefixtures("_restored_threads")
+@pytest.mark.parametrize("left", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_threads", [1, 3, 8])
+def test_halves_of_squares_do_not_depend_on_threads_or_other_products(
+    num_threads: int, left: torch.dtype
+) -> None:
+    wanted, triangles = make_triangular_products("rows", [left, left, torch.float32])
+    torch.set_num_threads(2)
+    for x, triangle in zip(wanted, triangles, strict=True):
+        multiply_triangles([x], [triangle])
+    expected = [out.clone() for *_, out in wanted]
+
+    torch.set_num_threads(num_threads)
+    multiply_triangles(wanted, triangles)
+
+    for (*_, out), triangle, one in zip(wanted, triangles, expected, strict=True):
+        is_lower = triangle == Triangle.LOWER_RESULT
+        assert torch.equal(*(x.tril() if is_lower else x for x in (out, one)))
