@@ -187,7 +187,9 @@ ALWAYS_INLINE void put(const __m512 (&sums)[kVecs], BFloat16* out, Into into) {
 template <Factors factors, typename Out, int Rows>
 void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __restrict rhs,
                    Out* __restrict out, int64_t out_row, Into into, Ahead& ahead) {
+  // Not unrolled, loops over registers would keep them on the stack.
   __m512 sums[Rows][kVecs];
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < kVecs; ++v) {
       sums[r][v] = _mm512_setzero_ps();
@@ -202,6 +204,7 @@ void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __re
       __m512 weights[kVecs];
       for (int v = 0; v < kVecs; ++v)
         weights[v] = _mm512_loadu_ps(rhs + i * kCols + v * kWidth);
+#pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
         const __m512 value = _mm512_set1_ps(lhs[i * kRows + r]);
         for (int v = 0; v < kVecs; ++v)
@@ -210,6 +213,7 @@ void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __re
     }
   }
 
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) put(sums[r], out + r * out_row, into);
 }
 
@@ -993,7 +997,8 @@ extern "C" int moxe_multiplies_bfloat16() {
 // to it where one is, and, where that is possible, with `rounds`. Without `triangles`, all
 // matrices are whole.
 extern "C" int moxe_multiply(int64_t num_products, const Product* products,
-                             const Triangle* triangles, int rounds, int halves, int adds, int streams, int num_threads) {
+                             const Triangle* triangles, int rounds, int halves, int adds,
+                             int streams, int num_threads) {
   const bool pairs = (rounds || (halves & 3)) && moxe::kHasBFloat16;
   const Types types = {(halves & 1) != 0, (halves & 2) != 0, (halves & 4) != 0,
                        pairs ? Factors::kBFloat16 : Factors::kFloat};
