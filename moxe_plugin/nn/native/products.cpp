@@ -613,12 +613,14 @@ void run(const PackTask& task) {
   if (part.has_left_triangle()) {
     const Product& p = *part.product;
     const int64_t per = per_place(part.types.factors);
-    for (int64_t i = task.panel; i < std::min(task.panel + kPanelsAtOnce, part.num_panels()); ++i) {
+    const int64_t bytes = bytes_of(part.types.is_lhs_half);
+    const int64_t last = std::min(task.panel + kPanelsAtOnce, part.num_panels());
+    for (int64_t i = task.panel; i < last; ++i) {
       const Range depths = part.depths_of(i);
       const int64_t begin = depths.begin * per, end = std::min(depths.end * per, part.inner);
       pack<kRows>(part.types.factors, part.types.is_lhs_half,
-                  part.lhs(i * part.panel_rows) + bytes_of(part.types.is_lhs_half) * begin * p.lhs_col,
-                  p.lhs_col, p.lhs_row, end - begin, part.rows_of(i), part.panel_rows,
+                  part.lhs(i * part.panel_rows) + bytes * begin * p.lhs_col, p.lhs_col,
+                  p.lhs_row, end - begin, part.rows_of(i), part.panel_rows,
                   part.packed + (i * part.depth() + depths.begin) * kRows);
     }
     return;
@@ -1003,9 +1005,9 @@ extern "C" int moxe_multiply(int64_t num_products, const Product* products,
   const Types types = {(halves & 1) != 0, (halves & 2) != 0, (halves & 4) != 0,
                        pairs ? Factors::kBFloat16 : Factors::kFloat};
   try {
-    return multiply_all(num_products, products, triangles, types, adds != 0, streams != 0, num_threads)
-               ? 0
-               : 1;
+    const bool done = multiply_all(num_products, products, triangles, types, adds != 0,
+                                   streams != 0, num_threads);
+    return done ? 0 : 1;
   } catch (const std::bad_alloc&) {
     return 1;
   }
