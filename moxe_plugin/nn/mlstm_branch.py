@@ -12,7 +12,7 @@ from torch import Tensor
 from moxe_plugin.nn.layers import NORM_EPS
 from moxe_plugin.nn.mlstm_parameters import MLSTMParameters
 from moxe_plugin.nn.mlstm_recurrence import MLSTMCellInputs, MLSTMRecurrence
-from moxe_plugin.nn.native.block_params import find_block_rows
+from moxe_plugin.nn.native.block_params import count_blocks, find_block_rows
 from moxe_plugin.nn.native.causal_squares import Sequences
 from moxe_plugin.nn.native.gating import MLSTMOutput, gate_mlstm_output
 from moxe_plugin.nn.native.library import NativeSource, why_not_loaded
@@ -143,7 +143,7 @@ class MLSTMBranch(MLSTMParameters):
 
         return mlstm_block_rows(
             *(seqs.reshape(-1, self.model_dim), weights),
-            find_block_rows(seqs.shape, self.num_experts, rows),
+            find_block_rows(seqs.shape, count_blocks(weights), rows),
             form,
             num_heads=self.num_heads,
             eps=NORM_EPS,

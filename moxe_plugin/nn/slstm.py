@@ -11,7 +11,7 @@ from torch import Tensor
 from moxe_plugin.nn.backend import product_dtype, resolve_backend, trains_on_rows
 from moxe_plugin.nn.grouped import grouped_head_products
 from moxe_plugin.nn.layers import NORM_EPS
-from moxe_plugin.nn.native.block_params import find_block_rows
+from moxe_plugin.nn.native.block_params import count_blocks, find_block_rows
 from moxe_plugin.nn.native.library import NativeSource, why_not_loaded
 from moxe_plugin.nn.native.slstm_block import slstm_block_rows
 from moxe_plugin.nn.products import runs_native
@@ -177,11 +177,12 @@ class SLSTMBlock(SLSTMParameters):
         grid_shape: Sequence[int] = seqs.shape[:-1]
         if rows is not None:
             grid_shape = rows.grid_shape
+        num_blocks = count_blocks(weights)
 
         return slstm_block_rows(
             *(seqs.reshape(-1, self.model_dim), weights),
-            find_block_rows(seqs.shape, self.num_experts, rows),
-            find_bounds(grid_shape, seq_lens, rows, self.num_experts or 1),
+            find_block_rows(seqs.shape, num_blocks, rows),
+            find_bounds(grid_shape, seq_lens, rows, num_blocks),
             NORM_EPS,
         ).view(seqs.shape)
 

@@ -31,12 +31,12 @@ class BlockRows(NamedTuple):
 
 
 def find_block_rows(
-    shape: Sequence[int], num_experts: int | None, rows: Rows | None
+    shape: Sequence[int], num_blocks: int, rows: Rows | None
 ) -> BlockRows:
     """Find the rows of a batch.
 
     :param shape: ``([E,]N,S,M)``.
-    :param num_experts: The number of stacked blocks E; ``None`` for a single one.
+    :param num_blocks: The number of stacked blocks E, 1 for a single one.
     :param rows: The rows, if they leave out padding, for which ``shape`` tells nothing;
         ``None`` if they are the whole batch.
 
@@ -46,10 +46,22 @@ def find_block_rows(
         return BlockRows(array("q", rows.counts), array("q", rows.seq_lens))
 
     *batch, seq_len, _ = shape
-    num_runs, num_blocks = math.prod(batch), num_experts or 1
+    num_runs = math.prod(batch)
     counts = [num_runs * seq_len // num_blocks] * num_blocks
 
     return BlockRows(array("q", counts), array("q", [seq_len] * num_runs))
+
+
+def count_blocks(params: Sequence[Tensor]) -> int:
+    """Count the blocks whose parameters are stacked.
+
+    A bank may be called with those of some of its experts.
+
+    :param params: The parameters; the first is a vector for each expert of a bank.
+
+    :returns: E; 1 for a single block.
+    """
+    return params[0].size(0) if params[0].ndim == 2 else 1
 
 
 def stack_params(params: Sequence[Tensor], *, is_bank: bool) -> list[Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, tensor
 from torch.autograd import grad
+from torch.func import functional_call
 from torch.nn import Parameter
 
 from moxe_plugin.nn import mlstm_branch, slstm
@@ -170,6 +171,21 @@ def test_gradients_are_computed_as_the_outputs_were(kind: type[Block]) -> None:
 
     for x, y in zip(actual, expected[1:], strict=True):
         assert torch.equal(x, y)
+
+
+def test_bank_may_be_called_with_the_parameters_of_some_experts(
+    kind: type[Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count_calls(monkeypatch)
+    block = make_block(kind, 3)
+    seqs, _ = make_seqs(3, None)
+    expected, _ = block(seqs, return_state=False)
+    params = {name: x[1:2] for name, x in block.named_parameters()}
+
+    actual, _ = functional_call(block, params, (seqs[1:2],), {"return_state": False})
+
+    assert len(calls) == 2
+    assert torch.equal(actual, expected[1:2])
 
 
 def test_rows_may_lie_apart(kind: type[Block]) -> None:
