@@ -207,8 +207,9 @@ def find_bounds(
 
         return RowBounds(
             rows.counts,
-            torch.tensor(begins).view(num_experts, num_seqs),
-            torch.tensor(rows.seq_lens).view(num_experts, num_seqs),
+            # Of no sequence, they would be floats.
+            torch.tensor(begins, dtype=torch.int64).view(num_experts, num_seqs),
+            torch.tensor(rows.seq_lens, dtype=torch.int64).view(num_experts, num_seqs),
             padded_len=0,
         )
 

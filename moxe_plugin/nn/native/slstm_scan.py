@@ -223,6 +223,8 @@ def _shift(outputs: Tensor, y: Tensor, bounds: RowBounds) -> Tensor:
     # What each step reads: the output before it, or the memory's.
     old = torch.empty_like(outputs)
     old[1:] = outputs[:-1]
+    # No step reads it if the first sequence is empty.
+    old[:1] = 0
 
     has_rows = bounds.lens > 0
     old[bounds.begins[has_rows]] = y.flatten(-2)[has_rows].to(old.dtype)
