@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -115,21 +116,15 @@ class _GroupedProducts(Function):
                 ctx.counts,
             )
 
-        grad_rows: list[Tensor | None] = [None for _ in rows]
-        wanted = [i for i, needs_grad in enumerate(needs_rows) if needs_grad]
-        parts = weight.unbind(-2)
-        for i, x in zip(
-            wanted,
+        found = iter(
             multiply_rows(
-                [grad_outputs[i] for i in wanted],
-                [parts[i].mT for i in wanted],
+                [*compress(grad_outputs, needs_rows)],
+                [part.mT for part in compress(weight.unbind(-2), needs_rows)],
                 ctx.counts,
-            ),
-            strict=True,
-        ):
-            grad_rows[i] = x
+            )
+        )
 
-        return None, grad_weight, *grad_rows
+        return None, grad_weight, *(next(found) if x else None for x in needs_rows)
 
 
 class _Spread(Function):

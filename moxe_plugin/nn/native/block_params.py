@@ -64,14 +64,15 @@ def count_blocks(params: Sequence[Tensor]) -> int:
     return params[0].size(0) if params[0].ndim == 2 else 1
 
 
-def stack_params(params: Sequence[Tensor], *, is_bank: bool) -> list[Tensor]:
+def stack_params(params: Sequence[Tensor]) -> list[Tensor]:
     """Let the parameters of a single block be those of a bank of one.
 
-    :param params: The parameters.
-    :param is_bank: Whether they are a bank's.
+    :param params: The parameters; the first is a vector for each expert of a bank.
 
     :returns: The same with E first, contiguous.
     """
+    is_bank = params[0].ndim == 2
+
     return [(x if is_bank else x.unsqueeze(0)).contiguous() for x in params]
 
 

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.native.library import SUFFIXES, find_function
+from moxe_plugin.nn.native.library import SUFFIXES, find_function, pointers_to
 
 
 def causal_conv(
@@ -203,13 +203,9 @@ def _call(
     )
 
     # Each tensor lives until the call returns: the caller holds them.
-    pointers = [
-        ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (*inputs, *others)
-    ]
-
     function(
         (ctypes.c_int64 * len(shape))(*shape),
         ctypes.c_int(torch.get_num_threads()),
         ctypes.c_void_p(seq_lens.buffer_info()[0]),
-        *pointers,
+        *pointers_to(*inputs, *others),
     )

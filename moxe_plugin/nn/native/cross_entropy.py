@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.library import find_function
+from moxe_plugin.nn.native.library import find_function, pointers_to
 
 SUFFIXES: Final = {
     torch.float32: "float",
@@ -56,7 +56,7 @@ def cross_entropy_(
     find_function("cross_entropy", f"moxe_cross_entropy_{SUFFIXES[logits.dtype]}")(
         (ctypes.c_int64 * len(shape))(*shape),
         ctypes.c_int(torch.get_num_threads()),
-        *(ctypes.c_void_p(x.data_ptr()) for x in (logits, targets, weights, losses)),
+        *pointers_to(logits, targets, weights, losses),
     )
 
     return losses

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.native.library import SUFFIXES, find_function
+from moxe_plugin.nn.native.library import SUFFIXES, find_function, pointers_to
 
 
 class MLSTMOutput(NamedTuple):
@@ -216,7 +216,7 @@ def _call_output(
         ctypes.c_void_p(counts.buffer_info()[0]),
         ctypes.c_double(eps),
         ctypes.c_int(torch.get_num_threads()),
-        *(ctypes.c_void_p(x.data_ptr()) for x in tensors),
+        *pointers_to(*tensors),
     )
 
 
@@ -227,7 +227,7 @@ def _call_silu(direction: str, joint: Tensor, *tensors: Tensor) -> None:
         ctypes.c_int64(joint.numel() // (2 * dim) if dim > 0 else 0),
         ctypes.c_int64(dim),
         ctypes.c_int(torch.get_num_threads()),
-        *(ctypes.c_void_p(x.data_ptr()) for x in (joint, *tensors)),
+        *pointers_to(joint, *tensors),
     )
 
 

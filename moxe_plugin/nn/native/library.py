@@ -75,6 +75,17 @@ def int64_array(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
+def pointers_to(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    """Tell C++ where tensors are.
+
+    :param tensors: The tensors, which live until the call returns: the caller holds
+        them. ``None`` becomes null.
+
+    :returns: The address of each.
+    """
+    return [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
+
+
 @cache
 def load_library(source: NativeSource) -> ctypes.CDLL:
     """Compile a C++ file, unless a cache holds it already, and load it.

@@ -89,7 +89,7 @@ class _MLSTMBlockRows(Function):
         flat: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        w = _stack(params)
+        w = MLSTMWeights(*stack_params(params))
         flat, counts = flat.contiguous(), rows.counts
 
         normed, stats = norm_rows(flat, w.norm, counts, 1, eps)
@@ -141,8 +141,8 @@ class _MLSTMBlockRows(Function):
         form: MLSTMForm = ctx.form
         eps: float = ctx.eps
 
-        w, counts = _stack(params), rows.counts
-        # A frozen block spares the products of its weights.
+        w, counts = MLSTMWeights(*stack_params(params)), rows.counts
+        # A frozen block spares the larger products of its weights.
         needs_flat, *needs_params = ctx.needs_input_grad[4:]
         needs = dict(zip(MLSTMWeights._fields, needs_params, strict=True))
         grad_out = grad_out.contiguous()
@@ -210,11 +210,6 @@ class _MLSTMBlockRows(Function):
             grad_flat if needs_flat else None,
             *unstack_grads(of_params, params),
         )
-
-
-def _stack(params: Sequence[Tensor]) -> MLSTMWeights:
-    # A norm's scale is a vector for each expert.
-    return MLSTMWeights(*stack_params(params, is_bank=params[0].ndim == 2))
 
 
 def _halve(weight: Tensor) -> list[Tensor]:

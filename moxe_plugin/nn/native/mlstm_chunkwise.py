@@ -36,7 +36,12 @@ from moxe_plugin.nn.native.causal_squares import (
     multiply_into_lower,
     multiply_lower,
 )
-from moxe_plugin.nn.native.library import SUFFIXES, find_function, int64_array
+from moxe_plugin.nn.native.library import (
+    SUFFIXES,
+    find_function,
+    int64_array,
+    pointers_to,
+)
 from moxe_plugin.nn.native.mlstm_forms import CellGradients, NormalizerLimits
 from moxe_plugin.nn.padding import EMPTY, widen
 from moxe_plugin.nn.ragged_products import multiply_parts
@@ -264,5 +269,5 @@ def _call(
             int64_array(x)
             for x in (chunks.begins, chunks.lens, chunks.squares.offsets, chunks.firsts)
         ),
-        *(ctypes.c_void_p(x.data_ptr()) for x in tensors),
+        *pointers_to(*tensors),
     )

@@ -24,7 +24,12 @@ from moxe_plugin.nn.native.causal_squares import (
     multiply_into_lower,
     multiply_lower,
 )
-from moxe_plugin.nn.native.library import SUFFIXES, find_function, int64_array
+from moxe_plugin.nn.native.library import (
+    SUFFIXES,
+    find_function,
+    int64_array,
+    pointers_to,
+)
 from moxe_plugin.nn.native.mlstm_forms import CellGradients, NormalizerLimits
 from moxe_plugin.nn.padding import EMPTY
 
@@ -102,5 +107,5 @@ class MLSTMParallelForm:
             (ctypes.c_double * len(constants))(*constants),
             ctypes.c_int(torch.get_num_threads()),
             *(int64_array(x) for x in lists),
-            *(ctypes.c_void_p(x.data_ptr()) for x in (gates, *others)),
+            *pointers_to(gates, *others),
         )

@@ -14,7 +14,12 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.library import SUFFIXES, find_function, int64_array
+from moxe_plugin.nn.native.library import (
+    SUFFIXES,
+    find_function,
+    int64_array,
+    pointers_to,
+)
 from moxe_plugin.nn.native.mlstm_forms import CellGradients
 from moxe_plugin.nn.native.products import rounds_now
 from moxe_plugin.nn.padding import widen
@@ -209,5 +214,5 @@ def _call(
         int64_array(shape),
         int64_array(counts),
         ctypes.c_int(torch.get_num_threads()),
-        *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors),
+        *pointers_to(*tensors),
     )

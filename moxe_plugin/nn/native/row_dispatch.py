@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.library import SUFFIXES, find_function
+from moxe_plugin.nn.native.library import SUFFIXES, find_function, pointers_to
 
 
 def sum_choices(
@@ -88,8 +88,5 @@ def _call(
         ctypes.c_int(torch.get_num_threads()),
         (ctypes.c_void_p * len(banks))(*(bank.data_ptr() for bank in banks)),
         (ctypes.c_int64 * len(banks))(*ends),
-        *(
-            ctypes.c_void_p(None if x is None else x.data_ptr())
-            for x in (row_of_choice, weights, *tensors)
-        ),
+        *pointers_to(row_of_choice, weights, *tensors),
     )

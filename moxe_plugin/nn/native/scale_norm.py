@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.native.library import SUFFIXES, find_function
+from moxe_plugin.nn.native.library import SUFFIXES, find_function, pointers_to
 
 
 def scale_norm(
@@ -159,8 +159,5 @@ def _call(
         ctypes.c_void_p(counts.buffer_info()[0]),
         ctypes.c_double(eps),
         ctypes.c_int(torch.get_num_threads()),
-        *(
-            ctypes.c_void_p(None if x is None else x.data_ptr())
-            for x in (flat, *others)
-        ),
+        *pointers_to(flat, *others),
     )

@@ -6,7 +6,6 @@ As :mod:`moxe_plugin.nn.native.mlstm_block` of the block of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,7 +73,7 @@ class _SLSTMBlockRows(Function):
         flat: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        w = _stack(params)
+        w = SLSTMWeights(*stack_params(params))
         flat, counts = flat.contiguous(), rows.counts
         num_heads = w.gate_bias.size(1)
 
@@ -133,8 +132,8 @@ class _SLSTMBlockRows(Function):
         bounds: RowBounds = ctx.bounds
         eps: float = ctx.eps
 
-        w, counts = _stack(params), rows.counts
-        # A frozen block spares the products of its weights.
+        w, counts = SLSTMWeights(*stack_params(params)), rows.counts
+        # A frozen block spares the larger products of its weights.
         needs_flat, *needs_params = ctx.needs_input_grad[3:]
         needs = dict(zip(SLSTMWeights._fields, needs_params, strict=True))
         grad_out = grad_out.contiguous()
@@ -211,11 +210,6 @@ class _SLSTMBlockRows(Function):
             grad_flat if needs_flat else None,
             *unstack_grads(of_params, params),
         )
-
-
-def _stack(params: Sequence[Tensor]) -> SLSTMWeights:
-    # A norm's scale is a vector for each expert.
-    return SLSTMWeights(*stack_params(params, is_bank=params[0].ndim == 2))
 
 
 def _halve(weight: Tensor) -> list[Tensor]:

@@ -22,7 +22,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.autocast import recalls_autocast, remembers_autocast
-from moxe_plugin.nn.native.library import SUFFIXES, find_function
+from moxe_plugin.nn.native.library import SUFFIXES, find_function, pointers_to
 from moxe_plugin.nn.native.row_products import ColumnProduct
 from moxe_plugin.nn.products import rounds_factors
 from moxe_plugin.nn.ragged_products import multiply_columns
@@ -261,15 +261,10 @@ def _call(
     shape = (num_experts, num_heads, num_seqs, bounds.padded_len, head_dim)
 
     # Each of `tensors` lives until the call returns: the caller holds them.
-    pointers = [
-        ctypes.c_void_p(None if x is None else x.data_ptr())
-        for x in (bounds.begins, bounds.lens, *tensors)
-    ]
-
     find_function("slstm_scan", f"moxe_slstm_{direction}_{_find_suffix(weight)}")(
         (ctypes.c_int64 * len(shape))(*shape),
         ctypes.c_int(torch.get_num_threads()),
-        *pointers,
+        *pointers_to(bounds.begins, bounds.lens, *tensors),
     )
 
 
