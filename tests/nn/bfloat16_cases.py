@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import Tensor, bfloat16, float64
+from torch import Tensor, bfloat16, float32, float64
 from torch.testing import assert_close
 
 from moxe_plugin.nn.products import rounds_to_bfloat16
@@ -14,6 +14,13 @@ from moxe_plugin.nn.products import rounds_to_bfloat16
 needs_bfloat16 = pytest.mark.skipif(
     not rounds_to_bfloat16(), reason="C++ does not multiply bfloat16 here"
 )
+
+in_each_dtype = pytest.mark.parametrize(
+    "dtype",
+    [float32, float64, pytest.param(bfloat16, marks=needs_bfloat16, id="bfloat16")],
+    ids=str,
+)
+"""Runs a test for each type that functions in C++ keep numbers in, as ``dtype``."""
 
 
 def differentiate(

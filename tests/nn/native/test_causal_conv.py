@@ -27,7 +27,7 @@ from moxe_plugin.nn.native.library import (
 from moxe_plugin.nn.products import follows_autocast
 from moxe_plugin.nn.rows import find_rows
 from moxe_plugin.nn.slstm import SLSTMBlock
-from tests.nn.bfloat16_cases import assert_rounded_once, needs_bfloat16
+from tests.nn.bfloat16_cases import assert_rounded_once, in_each_dtype, needs_bfloat16
 
 needs_compiler = pytest.mark.skipif(
     why_not_loaded("causal_conv") is not None,
@@ -281,15 +281,7 @@ def test_without_compiler_auto_says_so_and_native_is_an_error(
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        float32,
-        float64,
-        pytest.param(bfloat16, marks=needs_bfloat16, id="bfloat16"),
-    ],
-    ids=str,
-)
+@in_each_dtype
 @pytest.mark.parametrize("kernel_size", [4, 3])
 @pytest.mark.parametrize("activates", [False, True])
 def test_gradient_is_added_to_what_there_is(

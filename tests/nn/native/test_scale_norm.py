@@ -22,6 +22,7 @@ from moxe_plugin.nn.native.scale_norm import (
 from tests.nn.bfloat16_cases import (
     assert_rounded_once,
     differentiate,
+    in_each_dtype,
     needs_bfloat16,
 )
 
@@ -154,15 +155,7 @@ def test_module_computes_the_same_with_and_without_cpp(
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        float32,
-        float64,
-        pytest.param(bfloat16, marks=needs_bfloat16, id="bfloat16"),
-    ],
-    ids=str,
-)
+@in_each_dtype
 @pytest.mark.parametrize("counts", COUNTS)
 def test_residual_is_added(counts: list[int], dtype: torch.dtype) -> None:
     flat, weight = (x.detach() for x in make_inputs(counts, 36, dtype))
