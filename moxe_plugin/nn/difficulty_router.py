@@ -16,6 +16,8 @@ from typing_extensions import override
 
 from moxe_plugin.nn.backend import MAX_STEP_SEQS, ScanBackend, resolve_backend
 from moxe_plugin.nn.modulation import Modulation, standard_modulation
+from moxe_plugin.nn.native.router import RouterParams, RouterSettings, route_tokens
+from moxe_plugin.nn.passes import has_native_dtype, passes_natively
 from moxe_plugin.nn.routing import Router, Routing, lecun_normal_
 
 if TYPE_CHECKING:
@@ -36,9 +38,9 @@ class DifficultyRouter(Router):
     :param modulation: How strongly a difficulty acts: :func:`standard_modulation`, or
         a :class:`MaskedModulation` or :class:`ProportionalModulation`.
     :param bias: Whether the scores have a learned bias ``b_r``.
-    :param backend: With ``triton`` one kernel does what follows the scores, if the
-        modulation is the standard one and the choice that of ``selection.fixed_top_k``
-        experts; all else is torch's.
+    :param backend: With ``triton`` one kernel does what follows the scores, with
+        ``native`` one pass of C++ all of it, if the modulation is the standard one and
+        the choice that of ``selection.fixed_top_k`` experts; all else is torch's.
 
     :raises ValueError: ``num_mlstm_experts`` does not fit the number of experts, or
         ``difficulty_bias_scale`` is negative.
@@ -91,6 +93,10 @@ class DifficultyRouter(Router):
         lecun_normal_(self.difficulty_weight, fan_in=self.model_dim)
 
         zeros_(self.difficulty_bias)
+
+    @override
+    def forward(self, hidden: Tensor) -> Routing:
+        return self._route_natively(hidden) or super().forward(hidden)
 
     @override
     def _route(self, hidden: Tensor) -> Routing:
@@ -151,9 +157,36 @@ class DifficultyRouter(Router):
 
         return linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
 
+    def _route_natively(self, hidden: Tensor) -> Routing | None:
+        params = RouterParams(
+            *(self.weight, self.bias, self.difficulty_weight, self.difficulty_bias)
+        )
+
+        if (
+            not self._is_standard("native", hidden)
+            or not has_native_dtype(hidden)
+            or not passes_natively(
+                "router", hidden, *(x for x in params if x is not None)
+            )
+        ):
+            return None
+
+        routed = route_tokens(
+            hidden,
+            params,
+            RouterSettings(
+                self.num_mlstm_experts, self.difficulty_bias_scale, self._fixed_top_k
+            ),
+        )
+
+        return Routing(*routed)
+
     def _has_kernel(self, hidden: Tensor) -> bool:
+        return self._is_standard("triton", hidden)
+
+    def _is_standard(self, backend: ScanBackend, hidden: Tensor) -> bool:
         return (
-            resolve_backend(self.backend, hidden) == "triton"
+            resolve_backend(self.backend, hidden) == backend
             and self.modulation is standard_modulation
             and self.selection.fixed_top_k is not None
         )
@@ -161,18 +194,22 @@ class DifficultyRouter(Router):
     def _route_in_kernel(self, scores: Tensor) -> Routing:
         from moxe_plugin.nn.triton.route import route_scores
 
-        top_k = self.selection.fixed_top_k
-        assert top_k is not None
-
         return Routing(
             scores[:, : self.num_experts],
             *route_scores(
                 scores,
                 num_mlstm_experts=self.num_mlstm_experts,
                 difficulty_bias_scale=self.difficulty_bias_scale,
-                top_k=top_k,
+                top_k=self._fixed_top_k,
             ),
         )
+
+    @property
+    def _fixed_top_k(self) -> int:
+        top_k = self.selection.fixed_top_k
+        assert top_k is not None
+
+        return top_k
 
 
 # Without a limit: a CUDA graph may read them.

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moxe_plugin.nn.native.row_dispatch import sum_choices, sum_choices_backward
+from moxe_plugin.nn.native.row_dispatch import (
+    plan_choices,
+    sum_choices,
+    sum_choices_backward,
+)
 from moxe_plugin.nn.rows import Rows
 
 
@@ -50,55 +53,37 @@ def plan_rows(
         first bank, and so on.
 
     :returns: The plan.
+
+    :raises NativeLibraryError: The C++ code cannot be compiled here.
     """
-    num_seqs, _, top_k = expert_indices.shape
-    num_segments = sum(bank_sizes) * num_seqs
-
-    # Sub-sequences come by expert, then by sequence; the last is of what is not sent.
-    device = expert_indices.device
-    seq_ids = torch.arange(num_seqs, device=device)[:, None, None]
-    segment_of_choice = expert_indices * num_seqs + seq_ids
-    is_sent = expert_indices >= 0
-    if token_mask is not None:
-        is_sent = is_sent & token_mask.unsqueeze(-1)
-    segment_of_choice = segment_of_choice.where(is_sent, num_segments).flatten()
-
-    # Within a sub-sequence, the order of time stays.
-    segments, choice_of_row = segment_of_choice.sort(stable=True)
-    lens = segments.bincount(minlength=num_segments + 1)[:num_segments]
-    begins = lens.cumsum(dim=0) - lens
-    seq_lens: list[int] = lens.tolist()
-    num_rows = sum(seq_lens)
-
-    segments, choice_of_row = segments[:num_rows], choice_of_row[:num_rows]
-    rows = torch.arange(num_rows, device=device)
-    steps = rows - begins[segments]
-
-    row_of_choice = torch.full_like(segment_of_choice, -1)
-    row_of_choice[choice_of_row] = rows
+    num_seqs = expert_indices.size(0)
+    planned = plan_choices(expert_indices, token_mask, bank_sizes)
 
     banks, num_bank_rows = [], []
     first_segment, first_row = 0, 0
     for size in bank_sizes:
         end_segment = first_segment + size * num_seqs
-        bank_lens = seq_lens[first_segment:end_segment]
-        end_row = first_row + sum(bank_lens)
+        seq_lens = planned.seq_lens[first_segment:end_segment]
+        end_row = first_row + sum(seq_lens)
         of_bank = slice(first_row, end_row)
 
         banks.append(
-            _make_rows(
-                *(bank_lens, num_seqs),
-                segments[of_bank] - first_segment,
-                steps[of_bank],
+            Rows(
+                (size, num_seqs, max(seq_lens, default=0)),
+                [
+                    sum(seq_lens[i : i + num_seqs])
+                    for i in range(0, len(seq_lens), num_seqs)
+                ],
+                seq_lens,
+                planned.slot_of_row[of_bank],
+                planned.segment_of_row[of_bank],
+                planned.step_of_row[of_bank],
             )
         )
         num_bank_rows.append(end_row - first_row)
         first_segment, first_row = end_segment, end_row
 
-    return HostPlan(
-        *(banks, num_bank_rows, choice_of_row // top_k),
-        row_of_choice.view(-1, top_k),
-    )
+    return HostPlan(banks, num_bank_rows, planned.token_of_row, planned.row_of_choice)
 
 
 def send_tokens(tokens: Tensor, plan: HostPlan) -> tuple[Tensor, ...]:
@@ -130,21 +115,6 @@ def combine_rows(banks: Sequence[Tensor], weights: Tensor, plan: HostPlan) -> Te
     :raises NativeLibraryError: The C++ code cannot be compiled here.
     """
     return _CombineRows.apply(weights, plan, *banks)  # type: ignore[no-any-return, no-untyped-call]  # as above
-
-
-def _make_rows(
-    seq_lens: list[int], num_seqs: int, segment_of_row: Tensor, step_of_row: Tensor
-) -> Rows:
-    num_experts, padded_len = len(seq_lens) // num_seqs, max(seq_lens, default=0)
-
-    return Rows(
-        (num_experts, num_seqs, padded_len),
-        [sum(seq_lens[i : i + num_seqs]) for i in range(0, len(seq_lens), num_seqs)],
-        seq_lens,
-        segment_of_row * padded_len + step_of_row,
-        segment_of_row,
-        step_of_row,
-    )
 
 
 class _SendTokens(Function):

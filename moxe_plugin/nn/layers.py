@@ -67,6 +67,9 @@ class ScaleNorm(Module):
 
             return normed.to(seqs.dtype).view(seqs.shape)
 
+        if self.num_heads == self.weight.ndim == 1 and self.weight.dtype == seqs.dtype:
+            return F.layer_norm(seqs, seqs.shape[-1:], self.weight, eps=NORM_EPS)
+
         head_dim = seqs.size(-1) // self.num_heads
         heads = torch.unflatten(seqs, -1, (self.num_heads, head_dim))
         normed = F.layer_norm(heads, (head_dim,), eps=NORM_EPS).flatten(-2)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-from fairseq2.nn import IncrementalStateBag, LayerNorm
+from fairseq2.nn import IncrementalStateBag
 from torch import Tensor
 from torch.nn import Module, ModuleList
 
 from moxe_plugin.models.recurrent_state import RecurrentState
 from moxe_plugin.nn.difficulty_router import DifficultyRouter
 from moxe_plugin.nn.experts import SparseExperts
+from moxe_plugin.nn.layers import ScaleNorm
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.routing import Routing, StandardRouter
 from moxe_plugin.nn.slstm import SLSTMBlock
@@ -33,7 +34,7 @@ class MoxEDecoderLayer(Module):
     def __init__(
         self,
         mixer_blocks: Sequence[MLSTMBlock | SLSTMBlock],
-        mixer_norm: LayerNorm,
+        mixer_norm: ScaleNorm,
         router: DifficultyRouter | StandardRouter,
         experts: SparseExperts,
     ) -> None:
@@ -108,12 +109,12 @@ class MoxEDecoder(Module):
     """
 
     def __init__(
-        self, layers: Sequence[MoxEDecoderLayer], layer_norm: LayerNorm | None
+        self, layers: Sequence[MoxEDecoderLayer], layer_norm: ScaleNorm | None
     ) -> None:
         super().__init__()
 
         self.layers = ModuleList(layers)
-        self.layer_norm: LayerNorm | None
+        self.layer_norm: ScaleNorm | None
         self.register_module("layer_norm", layer_norm)
 
     def forward(

@@ -8,11 +8,9 @@ from fairseq2.models.transformer import (
 )
 from fairseq2.nn import (
     Embedding,
-    LayerNorm,
     Linear,
     Projection,
     StandardEmbedding,
-    StandardLayerNorm,
 )
 from fairseq2.utils.validation import StandardObjectValidator
 from torch import nn
@@ -24,6 +22,7 @@ from moxe_plugin.models.parallel import check_no_tensor_parallelism
 from moxe_plugin.nn.difficulty_router import DifficultyRouter
 from moxe_plugin.nn.experts import SparseExperts
 from moxe_plugin.nn.feed_forward import GatedFeedForward
+from moxe_plugin.nn.layers import ScaleNorm
 from moxe_plugin.nn.loss_free import LossFreeSelection
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.modulation import (
@@ -243,9 +242,9 @@ class MoxEFactory:
             expert_state=config.expert_state,
         )
 
-    def create_layer_norm(self) -> LayerNorm:
+    def create_layer_norm(self) -> ScaleNorm:
         """Create a LayerNorm with a scale and no bias."""
-        return StandardLayerNorm(self._config.model_dim, bias=False)
+        return ScaleNorm(self._config.model_dim)
 
     def create_final_projection(self) -> Projection:
         """Create the output projection, N(0, 1/M), not tied to the embedding."""

@@ -11,7 +11,6 @@ from fairseq2.nn import (
     Linear,
     Projection,
     StandardEmbedding,
-    StandardLayerNorm,
 )
 from fairseq2.utils.validation import StandardObjectValidator
 from torch import nn
@@ -19,6 +18,7 @@ from torch import nn
 from moxe_plugin.models.parallel import check_no_tensor_parallelism
 from moxe_plugin.models.xlstm.config import XLSTM_FAMILY, XLSTMConfig
 from moxe_plugin.models.xlstm.model import XLSTMLM, XLSTMDecoder, XLSTMDecoderLayer
+from moxe_plugin.nn.layers import ScaleNorm
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.slstm import SLSTMBlock
 
@@ -84,7 +84,7 @@ class XLSTMFactory:
             for idx in range(config.num_blocks)
         ]
 
-        return XLSTMDecoder(layers, StandardLayerNorm(config.model_dim, bias=False))
+        return XLSTMDecoder(layers, ScaleNorm(config.model_dim))
 
     def create_block(self, block_idx: int) -> MLSTMBlock | SLSTMBlock:
         """Create a block: sLSTM first in each group, then mLSTM."""

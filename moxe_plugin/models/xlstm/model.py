@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import final
 
 from fairseq2.models.transformer import TransformerFrontend
-from fairseq2.nn import BatchLayout, IncrementalStateBag, LayerNorm, Projection
+from fairseq2.nn import BatchLayout, IncrementalStateBag, Projection
 from torch import Tensor
 from torch.nn import Module, ModuleList
 from typing_extensions import override
@@ -15,6 +15,7 @@ from moxe_plugin.models.clm import AuxLossCausalLM, Prediction
 from moxe_plugin.models.packing import repack_documents, unpack_documents
 from moxe_plugin.models.recurrent_state import RecurrentState
 from moxe_plugin.models.xlstm.config import XLSTMConfig
+from moxe_plugin.nn.layers import ScaleNorm
 from moxe_plugin.nn.mlstm import MLSTMBlock
 from moxe_plugin.nn.slstm import SLSTMBlock
 
@@ -74,7 +75,7 @@ class XLSTMDecoder(Module):
     """
 
     def __init__(
-        self, layers: Sequence[XLSTMDecoderLayer], layer_norm: LayerNorm
+        self, layers: Sequence[XLSTMDecoderLayer], layer_norm: ScaleNorm
     ) -> None:
         super().__init__()
 

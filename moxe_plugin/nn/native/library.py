@@ -23,6 +23,7 @@ NativeSource: TypeAlias = Literal[
     "mlstm_parallel",
     "mlstm_projections",
     "products",
+    "router",
     "row_dispatch",
     "scale_norm",
     "slstm_scan",

@@ -46,6 +46,8 @@ constexpr int64_t kBlockRows = 5 * kRows;   // of the left factor, which fit the
 constexpr int64_t kMaxCols = 128;       // of a block of the right factor, which fits it too
 constexpr int64_t kMinCols = 2 * kCols;
 constexpr int64_t kMaxDepth = 1024;     // rows of a panel, to add seldom
+// Where there are many panels, half as many rows: what is packed of them stays in more caches.
+constexpr int64_t kVeryDeep = 4 * kMaxDepth;
 constexpr int64_t kMaxPacked = 1 << 20;  // floats of left factors that are packed at a time
 constexpr int64_t kPanelsAtOnce = 8;
 constexpr int64_t kPackedAhead = 8;     // rows that a copy into panels fetches ahead
@@ -109,7 +111,9 @@ struct Product {
 
   // How many pieces the inner dimension is cut into.
   int64_t num_pieces(Factors factors) const {
-    return std::max<int64_t>(1, divide_up(num_places(k, factors), kMaxDepth));
+    const int64_t places = num_places(k, factors);
+    const int64_t depth = places > kVeryDeep ? kMaxDepth / 2 : kMaxDepth;
+    return std::max<int64_t>(1, divide_up(places, depth));
   }
 
   // Whether small products lie side by side. Together, they read and write whole rows.

@@ -1,10 +1,11 @@
-// Sums of the rows of tokens' choices, and their gradients, for CPUs; see row_dispatch.py for
-// what they compute.
+// The rows of tokens' choices, their sums, and the gradients of these, for CPUs; see
+// row_dispatch.py for what they compute.
 //
 // Threads share the tokens. A row is that of one choice, so no two threads write the same row.
 
 #include "vector_math.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace {
@@ -99,6 +100,59 @@ void spread_choices(const Shape& s, const Banks<T>& rows, const Wide<T>* weights
 }
 
 }  // namespace
+
+// Gives a row to each choice, by expert, sequence and time. shape: sequences, tokens of each,
+// choices of each, banks. indices: no row for those that are not of an expert. mask: of tokens;
+// null if all are sent. lens: the rows of each expert's part of each sequence. Slots and segments
+// are those of a bank, whose slots are as many for each segment.
+extern "C" void moxe_plan_rows(const int64_t* shape, const int64_t* bank_sizes,
+                               const int64_t* indices, const bool* mask, int64_t* lens,
+                               int64_t* row_of_choice, int64_t* token_of_row,
+                               int64_t* slot_of_row, int64_t* segment_of_row,
+                               int64_t* step_of_row) {
+  const int64_t num_seqs = shape[0], num_steps = shape[1], num_choices = shape[2];
+  const int64_t num_tokens = num_seqs * num_steps;
+  int64_t num_experts = 0;
+  for (int64_t bank = 0; bank < shape[3]; ++bank) num_experts += bank_sizes[bank];
+
+  // Calls f(choice, token, segment) for each choice that is sent.
+  const auto for_each_sent = [&](const auto& f) {
+    for (int64_t token = 0; token < num_tokens; ++token)
+      for (int64_t choice = token * num_choices; choice < (token + 1) * num_choices; ++choice) {
+        const int64_t expert = indices[choice];
+        row_of_choice[choice] = -1;
+        if (expert >= 0 && expert < num_experts && (mask == nullptr || mask[token]))
+          f(choice, token, expert * num_seqs + token / num_steps);
+      }
+  };
+
+  std::fill(lens, lens + num_experts * num_seqs, int64_t(0));
+  for_each_sent([&](int64_t, int64_t, int64_t segment) { ++lens[segment]; });
+
+  // Of each segment: its first row, and how many have come; of its bank: where it begins, and
+  // how many slots a segment has.
+  struct Segment {
+    int64_t begin, num, first, padded_len;
+  };
+  std::vector<Segment> segments;
+  segments.reserve(num_experts * num_seqs);
+  for (int64_t bank = 0, begin = 0; bank < shape[3]; ++bank) {
+    const int64_t first = segments.size(), end = first + bank_sizes[bank] * num_seqs;
+    const int64_t longest = first == end ? 0 : *std::max_element(lens + first, lens + end);
+    for (int64_t i = first; i < end; begin += lens[i++])
+      segments.push_back({begin, 0, first, longest});
+  }
+
+  for_each_sent([&](int64_t choice, int64_t token, int64_t index) {
+    Segment& segment = segments[index];
+    const int64_t step = segment.num++, row = segment.begin + step;
+    row_of_choice[choice] = row;
+    token_of_row[row] = token;
+    segment_of_row[row] = index - segment.first;
+    step_of_row[row] = step;
+    slot_of_row[row] = segment_of_row[row] * segment.padded_len + step;
+  });
+}
 
 // shape: tokens, choices of each, channels. ends: the number of rows up to each bank's end.
 #define MOXE_ROW_DISPATCH(T, SUFFIX)                                                      \

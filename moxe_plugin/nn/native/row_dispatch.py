@@ -1,4 +1,4 @@
-"""Sums of the rows of tokens' choices, and their gradients, in C++.
+"""The rows of tokens' choices, their sums, and the gradients of these, in C++.
 
 Each token has K choices, and each choice that was sent a row of its own in one of the
 banks, whose rows are numbered through. Sums of bfloat16 are float32 until they are
@@ -8,13 +8,87 @@ written.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.library import SUFFIXES, find_function, pointers_to
+from moxe_plugin.nn.native.library import (
+    SUFFIXES,
+    find_function,
+    int64_array,
+    pointers_to,
+)
+
+
+class PlannedRows(NamedTuple):
+    """The rows of all banks, numbered through; C of them, int64.
+
+    They come by expert, sequence and time. A segment is a sequence's part at an expert;
+    those of each bank are counted from 0, as are its slots, of which each of its
+    segments has as many as the longest has rows.
+    """
+
+    seq_lens: list[int]
+    """The number of rows of each segment: E * N of them."""
+
+    row_of_choice: Tensor
+    """The row of each choice; -1 if it was not sent. *Shape:* ``(T,K)``."""
+
+    token_of_row: Tensor
+    """*Shape:* ``(C)``."""
+
+    slot_of_row: Tensor
+    """*Shape:* ``(C)``."""
+
+    segment_of_row: Tensor
+    """*Shape:* ``(C)``."""
+
+    step_of_row: Tensor
+    """Where each row stands in its segment, from 0. *Shape:* ``(C)``."""
+
+
+def plan_choices(
+    expert_indices: Tensor, token_mask: Tensor | None, bank_sizes: Sequence[int]
+) -> PlannedRows:
+    """Give a row to every choice that is sent.
+
+    :param expert_indices: The distinct experts of each token, int64 and on the CPU; -1
+        at places that it leaves empty. *Shape:* ``(N,S,K)``.
+    :param token_mask: Which tokens to send; all if ``None``. *Shape:* ``(N,S)``.
+    :param bank_sizes: How many experts each bank has, E in all.
+
+    :returns: The rows.
+
+    :raises NativeLibraryError: The C++ code cannot be compiled here.
+    """
+    expert_indices = expert_indices.contiguous()
+    if token_mask is not None:
+        token_mask = token_mask.contiguous()
+
+    num_seqs, _, top_k = shape = expert_indices.shape
+    lens = array("q", bytes(8 * sum(bank_sizes) * num_seqs))
+    numbers = expert_indices.new_empty(5, expert_indices.numel())
+
+    # The caller holds the masks and indices, this function the rest.
+    find_function("row_dispatch", "moxe_plan_rows")(
+        int64_array([*shape, len(bank_sizes)]),
+        int64_array(bank_sizes),
+        *pointers_to(expert_indices, token_mask),
+        ctypes.c_void_p(lens.buffer_info()[0]),
+        *pointers_to(*numbers.unbind()),
+    )
+
+    seq_lens = lens.tolist()
+    of_choices, *of_rows = numbers.unbind()
+    num_rows = sum(seq_lens)
+
+    return PlannedRows(
+        seq_lens, of_choices.view(-1, top_k), *(x[:num_rows] for x in of_rows)
+    )
 
 
 def sum_choices(
