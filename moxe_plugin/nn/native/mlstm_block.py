@@ -7,7 +7,6 @@ and where two of them contribute to one gradient, it would pass over memory once
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,13 +99,8 @@ class _MLSTMBlockRows(Function):
             activates=True,
         )
 
-        projections = MLSTMProjections(
-            *(w.q_proj, w.k_proj, w.v_proj),
-            torch.cat([w.input_gate_weight, w.forget_gate_weight], dim=2),
-            torch.cat([w.input_gate_bias, w.forget_gate_bias], dim=1),
-        )
         projected = project_rows(
-            ProjectionInputs(conv_input, convolved), projections, counts
+            ProjectionInputs(conv_input, convolved), _find_projections(w), counts
         )
         # (C,I) -> (C,H,D)
         q, k, v = (x.unflatten(1, (num_heads, -1)) for x in projected[:3])
@@ -121,8 +115,7 @@ class _MLSTMBlockRows(Function):
 
         ctx.save_for_backward(
             *(flat, stats, normed, conv_input, gate, convolved, hidden),
-            *(gated, out_stats, projections.gates, projections.gate_bias),
-            *(*projected, *params, *saved),
+            *(gated, out_stats, *projected, *params, *saved),
         )
         ctx.rows, ctx.form, ctx.num_heads, ctx.eps = rows, form, num_heads, eps
 
@@ -134,7 +127,7 @@ class _MLSTMBlockRows(Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         flat, stats, normed, conv_input, gate, convolved, *others = ctx.saved_tensors
-        hidden, gated, out_stats, gate_weight, gate_bias, *others = others
+        hidden, gated, out_stats, *others = others
         projected, params = ProjectedRows(*others[:4]), MLSTMWeights(*others[4:18])
         saved = others[18:]
         rows: BlockRows = ctx.rows
@@ -163,12 +156,13 @@ class _MLSTMBlockRows(Function):
         grads = form.backward(saved, of_output.hidden.unflatten(1, (ctx.num_heads, -1)))
         of_cell = project_rows_backward(
             ProjectionInputs(conv_input, convolved),
-            MLSTMProjections(w.q_proj, w.k_proj, w.v_proj, gate_weight, gate_bias),
+            _find_projections(w),
             *(projected, grads, counts),
             wants_weights=[needs[x] for x in ("q_proj", "k_proj", "v_proj")],
+            onto=of_output.convolved,
         )
         of_conv = convolve_rows_backward(
-            of_cell.convolved.add_(of_output.convolved),
+            of_cell.convolved,
             ConvInputs(conv_input, None, w.conv_weight, w.conv_bias),
             rows.run_lens,
             activates=True,
@@ -195,12 +189,10 @@ class _MLSTMBlockRows(Function):
             grad_normed, flat, w.norm, stats, counts, eps, residual=grad_out
         )
 
-        gate_weights = of_cell.gate_weight.chunk(2, dim=2)
-        gate_biases = _sum_rows(grads.gates, counts).chunk(2, dim=1)
         of_params = MLSTMWeights._make(
             [
                 *(grad_norm, grad_up, of_conv.weight, of_conv.bias, *of_cell.weights),
-                *(*gate_weights, *gate_biases),
+                *of_cell.of_gates,
                 *(of_output.weight, of_output.skip, grad_down),
             ]
         )
@@ -217,6 +209,8 @@ def _halve(weight: Tensor) -> list[Tensor]:
     return [half.unsqueeze(1) for half in weight.chunk(2, dim=2)]
 
 
-def _sum_rows(flat: Tensor, counts: Sequence[int]) -> Tensor:
-    # (C,M) -> (E,M)
-    return torch.stack([x.sum(dim=0) for x in flat.split(list(counts))])
+def _find_projections(w: MLSTMWeights) -> MLSTMProjections:
+    return MLSTMProjections(
+        *(w.q_proj, w.k_proj, w.v_proj, w.input_gate_weight, w.forget_gate_weight),
+        *(w.input_gate_bias, w.forget_gate_bias),
+    )

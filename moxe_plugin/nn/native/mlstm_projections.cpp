@@ -130,6 +130,26 @@ void set_transposed(const T* from, int64_t num_rows, int64_t next_row, int64_t c
   }
 }
 
+// Of input gates and of forget gates.
+template <typename T>
+using OfGates = std::array<T*, 2>;
+
+// Weights of both side by side: kWidth rows from `first` on, of all experts' (E,3*I,H).
+template <typename T>
+void join_gates(const Shape& s, const OfGates<const T>& weights, int64_t first, T* to) {
+  const int64_t heads = s.gates / 2;
+  for (int64_t i = 0; i < kWidth; ++i)
+    for (const T* from : weights) to = std::copy_n(from + (first + i) * heads, heads, to);
+}
+
+// The reverse: writes a row.
+template <typename T>
+void split_gates(const Shape& s, const float* row, int64_t index, const OfGates<T>& to) {
+  const int64_t heads = s.gates / 2;
+  for (int half = 0; half < 2; ++half)
+    moxe::store_row(row + half * heads, heads, false, to[half] + index * heads);
+}
+
 // What is multiplied is kept as.
 template <Factors factors>
 using Factor = std::conditional_t<factors == Factors::kFloat, float, BFloat16>;
@@ -272,7 +292,7 @@ struct Weights {
 
   template <typename T>
   Weights(const Shape& s, const std::array<const T*, kKinds>& weights,
-          const T* gate_weight, int num_threads)
+          const OfGates<const T>& gate_weights, int num_threads)
       : groups(s.groups),
         num_vectors(divide_up(2 * s.gates, kFloats)),
         gate_size(kPlaces / 2 * num_vectors * kFloats),
@@ -285,10 +305,11 @@ struct Weights {
                            &projections[i * kSize]);
 
       const int64_t expert = rest / groups, group = rest % groups;
-      const T* from =
-          gate_weight + ((expert * kKinds + kind) * groups + group) * kWidth * s.gates;
+      T joined[kWidth * kMaxGates];
+      join_gates(s, gate_weights, ((expert * kKinds + kind) * groups + group) * kWidth,
+                 joined);
       float columns[kWidth * kMaxGates];
-      set_columns<factors>(from, kWidth, s.gates, s.gates, columns);
+      set_columns<factors>(joined, kWidth, s.gates, s.gates, columns);
       for (int64_t place = 0; place < kPlaces; ++place)
         for (int64_t gate = 0; gate < s.gates; ++gate)
           gates[i * gate_size + place / 2 * num_vectors * kFloats + 2 * gate + place % 2] =
@@ -307,11 +328,16 @@ struct Weights {
 
 template <typename T, Factors factors>
 void project(const Shape& s, int num_threads, const T* conv_input, const T* convolved,
-             const std::array<const T*, kKinds>& weights, const T* gate_weight,
-             const float* gate_bias, const std::array<T*, kKinds>& outs, float* gates) {
+             const std::array<const T*, kKinds>& weights,
+             const OfGates<const T>& gate_weights, const OfGates<const T>& gate_biases,
+             const std::array<T*, kKinds>& outs, float* gates) {
   using Packed = Weights<factors>;
   constexpr int64_t places = Packed::kPlaces;
-  const Packed packed(s, weights, gate_weight, num_threads);
+  const Packed packed(s, weights, gate_weights, num_threads);
+  std::vector<float> bias(s.experts * s.gates);
+  for (int64_t i = 0; i < 2 * s.experts; ++i)
+    moxe::widen_row(gate_biases[i % 2] + i / 2 * (s.gates / 2), s.gates / 2,
+                    &bias[i * (s.gates / 2)]);
   const std::vector<Rows> blocks = cut_rows(s);
   const int64_t num_blocks = blocks.size(), width = s.width(),
                 num_sums = packed.num_vectors * kFloats;
@@ -357,7 +383,7 @@ void project(const Shape& s, int num_threads, const T* conv_input, const T* conv
         for (int64_t gate = 0; gate < s.gates; ++gate) {
           const float* pair = sums + r * num_sums + 2 * gate;
           gates[(row + r) * s.gates + gate] =
-              pair[0] + pair[1] + gate_bias[rows.expert * s.gates + gate];
+              pair[0] + pair[1] + bias[rows.expert * s.gates + gate];
         }
     }
   }
@@ -367,9 +393,9 @@ template <typename T>
 struct Gradients {
   std::array<const T*, kKinds> of_outs;  // of queries, keys and values
   const float* of_gates;
-  T *of_conv_input, *of_convolved;
+  T *of_conv_input, *of_convolved;    // The second is added to what is there.
   std::array<T*, kKinds> of_weights;  // null where none is wanted
-  T* of_gate_weight;
+  OfGates<T> of_gate_weights, of_gate_biases;
 };
 
 // Of some groups of an expert: the way back through all of its rows.
@@ -380,14 +406,15 @@ class WayBack {
   static constexpr int64_t kOutsRow = kKinds * kWidth;
 
   WayBack(const Shape& s, int64_t expert, int64_t group,
-          const std::array<const T*, kKinds>& weights, const T* gate_weight)
+          const std::array<const T*, kKinds>& weights, const OfGates<const T>& gate_weights)
       : s_(s), expert_(expert), group_(group) {
     for (int kind = 0; kind < kKinds; ++kind) {
       set_transposed<factors>(
           weights[kind] + (expert * s.groups + group) * kWidth * kWidth, kWidth, kWidth,
           kWidth, transposed_[kind]);
-      set_transposed<factors>(gate_weight + at_gates(kind), kWidth, s.gates, s.gates,
-                              gates_transposed_[kind]);
+      T joined[kWidth * kMaxGates];
+      join_gates(s, gate_weights, at_gates(kind), joined);
+      set_transposed<factors>(joined, kWidth, s.gates, s.gates, gates_transposed_[kind]);
     }
   }
 
@@ -427,8 +454,8 @@ class WayBack {
     }
 
     // Of queries and keys, both.
-    multiply_back(of_outs, 0, 2, num, grads.of_convolved + at);
-    multiply_back(of_outs, 2, 1, num, grads.of_conv_input + at);
+    multiply_back<true>(of_outs, 0, 2, num, grads.of_convolved + at);
+    multiply_back<false>(of_outs, 2, 1, num, grads.of_conv_input + at);
   }
 
   void store(const Gradients<T>& grads) const {
@@ -440,27 +467,27 @@ class WayBack {
         float row[kMaxGates];
         for (int64_t gate = 0; gate < s_.gates; ++gate)
           row[gate] = of_gate_weights_[kind][gate * kWidth + i];
-        moxe::store_row(row, s_.gates, false,
-                        grads.of_gate_weight + at_gates(kind) + i * s_.gates);
+        split_gates(s_, row, at_gates(kind) + i, grads.of_gate_weights);
       }
     }
   }
 
  private:
   // Gradients of what some kinds are made of.
+  template <bool adds>
   void multiply_back(const Factor<factors>* of_outs, int kind, int num_kinds, int64_t num,
                      T* to) const {
     constexpr int row_places = kKinds * kPlaces;
     const float* places = reinterpret_cast<const float*>(of_outs) + kind * kPlaces;
     for (int64_t r = 0; r < num; r += kRows)
-      kMultiplyRows<factors, T, T, row_places, false>[std::min<int64_t>(kRows, num - r)](
-          num_kinds * kPlaces, places + r * row_places, transposed_[kind], nullptr,
-          to + r * s_.width(), 0, s_.width());
+      kMultiplyRows<factors, T, T, row_places, adds>[std::min<int64_t>(kRows, num - r)](
+          num_kinds * kPlaces, places + r * row_places, transposed_[kind],
+          to + r * s_.width(), to + r * s_.width(), s_.width(), s_.width());
   }
 
-  // Into (E,kKinds,G,kWidth,gates).
+  // The first row of the gates' weights.
   int64_t at_gates(int kind) const {
-    return ((expert_ * kKinds + kind) * s_.groups + group_) * kWidth * s_.gates;
+    return ((expert_ * kKinds + kind) * s_.groups + group_) * kWidth;
   }
 
   const Shape& s_;
@@ -474,8 +501,8 @@ class WayBack {
 template <typename T, Factors factors>
 void project_backward(const Shape& s, int num_threads, const T* conv_input,
                       const T* convolved, const std::array<const T*, kKinds>& outs,
-                      const std::array<const T*, kKinds>& weights, const T* gate_weight,
-                      const Gradients<T>& grads) {
+                      const std::array<const T*, kKinds>& weights,
+                      const OfGates<const T>& gate_weights, const Gradients<T>& grads) {
   const std::vector<Rows> blocks = cut_rows(s);
   const int64_t num_tasks = divide_up(s.groups, kGroupsOfTask);
 
@@ -485,7 +512,8 @@ void project_backward(const Shape& s, int num_threads, const T* conv_input,
       std::vector<WayBack<T, factors>> groups;
       for (int64_t g = task * kGroupsOfTask;
            g < std::min((task + 1) * kGroupsOfTask, s.groups); ++g)
-        groups.emplace_back(s, expert, g, weights, gate_weight);
+        groups.emplace_back(s, expert, g, weights, gate_weights);
+      double of_biases[kMaxGates] = {};
 
       float gate_rows[kBlockRows * kMaxGates], gate_columns[kBlockRows * kMaxGates];
       for (const Rows& rows : blocks) {
@@ -497,11 +525,19 @@ void project_backward(const Shape& s, int num_threads, const T* conv_input,
           set_row<factors>(of_gates + r * s.gates, s.gates, gate_rows + r * kMaxGates);
         set_columns<factors>(of_gates, num, s.gates, s.gates, gate_columns);
 
+        for (int64_t i = 0; task == 0 && i < num * s.gates; ++i)
+          of_biases[i % s.gates] += of_gates[i];
+
         for (auto& group : groups)
           group.add(rows, conv_input, convolved, outs, grads, gate_rows, gate_columns);
       }
 
       for (const auto& group : groups) group.store(grads);
+      if (task == 0) {
+        float row[kMaxGates];
+        std::copy_n(of_biases, s.gates, row);
+        split_gates(s, row, expert, grads.of_gate_biases);
+      }
     }
 }
 
@@ -511,27 +547,33 @@ void project_backward(const Shape& s, int num_threads, const T* conv_input,
   extern "C" void moxe_mlstm_project_##SUFFIX(                                           \
       const int64_t* shape, const int64_t* counts, int num_threads, const T* conv_input, \
       const T* convolved, const T* q_weight, const T* k_weight, const T* v_weight,       \
-      const T* gate_weight, const float* gate_bias, T* q, T* k, T* v, float* gates) {    \
+      const T* input_gate_weight, const T* forget_gate_weight,                           \
+      const T* input_gate_bias, const T* forget_gate_bias, T* q, T* k, T* v,             \
+      float* gates) {                                                                    \
     project<T, FACTORS>({shape[0], shape[1], shape[2], shape[3], counts}, num_threads,   \
                         conv_input, convolved, {q_weight, k_weight, v_weight},           \
-                        gate_weight, gate_bias, {q, k, v}, gates);                       \
+                        {input_gate_weight, forget_gate_weight},                         \
+                        {input_gate_bias, forget_gate_bias}, {q, k, v}, gates);          \
   }                                                                                      \
   extern "C" void moxe_mlstm_project_backward_##SUFFIX(                                  \
       const int64_t* shape, const int64_t* counts, int num_threads, const T* conv_input, \
       const T* convolved, const T* q, const T* k, const T* v, const T* q_weight,         \
-      const T* k_weight, const T* v_weight, const T* gate_weight, const T* grad_q,       \
-      const T* grad_k, const T* grad_v, const float* grad_gates, T* grad_conv_input,     \
-      T* grad_convolved, T* grad_q_weight, T* grad_k_weight, T* grad_v_weight,           \
-      T* grad_gate_weight) {                                                             \
+      const T* k_weight, const T* v_weight, const T* input_gate_weight,                  \
+      const T* forget_gate_weight, const T* grad_q, const T* grad_k, const T* grad_v,    \
+      const float* grad_gates, T* grad_conv_input, T* grad_convolved, T* grad_q_weight,  \
+      T* grad_k_weight, T* grad_v_weight, T* grad_input_gate_weight,                     \
+      T* grad_forget_gate_weight, T* grad_input_gate_bias, T* grad_forget_gate_bias) {   \
     project_backward<T, FACTORS>(                                                        \
         {shape[0], shape[1], shape[2], shape[3], counts}, num_threads, conv_input,       \
-        convolved, {q, k, v}, {q_weight, k_weight, v_weight}, gate_weight,               \
+        convolved, {q, k, v}, {q_weight, k_weight, v_weight},                            \
+        {input_gate_weight, forget_gate_weight},                                         \
         {{grad_q, grad_k, grad_v},                                                       \
          grad_gates,                                                                     \
          grad_conv_input,                                                                \
          grad_convolved,                                                                 \
          {grad_q_weight, grad_k_weight, grad_v_weight},                                  \
-         grad_gate_weight});                                                             \
+         {grad_input_gate_weight, grad_forget_gate_weight},                              \
+         {grad_input_gate_bias, grad_forget_gate_bias}});                                \
   }
 
 MOXE_MLSTM_PROJECTIONS(float, Factors::kFloat, float)

@@ -22,7 +22,6 @@ from moxe_plugin.nn.native.library import (
 )
 from moxe_plugin.nn.native.mlstm_forms import CellGradients
 from moxe_plugin.nn.native.products import rounds_now
-from moxe_plugin.nn.padding import widen
 
 _GROUP_WIDTH: Final = 32
 """The channels of a group, and"""
@@ -46,12 +45,17 @@ class MLSTMProjections(NamedTuple):
     v: Tensor
     """Of the values. *Shape:* ``(E,G,I/G,I/G)``."""
 
-    gates: Tensor
-    """Of queries, keys and values side by side, to input gates, then forget gates.
-    *Shape:* ``(E,3*I,2*H)``."""
+    input_gate: Tensor
+    """Of queries, keys and values side by side. *Shape:* ``(E,3*I,H)``."""
 
-    gate_bias: Tensor
-    """*Shape:* ``(E,2*H)``."""
+    forget_gate: Tensor
+    """Likewise. *Shape:* ``(E,3*I,H)``."""
+
+    input_gate_bias: Tensor
+    """*Shape:* ``(E,H)``."""
+
+    forget_gate_bias: Tensor
+    """*Shape:* ``(E,H)``."""
 
 
 class ProjectionInputs(NamedTuple):
@@ -85,7 +89,7 @@ class ProjectedRows(NamedTuple):
 
 
 class ProjectionGradients(NamedTuple):
-    """The gradients of inputs and weights, but for the bias of the gates."""
+    """The gradients of inputs and projections."""
 
     conv_input: Tensor
     """*Shape:* ``(C,I)``."""
@@ -96,8 +100,9 @@ class ProjectionGradients(NamedTuple):
     weights: list[Tensor | None]
     """Of q, k and v; ``None`` where none was wanted. *Shape:* ``(E,G,I/G,I/G)``."""
 
-    gate_weight: Tensor
-    """*Shape:* ``(E,3*I,2*H)``."""
+    of_gates: list[Tensor]
+    """Of the weights of input and forget gates, then of their biases. *Shape:*
+    ``(E,3*I,H)`` and ``(E,H)``."""
 
 
 def fits(group_width: int, num_heads: int) -> bool:
@@ -125,16 +130,14 @@ def project_rows(
     :raises NativeLibraryError: The C++ code cannot be compiled here.
     """
     conv_input, convolved = _densify(inputs)
-    weights = [x.contiguous() for x in projections[:-1]]
-    bias = widen(projections.gate_bias.contiguous())
+    weights = [x.contiguous() for x in projections]
 
-    q, k, v = (torch.empty_like(convolved) for _ in range(3))
-    gates = bias.new_empty(len(convolved), bias.size(-1))
+    q, k, v = convolved.new_empty(3, *convolved.shape).unbind()
+    num_gates = 2 * projections.input_gate.size(-1)
+    gates = convolved.new_empty(len(convolved), num_gates, dtype=torch.float32)
     projected = ProjectedRows(q, k, v, gates)
 
-    _call(
-        "project", weights, counts, [conv_input, convolved, *weights, bias, *projected]
-    )
+    _call("project", weights, counts, [conv_input, convolved, *weights, *projected])
 
     return projected
 
@@ -146,6 +149,7 @@ def project_rows_backward(
     grads: CellGradients,
     counts: Sequence[int],
     wants_weights: Sequence[bool],
+    onto: Tensor,
 ) -> ProjectionGradients:
     """Compute the gradients.
 
@@ -155,19 +159,21 @@ def project_rows_backward(
     :param grads: The gradients of that.
     :param counts: As there.
     :param wants_weights: Whether to compute those of the weights of q, k and v.
+    :param onto: What is added to the gradient of ``convolved``, which takes its place;
+        contiguous. *Shape:* ``(C,I)``.
 
     :returns: The gradients.
     """
     conv_input, convolved = _densify(inputs)
-    weights = [x.contiguous() for x in projections[:-1]]
+    weights = [x.contiguous() for x in projections]
     wanted = ProjectionGradients(
         torch.empty_like(convolved),
-        torch.empty_like(convolved),
+        onto,
         [
             torch.empty_like(x) if wants else None
             for x, wants in zip(weights[:3], wants_weights, strict=True)
         ],
-        torch.empty_like(weights[3]),
+        [torch.empty_like(x) for x in weights[3:]],
     )
 
     _call(
@@ -175,10 +181,10 @@ def project_rows_backward(
         weights,
         counts,
         [
-            *(conv_input, convolved, *projected[:3], *weights),
+            *(conv_input, convolved, *projected[:3], *weights[:5]),
             *(x.contiguous() for x in grads),
             *(wanted.conv_input, wanted.convolved),
-            *(*wanted.weights, wanted.gate_weight),
+            *(*wanted.weights, *wanted.of_gates),
         ],
     )
 
@@ -201,10 +207,10 @@ def _call(
     counts: Sequence[int],
     tensors: Sequence[Tensor | None],
 ) -> None:
-    q_weight, *_, gate_weight = weights
+    q_weight, _, _, gate_weight, *_ = weights
     conv_input = tensors[0]
     assert conv_input is not None
-    shape = *q_weight.shape[:2], gate_weight.size(-1), conv_input.stride(0)
+    shape = *q_weight.shape[:2], 2 * gate_weight.size(-1), conv_input.stride(0)
     suffix = SUFFIXES[conv_input.dtype]
     if suffix == "float" and rounds_now():
         suffix = "rounded"

@@ -669,6 +669,24 @@ void scan_backward(const Shape& s, int num_threads, const Backward<S>& data) {
   }
 }
 
+// What each step has read: the output before it, or that of the memory.
+template <typename S>
+void shift_outputs(const Shape& s, int num_threads, const S* outputs, const Wide<S>* y0,
+                   S* old) {
+  const int64_t width = s.heads * s.dim;
+
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int64_t row = 0; row < s.experts * s.rows; ++row) {
+    const int64_t len = s.lens[row], end = std::max(len, s.steps);
+    S* to = old + s.begins[row] * width;
+    if (len > 0) {
+      std::copy_n(y0 + row * width, width, to);
+      std::copy_n(outputs + s.begins[row] * width, (len - 1) * width, to + width);
+    }
+    std::fill_n(to + len * width, (end - len) * width, S(0));
+  }
+}
+
 }  // namespace
 
 // S is the type of rows and of R; all else is as wide as what is computed. grad_bias: a row
@@ -683,6 +701,13 @@ void scan_backward(const Shape& s, int num_threads, const Backward<S>& data) {
         {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, num_threads,   \
         {gates_if, gates_zo, bias, weight, c0, log_n0, y0, outputs, activations, c_last, \
          log_n_last, y_last});                                                           \
+  }                                                                                      \
+  extern "C" void moxe_slstm_shift_##SUFFIX(                                             \
+      const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \
+      const S* outputs, const Wide<S>* y0, S* old) {                                     \
+    shift_outputs<S>(                                                                    \
+        {shape[0], shape[1], shape[2], shape[3], shape[4], begins, lens}, num_threads,   \
+        outputs, y0, old);                                                               \
   }                                                                                      \
   extern "C" void moxe_slstm_backward_##SUFFIX(                                          \
       const int64_t* shape, int num_threads, const int64_t* begins, const int64_t* lens, \

@@ -178,12 +178,15 @@ def scan_rows_backward(
         *(grad_if, grad_zo, grad_bias, *grad_memory),
     )
 
+    old = torch.empty_like(outputs)
+    _call("shift", weight, bounds, outputs, y, old)
+
     halves = (grad_if, grad_zo)
 
     return ScanGradients(
         *halves,
         grad_bias.sum(dim=2),
-        _multiply_old_outputs(_shift(outputs, y, bounds), halves, weight, bounds),
+        _multiply_old_outputs(old, halves, weight, bounds),
         grad_memory,
     )
 
@@ -217,19 +220,6 @@ class _SLSTMScan(Function):
         )
 
         return None, *grads, *grad_memory
-
-
-def _shift(outputs: Tensor, y: Tensor, bounds: RowBounds) -> Tensor:
-    # What each step reads: the output before it, or the memory's.
-    old = torch.empty_like(outputs)
-    old[1:] = outputs[:-1]
-    # No step reads it if the first sequence is empty.
-    old[:1] = 0
-
-    has_rows = bounds.lens > 0
-    old[bounds.begins[has_rows]] = y.flatten(-2)[has_rows].to(old.dtype)
-
-    return old
 
 
 def _multiply_old_outputs(

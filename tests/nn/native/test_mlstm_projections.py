@@ -45,8 +45,8 @@ def make_weights(num_experts: int, num_groups: int, num_heads: int) -> MLSTMProj
 
     return MLSTMProjections(
         *(q, k, v),
-        torch.randn(num_experts, 3 * width, 2 * num_heads) / width**0.5,
-        torch.randn(num_experts, 2 * num_heads),
+        *torch.randn(2, num_experts, 3 * width, num_heads) / width**0.5,
+        *torch.randn(2, num_experts, num_heads),
     )
 
 
@@ -55,7 +55,12 @@ def project_with_torch(
 ) -> list[Tensor]:
     conv_input, convolved = inputs
     expert_ids = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    *of_channels, of_gates, bias = (x[expert_ids] for x in weights)
+    of_rows = [x[expert_ids] for x in weights]
+    of_channels, of_gates, bias = (
+        of_rows[:3],
+        torch.cat(of_rows[3:5], dim=-1),
+        torch.cat(of_rows[5:], dim=-1),
+    )
 
     q, k, v = (
         torch.einsum("rgi,rgio->rgo", x.unflatten(1, (-1, 32)), w).flatten(1)
@@ -95,17 +100,20 @@ def check_all(
     upstream = [
         torch.randn(x.shape).to(y) for x, y in zip(expected, dtypes, strict=True)
     ]
-    expected_grads = grad(expected, leaves[:-1], [x.double() for x in upstream])
+    expected_grads = [*grad(expected, leaves, [x.double() for x in upstream])]
+    onto = torch.randn_like(inputs.convolved)
+    expected_grads[1] = expected_grads[1] + onto
 
     projected = project_rows(inputs, weights, counts)
     rounded = ProjectedRows(*(x.to(y) for x, y in zip(expected, dtypes, strict=True)))
     grads = project_rows_backward(
-        inputs, weights, rounded, CellGradients(*upstream), counts, [True] * 3
+        *(inputs, weights, rounded, CellGradients(*upstream), counts, [True] * 3),
+        onto=onto,
     )
     assert [x.dtype for x in projected] == dtypes
 
     of_weights = [x for x in grads.weights if x is not None]
-    actual_grads = [grads.conv_input, grads.convolved, *of_weights, grads.gate_weight]
+    actual_grads = [grads.conv_input, grads.convolved, *of_weights, *grads.of_gates]
     assert all(x.dtype == dtype for x in actual_grads)
     for x, y in [
         *zip(projected, expected, strict=True),
@@ -171,11 +179,12 @@ def test_experts_without_a_row_get_no_gradient(
         projected = project_rows(inputs, weights, counts)
         of_cell = CellGradients(*(torch.randn_like(x) for x in projected))
         grads = project_rows_backward(
-            inputs, weights, projected, of_cell, counts, [True, False, True]
+            *(inputs, weights, projected, of_cell, counts, [True, False, True]),
+            onto=torch.zeros_like(inputs.convolved),
         )
 
     assert grads.weights[1] is None
-    for x in (grads.weights[0], grads.weights[2], grads.gate_weight):
+    for x in (grads.weights[0], grads.weights[2], *grads.of_gates):
         assert x is not None
         assert not x[[0, 2]].any()
         assert x[1].all()
@@ -199,9 +208,10 @@ def test_nothing_depends_on_the_number_of_threads(dtype: torch.dtype) -> None:
         projected = project_rows(inputs, weights, counts)
         of_cell = CellGradients(*projected)
         grads = project_rows_backward(
-            inputs, weights, projected, of_cell, counts, [True] * 3
+            *(inputs, weights, projected, of_cell, counts, [True] * 3),
+            onto=torch.ones_like(inputs.convolved),
         )
-        results.append([*projected, *grads[:2], *grads.weights, grads.gate_weight])
+        results.append([*projected, *grads[:2], *grads.weights, *grads.of_gates])
 
     for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)
