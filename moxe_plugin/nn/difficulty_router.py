@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, float32, promote_types
 from torch.nn import Parameter
 from torch.nn.functional import linear, pad, sigmoid, softmax
 from torch.nn.init import zeros_
@@ -161,6 +161,9 @@ class DifficultyRouter(Router):
         params = RouterParams(
             *(self.weight, self.bias, self.difficulty_weight, self.difficulty_bias)
         )
+        if hidden.dtype != self.weight.dtype:
+            # As torch computes both, under autocast.
+            hidden = hidden.to(promote_types(hidden.dtype, float32))
 
         if (
             not self._is_standard("native", hidden)

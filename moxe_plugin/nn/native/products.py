@@ -163,10 +163,9 @@ def find_halves(
 
     :raises ValueError: There are several types of one of the three.
     """
+    half = torch.bfloat16
     halves = {
-        sum(
-            (x.dtype == torch.bfloat16) << bit for bit, x in enumerate((lhs, rhs, sums))
-        )
+        (lhs.dtype == half) + 2 * (rhs.dtype == half) + 4 * (sums.dtype == half)
         for (lhs, rhs, _), sums in zip(products, all_sums, strict=True)
     }
 
@@ -219,9 +218,11 @@ def sums_of(
 
     :returns: ``out``, or a float32 tensor of its shape.
     """
-    pairs = any(x.dtype == torch.bfloat16 for x in factors)
+    if out.dtype != torch.bfloat16 or inner <= _MAX_DEPTH:
+        return out
 
-    if out.dtype != torch.bfloat16 or inner <= _MAX_DEPTH * (1 + pairs):
+    pairs = any(x.dtype == torch.bfloat16 for x in factors)
+    if inner <= _MAX_DEPTH * (1 + pairs):
         return out
 
     if keeps:
