@@ -137,14 +137,18 @@ struct Lanes {
   template <typename T>
   static Lanes read(const T* from, int64_t count) {
     Lanes lanes;
-    for (int64_t v = 0; v < V; ++v) lanes.at[v] = load(from + v * Vec<W>::size(), count);
+    for (int64_t v = 0; v < V; ++v)
+      lanes.at[v] = load(from + v * Vec<W>::size(), size_of(count));
     return lanes;
   }
 
   template <typename T>
   void write(T* to, int64_t count) const {
-    for (int64_t v = 0; v < V; ++v) store(at[v], to + v * Vec<W>::size(), count);
+    for (int64_t v = 0; v < V; ++v) store(at[v], to + v * Vec<W>::size(), size_of(count));
   }
+
+  // Known when it is compiled, if it can be.
+  static constexpr int64_t size_of(int64_t count) { return V > 1 ? Vec<W>::size() : count; }
 
   // += x y
   void add(const Lanes& x, const Lanes& y) {

@@ -19,11 +19,14 @@ using Vec = at::vec::Vectorized<T>;
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, at::BFloat16>, float, T>;
 
-// Calls f(offset, count) for each vector of the numbers from `begin` to `end`.
+// Calls f(offset, count) for each vector of the numbers from `begin` to `end`: all but the last
+// one are known to be whole when it is compiled, which spares masks.
 template <typename T, typename F>
 void for_each_vector(int64_t begin, int64_t end, const F& f) {
-  for (int64_t i = begin; i < end; i += Vec<T>::size())
-    f(i, std::min<int64_t>(Vec<T>::size(), end - i));
+  constexpr int64_t size = Vec<T>::size();
+  int64_t i = begin;
+  for (; i + size <= end; i += size) f(i, size);
+  if (i < end) f(i, end - i);
 }
 
 // Numbers beyond `count` are 0.
@@ -46,12 +49,18 @@ inline __mmask16 first_of_vector(int64_t count) {
 }
 
 inline Vec<float> load(const at::BFloat16* from, int64_t count) {
-  const __m256i bits = _mm256_maskz_loadu_epi16(first_of_vector(count), from);
+  const __m256i bits = count == Vec<float>::size()
+                           ? _mm256_loadu_epi16(from)
+                           : _mm256_maskz_loadu_epi16(first_of_vector(count), from);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
 inline void store(const Vec<float>& x, at::BFloat16* to, int64_t count) {
-  _mm256_mask_storeu_epi16(to, first_of_vector(count), (__m256i)_mm512_cvtneps_pbh(x));
+  const __m256i bits = (__m256i)_mm512_cvtneps_pbh(x);
+  if (count == Vec<float>::size())
+    _mm256_storeu_epi16(to, bits);
+  else
+    _mm256_mask_storeu_epi16(to, first_of_vector(count), bits);
 }
 #endif
 
