@@ -147,6 +147,9 @@ def _prepare_training(
 
     update = _create_update(model) if optimizer else None
 
+    # As optimizers do; to look for those of a model takes as long as some of its layers.
+    params = list(model.parameters())
+
     def step() -> None:
         with autocast():
             loss = model(seqs, layout, targets, reduction="mean")
@@ -156,7 +159,8 @@ def _prepare_training(
         if update is not None:
             update()
 
-        model.zero_grad(set_to_none=True)
+        for param in params:
+            param.grad = None
 
     return Workload(step, seqs.numel(), lambda: None)
 
