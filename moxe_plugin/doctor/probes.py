@@ -113,6 +113,7 @@ def probe_native() -> str:
         "convolution": why_not_loaded("causal_conv"),
         "norms": why_not_loaded("scale_norm"),
         "gates": why_not_loaded("gating"),
+        "router": why_not_loaded("router"),
         "dispatch": why_not_loaded("row_dispatch"),
         "loss": why_not_loaded("cross_entropy"),
         "float32 products": products,

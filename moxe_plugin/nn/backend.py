@@ -9,7 +9,8 @@ same function, in float32; but ``triton`` multiplies R of 16 bits as it is, and 
 the outputs to its type, where
 :func:`~moxe_plugin.nn.triton.slstm_scan.runs_on_chip`.
 
-The blocks' causal convolution runs in C++ where :func:`convolves_natively` says so.
+The difficulty router follows the same choice. The blocks' causal convolution runs in
+C++ where :func:`convolves_natively` says so.
 """
 
 from __future__ import annotations

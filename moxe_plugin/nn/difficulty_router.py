@@ -158,31 +158,30 @@ class DifficultyRouter(Router):
         return linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
 
     def _route_natively(self, hidden: Tensor) -> Routing | None:
+        # What counts FLOPs, or fakes tensors, must see what is computed.
+        if not self._is_standard("native", hidden) or is_in_torch_dispatch_mode():
+            return None
+
         params = RouterParams(
             *(self.weight, self.bias, self.difficulty_weight, self.difficulty_bias)
         )
-        if hidden.dtype != self.weight.dtype:
-            # As torch computes both, under autocast.
-            hidden = hidden.to(promote_types(hidden.dtype, float32))
 
-        if (
-            not self._is_standard("native", hidden)
-            or not has_native_dtype(hidden)
-            or not passes_natively(
+        with torch.autocast(hidden.device.type, enabled=False):
+            if hidden.dtype != self.weight.dtype:
+                hidden = hidden.to(promote_types(hidden.dtype, float32))
+
+            if not has_native_dtype(hidden) or not passes_natively(
                 "router", hidden, *(x for x in params if x is not None)
+            ):
+                return None
+
+            return route_tokens(
+                *(hidden, params),
+                RouterSettings(
+                    *(self.num_mlstm_experts, self.difficulty_bias_scale),
+                    self._fixed_top_k,
+                ),
             )
-        ):
-            return None
-
-        routed = route_tokens(
-            hidden,
-            params,
-            RouterSettings(
-                self.num_mlstm_experts, self.difficulty_bias_scale, self._fixed_top_k
-            ),
-        )
-
-        return Routing(*routed)
 
     def _has_kernel(self, hidden: Tensor) -> bool:
         return self._is_standard("triton", hidden)

@@ -71,8 +71,8 @@ def plan_rows(
             Rows(
                 (size, num_seqs, max(seq_lens, default=0)),
                 [
-                    sum(seq_lens[i : i + num_seqs])
-                    for i in range(0, len(seq_lens), num_seqs)
+                    sum(seq_lens[expert * num_seqs : (expert + 1) * num_seqs])
+                    for expert in range(size)
                 ],
                 seq_lens,
                 planned.slot_of_row[of_bank],

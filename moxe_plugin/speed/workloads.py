@@ -147,7 +147,7 @@ def _prepare_training(
 
     update = _create_update(model) if optimizer else None
 
-    # As optimizers do; to look for those of a model takes as long as some of its layers.
+    # As optimizers do; to look for those of a model takes milliseconds.
     params = list(model.parameters())
 
     def step() -> None:

@@ -14,7 +14,6 @@ from moxe_plugin.models.clm import AuxLossCausalLM
 from moxe_plugin.models.flops import forward_flops_per_token
 from moxe_plugin.models.gemma2.config import Gemma2Config
 from moxe_plugin.models.moxe.config import MoxEConfig
-from moxe_plugin.nn.difficulty_router import DifficultyRouter
 from moxe_plugin.nn.flops import mlstm_cell_flops
 from moxe_plugin.nn.routing import Router, Routing
 from moxe_plugin.nn.slstm import SLSTMBlock
@@ -30,7 +29,7 @@ def _measure(model: AuxLossCausalLM, seq_len: int) -> float:
     seqs = random_ids(NUM_SEQS, seq_len)
 
     for module in model.modules():
-        if isinstance(module, (SLSTMBlock, DifficultyRouter)):
+        if isinstance(module, SLSTMBlock):
             # The counter sees no C++.
             module.backend = "torch"
 

@@ -94,7 +94,9 @@ def test_rows_sums_and_gradients_are_those_of_grids(
         assert torch.equal(rows.segment_of_row, expected_rows.segment_of_row)
         assert torch.equal(rows.step_of_row, expected_rows.step_of_row)
         assert torch.equal(flat, expected_flat)
-        # Where it says that rows are in its own grid.
+        # In its own grid, which is as long as its longest sub-sequence.
+        begins = rows.segment_of_row * max(rows.seq_lens)
+        assert torch.equal(rows.slot_of_row, begins + rows.step_of_row)
         assert torch.equal(pack(unpack(flat, rows), rows), flat)
         outputs.append(unpack(torch.sin(expected_flat * scale), expected_rows))
     expected = combine(outputs, weights, grid_plan)

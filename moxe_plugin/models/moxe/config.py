@@ -132,8 +132,8 @@ class MoxEConfig(Validatable):
     """Whether a LayerNorm stands before the output projection."""
 
     backend: Literal["auto", "torch", "native", "triton"] = "auto"
-    """What computes the sLSTM's loop over time: ``native`` is C++ for CPUs, ``triton``
-    kernels for GPUs, which in training are those of whole blocks, and of the router;
+    """What computes the sLSTM's loop over time, and the router: ``native`` is C++ for
+    CPUs, ``triton`` kernels for GPUs, which in training are those of whole blocks;
     ``auto`` takes the one or the other where it can run, else ``torch``."""
 
     difficulty_loss_scale: float = 1e-2

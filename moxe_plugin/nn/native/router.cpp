@@ -3,8 +3,9 @@
 // Tokens are taken in blocks that do not depend on the number of threads. The gradients of
 // parameters are summed block by block, then over the blocks in their order.
 
-#include "norm_stats.h"
+#include "vector_math.h"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
@@ -18,6 +19,10 @@ using moxe::Vec;
 using moxe::Wide;
 
 constexpr int64_t kTokensAtOnce = 4;
+// Of a block, but for as many tokens that there would be more blocks than this: each needs sums
+// of its own for all parameters.
+constexpr int64_t kTokensOfBlock = 32;
+constexpr int64_t kMaxBlocks = 64;
 
 struct Shape {
   int64_t tokens, dim, experts, mlstm_experts, top_k;
@@ -25,6 +30,18 @@ struct Shape {
   // Experts, and the difficulty.
   int64_t scores() const { return experts + 1; }
 };
+
+struct Block {
+  int64_t begin, end;
+};
+
+std::vector<Block> cut_tokens(int64_t num_tokens) {
+  const int64_t size = std::max(kTokensOfBlock, (num_tokens + kMaxBlocks - 1) / kMaxBlocks);
+  std::vector<Block> blocks;
+  for (int64_t begin = 0; begin < num_tokens; begin += size)
+    blocks.push_back({begin, std::min(begin + size, num_tokens)});
+  return blocks;
+}
 
 // Copies numbers to where they are wider.
 template <typename T>
@@ -120,7 +137,7 @@ void forward(const Shape& s, double scale, int num_threads, const T* hidden,
              const Params<T>& params, const Results<Wide<T>>& to) {
   using W = Wide<T>;
   const std::vector<W> weight = params.all_weights(s);
-  const std::vector<moxe::RowBlock> blocks = moxe::cut_rows(1, &s.tokens);
+  const std::vector<Block> blocks = cut_tokens(s.tokens);
   const int64_t num_blocks = blocks.size();
 
 #pragma omp parallel num_threads(num_threads) if (num_blocks > 1)
@@ -206,7 +223,7 @@ void backward(const Shape& s, double scale, int num_threads, const T* hidden,
               const ParamGrads<T>& to) {
   using W = Wide<T>;
   const std::vector<W> weight = params.all_weights(s);
-  const std::vector<moxe::RowBlock> blocks = moxe::cut_rows(1, &s.tokens);
+  const std::vector<Block> blocks = cut_tokens(s.tokens);
   const int64_t num_blocks = blocks.size();
   // Of each block, those of weights (scores, dim), and of biases (scores).
   const int64_t part_size = s.scores() * (s.dim + 1);

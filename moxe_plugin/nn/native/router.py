@@ -22,6 +22,7 @@ from moxe_plugin.nn.native.library import (
     int64_array,
     pointers_to,
 )
+from moxe_plugin.nn.routing import Routing
 
 
 class RouterParams(NamedTuple):
@@ -53,38 +54,9 @@ class RouterSettings(NamedTuple):
     """The number of experts of each token, K."""
 
 
-class RoutedTokens(NamedTuple):
-    """What :func:`route_tokens` computes; as in ``Routing``.
-
-    Numbers are float32, or float64 if the tokens are.
-    """
-
-    router_logits: Tensor
-    """*Shape:* ``(T,E)``."""
-
-    biased_logits: Tensor
-    """*Shape:* ``(T,E)``."""
-
-    router_probs: Tensor
-    """*Shape:* ``(T,E)``."""
-
-    unbiased_probs: Tensor
-    """*Shape:* ``(T,E)``."""
-
-    difficulty: Tensor
-    """*Shape:* ``(T)``."""
-
-    expert_indices: Tensor
-    """Of experts with equal probability the one with the lower index comes first;
-    int64. *Shape:* ``(T,K)``."""
-
-    expert_weights: Tensor
-    """*Shape:* ``(T,K)``."""
-
-
 def route_tokens(
     hidden: Tensor, params: RouterParams, settings: RouterSettings
-) -> RoutedTokens:
+) -> Routing:
     """Route tokens.
 
     All tensors are of one dtype of :data:`~moxe_plugin.nn.native.library.SUFFIXES`,
@@ -94,11 +66,12 @@ def route_tokens(
     :param params: The router's parameters.
     :param settings: The router's settings.
 
-    :returns: Where the tokens go.
+    :returns: Where the tokens go, in float32, or float64 if they are. Of experts with
+        equal probability the one with the lower index comes first.
 
     :raises NativeLibraryError: The C++ code cannot be compiled here.
     """
-    return RoutedTokens(*_RouteTokens.apply(settings, hidden, *params))  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    return Routing(*_RouteTokens.apply(settings, hidden, *params))  # type: ignore[no-untyped-call]  # torch leaves apply untyped
 
 
 class _RouteTokens(Function):
@@ -119,7 +92,7 @@ class _RouteTokens(Function):
         def make(*shape: int, dtype: torch.dtype = wide) -> Tensor:
             return hidden.new_empty(shape, dtype=dtype)
 
-        results = RoutedTokens._make(
+        results = Routing._make(
             [
                 *make(4, num_tokens, num_experts).unbind(),
                 make(num_tokens),

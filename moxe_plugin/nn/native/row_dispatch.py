@@ -56,24 +56,26 @@ def plan_choices(
 ) -> PlannedRows:
     """Give a row to every choice that is sent.
 
-    :param expert_indices: The distinct experts of each token, int64 and on the CPU; -1
-        at places that it leaves empty. *Shape:* ``(N,S,K)``.
-    :param token_mask: Which tokens to send; all if ``None``. *Shape:* ``(N,S)``.
+    :param expert_indices: The distinct experts of each token, on the CPU; -1 at places
+        that it leaves empty. *Shape:* ``(N,S,K)``.
+    :param token_mask: Which tokens to send, on the CPU; all if ``None``. *Shape:*
+        ``(N,S)``.
     :param bank_sizes: How many experts each bank has, E in all.
 
     :returns: The rows.
 
     :raises NativeLibraryError: The C++ code cannot be compiled here.
     """
-    expert_indices = expert_indices.contiguous()
+    # As C++ reads them
+    expert_indices = expert_indices.long().contiguous()
     if token_mask is not None:
-        token_mask = token_mask.contiguous()
+        token_mask = token_mask.bool().contiguous()
 
     num_seqs, _, top_k = shape = expert_indices.shape
     lens = array("q", bytes(8 * sum(bank_sizes) * num_seqs))
     numbers = expert_indices.new_empty(5, expert_indices.numel())
 
-    # The caller holds the masks and indices, this function the rest.
+    # All of them live until the call returns: this function holds them.
     find_function("row_dispatch", "moxe_plan_rows")(
         int64_array([*shape, len(bank_sizes)]),
         int64_array(bank_sizes),

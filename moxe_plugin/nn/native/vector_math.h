@@ -50,7 +50,7 @@ inline __mmask16 first_of_vector(int64_t count) {
 
 inline Vec<float> load(const at::BFloat16* from, int64_t count) {
   const __m256i bits = count == Vec<float>::size()
-                           ? _mm256_loadu_epi16(from)
+                           ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
                            : _mm256_maskz_loadu_epi16(first_of_vector(count), from);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
@@ -58,7 +58,7 @@ inline Vec<float> load(const at::BFloat16* from, int64_t count) {
 inline void store(const Vec<float>& x, at::BFloat16* to, int64_t count) {
   const __m256i bits = (__m256i)_mm512_cvtneps_pbh(x);
   if (count == Vec<float>::size())
-    _mm256_storeu_epi16(to, bits);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
   else
     _mm256_mask_storeu_epi16(to, first_of_vector(count), bits);
 }

@@ -7,13 +7,18 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch import Tensor, bfloat16, float64, nan
+from torch import Tensor, bfloat16, float32, float64, nan
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from moxe_plugin.nn import difficulty_router
+from moxe_plugin.nn.backend import ScanBackend
 from moxe_plugin.nn.difficulty_router import DifficultyRouter
-from moxe_plugin.nn.modulation import MaskedModulation, standard_modulation
+from moxe_plugin.nn.modulation import (
+    MaskedModulation,
+    Modulation,
+    standard_modulation,
+)
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.router import RouterParams, RouterSettings, route_tokens
 from moxe_plugin.nn.routing import Routing
@@ -100,8 +105,11 @@ def test_routing_and_gradients_are_those_of_torch(
     routing, grads = differentiate(router, hidden)
     expected_routing, expected_grads = differentiate(wide, hidden.double())
 
-    assert routing.router_logits.grad_fn is not None
-    assert routing.router_logits.grad_fn.name().startswith("_RouteTokens")
+    functions = [x.router_logits.grad_fn for x in (routing, expected_routing)]
+    assert [x is not None and "RouteTokens" in x.name() for x in functions] == [
+        True,
+        False,
+    ]
     for x, y in zip(routing, expected_routing, strict=True):
         assert x is not None
         assert y is not None
@@ -169,18 +177,42 @@ def test_a_token_is_routed_the_same_among_others_and_with_any_threads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("selection", "masks", "mixes"),
+    ("selection", "modulation", "dtype", "backend", "is_one_pass"),
     [
-        pytest.param(DynamicSelection(4, 0.6), False, False, id="dynamic"),
-        pytest.param(TopKSelection(4, 2), True, False, id="masked"),
-        pytest.param(TopKSelection(4, 2), False, True, id="mixed-types"),
-        pytest.param(TopKSelection(4, 2), False, False, id="standard"),
+        pytest.param(
+            *(DynamicSelection(4, 0.6), standard_modulation, float32, "auto", False),
+            id="dynamic",
+        ),
+        pytest.param(
+            *(TopKSelection(4, 2), MaskedModulation(0.5), float32, "auto", False),
+            id="masked",
+        ),
+        pytest.param(
+            *(TopKSelection(4, 2), standard_modulation, float64, "auto", False),
+            id="wider",
+        ),
+        pytest.param(
+            *(TopKSelection(4, 2), standard_modulation, float32, "torch", False),
+            id="torch",
+        ),
+        pytest.param(
+            *(TopKSelection(4, 2), standard_modulation, bfloat16, "auto", True),
+            id="narrower",
+        ),
+        pytest.param(
+            *(TopKSelection(4, 2), standard_modulation, float32, "auto", True),
+            id="standard",
+        ),
     ],
 )
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_only_the_standard_router_is_one_pass(
     selection: ExpertSelection,
-    masks: bool,
-    mixes: bool,
+    modulation: Modulation,
+    dtype: torch.dtype,
+    backend: ScanBackend,
+    is_one_pass: bool,
+    autocast: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     router = DifficultyRouter(
@@ -188,7 +220,8 @@ def test_only_the_standard_router_is_one_pass(
         selection,
         num_mlstm_experts=2,
         difficulty_bias_scale=1.0,
-        modulation=MaskedModulation(0.5) if masks else standard_modulation,
+        modulation=modulation,
+        backend=backend,
     )
     calls = []
 
@@ -198,7 +231,7 @@ def test_only_the_standard_router_is_one_pass(
         return route_tokens(*args)  # type: ignore[arg-type]  # those of the router
 
     monkeypatch.setattr(difficulty_router, "route_tokens", count)
-    router(torch.randn(3, 8, dtype=float64 if mixes else torch.float32))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        router(torch.randn(3, 8).to(dtype))
 
-    is_standard = isinstance(selection, TopKSelection) and not masks and not mixes
-    assert len(calls) == is_standard
+    assert len(calls) == is_one_pass
