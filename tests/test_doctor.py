@@ -131,27 +131,28 @@ def test_a_warning_is_shown_and_is_no_failure(
         (
             None,
             {},
-            "C++: sLSTM, convolution, norms, gates, dispatch, loss, float32 products, "
-            "mLSTM, bfloat16 products",
+            "C++: sLSTM, convolution, norms, gates, router, dispatch, loss, "
+            "float32 products, mLSTM, bfloat16 products",
         ),
         (
             "they need AVX512",
             {},
-            "C++: sLSTM, convolution, norms, gates, dispatch, loss; "
+            "C++: sLSTM, convolution, norms, gates, router, dispatch, loss; "
             "torch: float32 products, mLSTM, bfloat16 products "
             "(they need AVX512)",
         ),
         (
             "bfloat16",
             {},
-            "C++: sLSTM, convolution, norms, gates, dispatch, loss, float32 products, "
-            "mLSTM; torch: bfloat16 products (the processor has no AVX512_BF16)",
+            "C++: sLSTM, convolution, norms, gates, router, dispatch, loss, "
+            "float32 products, mLSTM; torch: bfloat16 products "
+            "(the processor has no AVX512_BF16)",
         ),
         (
             None,
             {"causal_conv": "'g++' failed:\n  line 1"},
-            "C++: sLSTM, norms, gates, dispatch, loss, float32 products, mLSTM, "
-            "bfloat16 products; torch: convolution ('g++' failed: line 1)",
+            "C++: sLSTM, norms, gates, router, dispatch, loss, float32 products, "
+            "mLSTM, bfloat16 products; torch: convolution ('g++' failed: line 1)",
         ),
     ],
     ids=["all", "products", "bfloat16", "convolution"],

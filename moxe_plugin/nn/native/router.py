@@ -92,23 +92,22 @@ class _RouteTokens(Function):
         def make(*shape: int, dtype: torch.dtype = wide) -> Tensor:
             return hidden.new_empty(shape, dtype=dtype)
 
-        results = Routing._make(
-            [
-                *make(4, num_tokens, num_experts).unbind(),
-                make(num_tokens),
-                make(num_tokens, settings.top_k, dtype=torch.int64),
-                make(num_tokens, settings.top_k),
-            ]
-        )
+        results = [
+            *make(4, num_tokens, num_experts).unbind(),
+            make(num_tokens),
+            make(num_tokens, settings.top_k, dtype=torch.int64),
+            make(num_tokens, settings.top_k),
+        ]
         _call("forward", settings, num_experts, hidden, *params, *results)
 
         ctx.save_for_backward(hidden, *params, *results[2:6])
         ctx.settings = settings
-        ctx.mark_non_differentiable(results.expert_indices)
+        # Those of experts
+        ctx.mark_non_differentiable(results[5])
         # The indices would get zeros too.
         ctx.set_materialize_grads(False)
 
-        return results
+        return tuple(results)
 
     @staticmethod
     @override

@@ -134,9 +134,11 @@ def test_each_output_has_a_gradient_of_its_own(output: int) -> None:
     def route(*inputs: Tensor) -> Tensor:
         flat, *others = inputs
 
-        return route_tokens(flat, RouterParams(*others), RouterSettings(2, 0.7, 2))[
-            output
-        ]
+        routing = route_tokens(flat, RouterParams(*others), RouterSettings(2, 0.7, 2))
+        result = routing[output]
+        assert result is not None
+
+        return result
 
     inputs = [hidden, *(x for x in params if x is not None)]
     if output == 5:
