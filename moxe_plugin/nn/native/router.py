@@ -1,8 +1,11 @@
 """A difficulty router, in C++: scores, bias, probabilities and choices in one pass.
 
-MoxE eqs. (5)-(9), with the bias in full
-(:func:`~moxe_plugin.nn.modulation.standard_modulation`) and the choice of the K most
-probable experts. What is kept in bfloat16 is computed in float32.
+MoxE eqs. (5)-(9): ``z = W_r h (+ b_r)``, ``d = sigmoid(w_d h + b_d)``, and ``p`` is
+the softmax of ``z + gamma d`` at the mLSTM experts, which come first, and of ``z -
+gamma d`` at all others; the K most probable ones get the weights ``p_i / sum_j p_j``,
+j over these K. So the bias acts in full
+(:func:`~moxe_plugin.nn.modulation.standard_modulation`). What is kept in bfloat16 is
+computed in float32.
 """
 
 from __future__ import annotations

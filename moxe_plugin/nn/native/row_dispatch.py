@@ -73,7 +73,7 @@ def plan_choices(
 
     num_seqs, _, top_k = shape = expert_indices.shape
     lens = array("q", bytes(8 * sum(bank_sizes) * num_seqs))
-    numbers = expert_indices.new_empty(5, expert_indices.numel())
+    numbers = expert_indices.new_empty(5, expert_indices.numel()).unbind()
 
     # All of them live until the call returns: this function holds them.
     find_function("row_dispatch", "moxe_plan_rows")(
@@ -81,11 +81,11 @@ def plan_choices(
         int64_array(bank_sizes),
         *pointers_to(expert_indices, token_mask),
         ctypes.c_void_p(lens.buffer_info()[0]),
-        *pointers_to(*numbers.unbind()),
+        *pointers_to(*numbers),
     )
 
     seq_lens = lens.tolist()
-    of_choices, *of_rows = numbers.unbind()
+    of_choices, *of_rows = numbers
     num_rows = sum(seq_lens)
 
     return PlannedRows(
