@@ -45,10 +45,10 @@ constexpr int kCols = kVecs * kWidth;
 constexpr int64_t kBlockRows = 5 * kRows;   // of the left factor, which fit the second cache
 constexpr int64_t kMaxCols = 128;       // of a block of the right factor, which fits it too
 constexpr int64_t kMinCols = 2 * kCols;
-constexpr int64_t kMaxDepth = 1024;     // rows of a panel, to add seldom
+constexpr int64_t kMaxDepth = 1152;     // rows of a panel, to add seldom
 // Where there are many panels, half as many rows: what is packed of them stays in more caches.
 constexpr int64_t kVeryDeep = 4 * kMaxDepth;
-constexpr int64_t kMaxPacked = 1 << 20;  // floats of left factors that are packed at a time
+constexpr int64_t kMaxPacked = 9 << 18;  // floats of left factors that are packed at a time
 constexpr int64_t kPanelsAtOnce = 8;
 constexpr int64_t kPackedAhead = 8;     // rows that a copy into panels fetches ahead
 constexpr int64_t kDepthAtOnce = 32;    // rows of a panel, after which tiles fetch
@@ -197,7 +197,9 @@ void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __re
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < kVecs; ++v) {
       sums[r][v] = _mm512_setzero_ps();
-      if (into != Into::kMemory) __builtin_prefetch(out + r * out_row + v * kWidth, 1);
+      // A line holds two vectors of bfloat16.
+      if (into != Into::kMemory && (sizeof(Out) == sizeof(float) || v == 0))
+        __builtin_prefetch(out + r * out_row + v * kWidth, 1);
     }
 
   for (int64_t begin = 0; begin < depth; begin += kDepthAtOnce) {

@@ -33,7 +33,7 @@ NUM_NUMBERS: Final = 15
 
 _DTYPES: Final = (torch.float32, torch.bfloat16)
 
-_MAX_DEPTH: Final = 1024
+_MAX_DEPTH: Final = 1152
 """Up to which inner dimension a result of float32 factors is complete at once; if one
 is bfloat16, up to twice as many: ``kMaxDepth`` of the C++ code."""
 

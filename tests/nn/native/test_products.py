@@ -37,7 +37,7 @@ from moxe_plugin.nn.native.row_products import (
 SIZES: Final = (0, 1, 13, 14, 15, 16, 17, 31, 32, 33, 64, 255, 256, 257, 513)
 
 # Beyond what is summed at a time: results of some tiles, and of small ones.
-LARGE: Final = ((61, 70, 2100), (40, 64, 2100))
+LARGE: Final = ((61, 70, 2500), (40, 64, 2500))
 
 GUARD: Final = 77.0
 
@@ -461,7 +461,7 @@ def test_small_products_round_nothing_under_autocast(m: int, n: int, k: int) -> 
 @pytest.mark.usefixtures("_restored_threads")
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_rounded_sums_do_not_depend_on_threads_or_rows(num_threads: int) -> None:
-    lhs, rhs = torch.randn(500, 2100), torch.randn(2100, 147)
+    lhs, rhs = torch.randn(500, 2500), torch.randn(2500, 147)
     with torch.autocast("cpu", torch.bfloat16):
         torch.set_num_threads(2)
         expected = multiply(lhs, rhs)
@@ -538,7 +538,7 @@ def test_nothing_beside_a_result_in_bfloat16_is_touched() -> None:
 
 @needs_bfloat16
 def test_rows_of_experts_are_kept_in_bfloat16() -> None:
-    counts = [5, 0, 2100, 33]
+    counts = [5, 0, 2500, 33]
     rows = torch.randn(sum(counts), 2 * 20, dtype=torch.bfloat16)
     grads = torch.randn(sum(counts), 2 * 36, dtype=torch.bfloat16)
     weight = torch.randn(4, 2, 20, 36, dtype=torch.bfloat16)
@@ -612,7 +612,7 @@ BEYOND_DIAGONAL: Final = 16
 # The sides of squares, and the other dimension; the last is summed in pieces.
 SQUARES: Final = (
     *product((1, 2, 13, 15, 29, 64, 70, 113), (5, 32, 40)),
-    *((257, 64), (300, 96), (2100, 7)),
+    *((257, 64), (300, 96), (2500, 7)),
 )
 
 
