@@ -10,6 +10,7 @@
 // dimension.
 
 #include "causal_squares.h"
+#include "panels.h"
 #include "tiles.h"
 
 #include <immintrin.h>
@@ -24,9 +25,6 @@
 #include <new>
 #include <vector>
 
-// What the compiler would leave out as soon as a file has more functions than it likes.
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-
 namespace {
 
 using moxe::BFloat16;
@@ -35,10 +33,14 @@ using moxe::by_rows;
 using moxe::divide_up;
 using moxe::Factors;
 using moxe::first_floats;
+using moxe::kPanelsAtOnce;
+using moxe::kPerRow;
 using moxe::kRowsAhead;
+using moxe::kWidth;
 using moxe::num_places;
+using moxe::pack;
+using moxe::per_place;
 
-constexpr int kWidth = 16;              // floats of a vector
 constexpr int kRows = moxe::kTileRows;  // rows of a tile,
 constexpr int kVecs = 2;                // and its vectors: 28 of 32 registers hold sums
 constexpr int kCols = kVecs * kWidth;
@@ -49,10 +51,9 @@ constexpr int64_t kMaxDepth = 1152;     // rows of a panel, to add seldom
 // Where there are many panels, half as many rows: what is packed of them stays in more caches.
 constexpr int64_t kVeryDeep = 4 * kMaxDepth;
 constexpr int64_t kMaxPacked = 9 << 18;  // floats of left factors that are packed at a time
-constexpr int64_t kPanelsAtOnce = 8;
-constexpr int64_t kPackedAhead = 8;     // rows that a copy into panels fetches ahead
 constexpr int64_t kDepthAtOnce = 32;    // rows of a panel, after which tiles fetch
 constexpr int64_t kLine = 64;           // bytes that are fetched at once
+constexpr int64_t kSameLines = 1024;    // floats after which the first cache has no other place
 constexpr int64_t kDirect = 64;         // up to which a size is small
 constexpr int64_t kMaxWeights = 1 << 16;    // of small right factors that lie side by side
 constexpr int64_t kNarrow = kWidth;     // columns up to which a product is narrow
@@ -187,10 +188,12 @@ ALWAYS_INLINE void put(const __m512 (&sums)[kVecs], BFloat16* out, Into into) {
     _mm512_storeu_ps(out, row);
 }
 
-// out (Rows,kCols) = or += lhs (depth,kRows)^T @ rhs (depth,kCols), Rows of its rows
-template <Factors factors, typename Out, int Rows>
-void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __restrict rhs,
-                   Out* __restrict out, int64_t out_row, Into into, Ahead& ahead) {
+// out (Rows,kCols) = or += lhs (depth,kRows)^T @ rhs (depth,kCols), Rows of its rows. With
+// `Lies`, lhs is (Rows,depth), and its rows are `lhs_row` places apart.
+template <Factors factors, typename Out, bool Lies, int Rows>
+void multiply_tile(int64_t depth, const float* __restrict lhs, int64_t lhs_row,
+                   const float* __restrict rhs, Out* __restrict out, int64_t out_row,
+                   Into into, Ahead& ahead) {
   // Not unrolled, loops over registers would keep them on the stack.
   __m512 sums[Rows][kVecs];
 #pragma GCC unroll 16
@@ -205,14 +208,29 @@ void multiply_tile(int64_t depth, const float* __restrict lhs, const float* __re
   for (int64_t begin = 0; begin < depth; begin += kDepthAtOnce) {
     ahead.fetch();
 
+    // A line of one row after the other: all at once would wait for each other, and of so many
+    // rows the processor foresees nothing.
+    const float* next = lhs + begin + kDepthAtOnce;
+    int next_row = 0;
+
     const int64_t end = std::min(begin + kDepthAtOnce, depth);
     for (int64_t i = begin; i < end; ++i) {
+      if (Lies) {
+        __builtin_prefetch(next);
+        next += lhs_row;
+        if (++next_row == Rows) {
+          next += kWidth - Rows * lhs_row;
+          next_row = 0;
+        }
+      }
+
       __m512 weights[kVecs];
       for (int v = 0; v < kVecs; ++v)
         weights[v] = _mm512_loadu_ps(rhs + i * kCols + v * kWidth);
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
-        const __m512 value = _mm512_set1_ps(lhs[i * kRows + r]);
+        const __m512 value =
+            _mm512_set1_ps(Lies ? lhs[r * lhs_row + i] : lhs[i * kRows + r]);
         for (int v = 0; v < kVecs; ++v)
           sums[r][v] = add_products<factors>(sums[r][v], value, weights[v]);
       }
@@ -317,174 +335,12 @@ constexpr auto kMultiplyNarrow = by_rows<MultiplyNarrow, kRows>(
     [](auto rows) { return &multiply_narrow<decltype(rows)::value>; });
 
 template <typename Out>
-using MultiplyTile = void (*)(int64_t, const float*, const float*, Out*, int64_t, Into,
-                              Ahead&);
-template <Factors factors, typename Out>
-constexpr auto kMultiplyTile = by_rows<MultiplyTile<Out>, kRows>(
-    [](auto rows) { return &multiply_tile<factors, Out, decltype(rows)::value>; });
-
-// Stores a row of 16 numbers of panel row i, of `depth` that are `Stride` apart. Of rows of fewer,
-// all but the last one may reach into the next, which comes later: a masked store is slow.
-template <int Stride>
-ALWAYS_INLINE void store(float* row, int64_t i, int64_t depth, __m512 x) {
-  if (Stride >= kWidth || i + 1 < depth)
-    _mm512_storeu_ps(row, x);
-  else
-    _mm512_mask_storeu_ps(row, first_floats(Stride), x);
-}
-
-// How many of the inner dimension are in a row of a panel.
-constexpr int64_t per_place(Factors factors) { return factors == Factors::kFloat ? 1 : 2; }
-template <Factors factors>
-constexpr int64_t kPerRow = per_place(factors);
-
-// The next `count` numbers of the inner dimension, which follow each other, as panels hold them:
-// 16 floats or 16 pairs; 0 beyond them.
-template <Factors factors>
-ALWAYS_INLINE __m512 load_inner(const float* from, int64_t count) {
-  const __m512 low = _mm512_maskz_loadu_ps(first_floats(count), from);
-  if (factors == Factors::kFloat) return low;
-
-  return moxe::pair_neighbours(
-      low, _mm512_maskz_loadu_ps(first_floats(count - kWidth), from + kWidth));
-}
-
-template <Factors factors>
-ALWAYS_INLINE __m512 load_inner(const BFloat16* from, int64_t count) {
-  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(moxe::first_halves(count), from));
-}
-
-// 16 numbers of a panel's row, each of a column: of pairs, the other half is `next` further, or
-// 0 if there is none.
-template <Factors factors>
-ALWAYS_INLINE __m512 load_columns(const float* from, __mmask16 mask, int64_t next,
-                                  bool has_next) {
-  const __m512 low = _mm512_maskz_loadu_ps(mask, from);
-  if (factors == Factors::kFloat) return low;
-
-  return moxe::pair_places(low, _mm512_maskz_loadu_ps(has_next ? mask : 0, from + next));
-}
-
-template <Factors factors>
-ALWAYS_INLINE __m512 load_columns(const BFloat16* from, __mmask16 mask, int64_t next,
-                                  bool has_next) {
-  return moxe::pair_places(from, mask, from + next, has_next ? mask : 0);
-}
-
-// One of these.
-template <Factors factors, typename T>
-float load_one(const T* from, int64_t next, bool has_next) {
-  float x;
-  _mm_store_ss(&x, _mm512_castps512_ps128(load_columns<factors>(from, 1, next, has_next)));
-  return x;
-}
-
-// Stores column c of a matrix of `num_rows`, at most 16, and 16 columns as row i + c. A row of
-// it holds `inner` of the inner dimension.
-template <Factors factors, int Stride, typename T>
-ALWAYS_INLINE void transpose(const T* from, int64_t next_row, int64_t num_rows,
-                             int64_t inner, float* out, int64_t i, int64_t depth) {
-  __m512 a[16], b[16];
-  // Rows that there are not are the last one again.
-  for (int64_t r = 0; r < 16; ++r)
-    a[r] = load_inner<factors>(from + std::min(r, num_rows - 1) * next_row, inner);
-  for (int r = 0; r < 16; r += 2) {
-    b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
-    b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
-  }
-  for (int r = 0; r < 16; r += 4)
-    for (int half = 0; half < 2; ++half) {
-      const __m512d low = _mm512_castps_pd(b[r + half]),
-                    high = _mm512_castps_pd(b[r + 2 + half]);
-      a[r + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      a[r + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-  for (int c = 0; c < 4; ++c)
-    for (int r = 0; r < 16; r += 8) {
-      b[r + c] = _mm512_shuffle_f32x4(a[r + c], a[r + 4 + c], 0x88);
-      b[r + 4 + c] = _mm512_shuffle_f32x4(a[r + c], a[r + 4 + c], 0xdd);
-    }
-  for (int c = 0; c < 8; ++c) {
-    a[c] = _mm512_shuffle_f32x4(b[c], b[8 + c], 0x88);
-    a[8 + c] = _mm512_shuffle_f32x4(b[c], b[8 + c], 0xdd);
-  }
-  for (int c = 0; c < 16; ++c)
-    if (i + c < depth) store<Stride>(out + c * Stride, i + c, depth, a[c]);
-}
-
-// Panels: out[i * Stride + j] = from[i * outer + j * inner] for all i below `num_outer` and
-// `width` j, at most Stride; up to Stride, finite numbers. Pairs hold i and i + 1. Panels follow
-// each other in `out`, the `count` j of all of them in `from`.
-template <Factors factors, int Stride, typename T>
-void pack(const T* from, int64_t outer, int64_t inner, int64_t num_outer,
-          int64_t count, int64_t width, float* out) {
-  const int64_t num_panels = divide_up(count, width);
-  const int64_t depth = num_places(num_outer, factors);
-  constexpr int64_t per_row = kPerRow<factors>;
-  // Of the cache, which a vector's numbers are read from.
-  constexpr int64_t num_lines = per_row * sizeof(T) / sizeof(float);
-
-  if (inner == 1) {
-    // Rows of several panels, as the next row is on another page of memory.
-    for (int64_t begin = 0; begin < num_panels; begin += kPanelsAtOnce)
-      for (int64_t i = 0; i < depth; ++i)
-        for (int64_t p = begin; p < std::min(begin + kPanelsAtOnce, num_panels); ++p)
-          for (int64_t j = 0; j < width; j += kWidth) {
-            const T* at = from + i * per_row * outer + p * width + j;
-            for (int64_t ahead = 0; ahead < per_row; ++ahead)
-              if (i * per_row + kPackedAhead + ahead < num_outer)
-                __builtin_prefetch(at + (kPackedAhead + ahead) * outer);
-            store<Stride>(
-                out + (p * depth + i) * Stride + j, i, depth,
-                load_columns<factors>(at, first_floats(count - p * width - j), outer,
-                                      (i + 1) * per_row <= num_outer));
-          }
-    return;
-  }
-
-  for (int64_t p = 0; p < num_panels; ++p) {
-    const T* panel_from = from + p * width * inner;
-    float* panel = out + p * depth * Stride;
-    const int64_t num_filled = std::min(width, count - p * width);
-
-    if (outer == 1) {
-      for (int64_t i = 0; i < depth; i += kWidth)
-        for (int64_t j = 0; j < num_filled; j += kWidth) {
-          const int64_t at = i * per_row;
-          // Of short rows on many pages the processor foresees nothing.
-          if (p + 1 < num_panels)
-            for (int64_t r = j; r < std::min(width, j + kWidth); ++r)
-              for (int64_t line = 0; line < num_lines; ++line)
-                __builtin_prefetch(panel_from + at + line * kWidth + (width + r) * inner);
-          if (j == 0)
-            for (int64_t l = 0; l < Stride; ++l)
-              __builtin_prefetch(panel + (i + 3 * kWidth) * Stride + l * kWidth, 1);
-          transpose<factors, Stride>(panel_from + at + j * inner, inner, num_filled - j,
-                                     num_outer - at, panel + i * Stride + j, i, depth);
-        }
-    } else {
-      for (int64_t i = 0; i < depth; ++i)
-        for (int64_t j = 0; j < num_filled; ++j)
-          panel[i * Stride + j] =
-              load_one<factors>(panel_from + i * per_row * outer + j * inner, outer,
-                                (i + 1) * per_row <= num_outer);
-    }
-  }
-}
-
-template <int Stride>
-void pack(Factors factors, bool is_half, const char* from, int64_t outer, int64_t inner,
-          int64_t num_outer, int64_t count, int64_t width, float* out) {
-  if (is_half)
-    pack<Factors::kBFloat16, Stride>(reinterpret_cast<const BFloat16*>(from), outer, inner,
-                                     num_outer, count, width, out);
-  else if (factors == Factors::kBFloat16)
-    pack<Factors::kBFloat16, Stride>(reinterpret_cast<const float*>(from), outer, inner,
-                                     num_outer, count, width, out);
-  else
-    pack<Factors::kFloat, Stride>(reinterpret_cast<const float*>(from), outer, inner,
-                                  num_outer, count, width, out);
-}
+using MultiplyTile = void (*)(int64_t, const float*, int64_t, const float*, Out*, int64_t,
+                              Into, Ahead&);
+template <Factors factors, typename Out, bool Lies>
+constexpr auto kMultiplyTile = by_rows<MultiplyTile<Out>, kRows>([](auto rows) {
+  return &multiply_tile<factors, Out, Lies, decltype(rows)::value>;
+});
 
 // Memory that is kept for the next call.
 class Buffer {
@@ -532,6 +388,16 @@ struct Part {
     return std::min(panel_rows, num_rows - panel * panel_rows);
   }
   bool packs() const { return kind == Kind::kPacked; }
+  // Whether the left factor is copied, too: not if its rows are what a panel holds of them, and
+  // a cache keeps lines of so many.
+  bool packs_left() const {
+    const Product& p = *product;
+    const int64_t per = per_place(types.factors);
+    const bool lies = p.lhs_col == 1 && types.is_lhs_half == (per == 2) &&
+                      p.lhs_row % per == 0 && inner % per == 0 && !has_left_triangle() &&
+                      reinterpret_cast<uintptr_t>(lhs(0)) % sizeof(float) == 0;
+    return packs() && !(lies && p.lhs_row / per % kSameLines != 0);
+  }
   bool has_left_triangle() const {
     return triangle == Triangle::kLowerLeft || triangle == Triangle::kUpperLeft;
   }
@@ -553,7 +419,7 @@ struct Part {
                : num_cols;
   }
   // What it packs.
-  int64_t size() const { return packs() ? num_panels() * kRows * depth() : 0; }
+  int64_t size() const { return packs_left() ? num_panels() * kRows * depth() : 0; }
 
   // Where a row is, of its own or of a product beside it.
   const char* lhs(int64_t r, int64_t i = 0) const {
@@ -687,7 +553,7 @@ Ahead look_ahead(const Task* task, int64_t num_times) {
 }
 
 // Multiplies tiles of panels.
-template <Factors factors, typename Out>
+template <Factors factors, typename Out, bool Lies>
 void run_tiles(const Task& task, const Task* next, bool adds, bool streams, float* panels) {
   const Part& part = *task.part;
   const Product& p = *part.product;
@@ -708,7 +574,8 @@ void run_tiles(const Task& task, const Task* next, bool adds, bool streams, floa
                  divide_up(part.depths_of(i).size(), kDepthAtOnce);
   Ahead ahead = look_ahead(next, num_times);
 
-  const auto& multiply = kMultiplyTile<factors, Out>;
+  const auto& multiply = kMultiplyTile<factors, Out, Lies>;
+  const int64_t lhs_row = p.lhs_row / kPerRow<factors>;
   const int64_t block = std::max<int64_t>(1, kBlockRows / part.panel_rows);
   for (int64_t first = 0; first < part.num_panels(); first += block)
     for (int64_t j = 0; j < num_col_panels; ++j) {
@@ -720,22 +587,35 @@ void run_tiles(const Task& task, const Task* next, bool adds, bool streams, floa
 
         const int64_t row = i * part.panel_rows, rows = part.rows_of(i);
         const Range depths = part.depths_of(i);
-        const float* left = part.packed + (i * part.depth() + depths.begin) * kRows;
+        const float* left =
+            Lies ? part.lhs_floats(row)
+                 : part.packed + (i * part.depth() + depths.begin) * kRows;
         const float* below = right + depths.begin * kCols;
         Out* to = out + row * p.out_row + j * kCols;
 
         if (cols == kCols) {
-          multiply[rows](depths.size(), left, below, to, p.out_row, into, ahead);
+          multiply[rows](depths.size(), left, lhs_row, below, to, p.out_row, into, ahead);
           continue;
         }
 
         alignas(64) float edge[kRows * kCols];
-        kMultiplyTile<factors, float>[rows](depths.size(), left, below, edge, kCols,
-                                            Into::kOut, ahead);
+        kMultiplyTile<factors, float, Lies>[rows](depths.size(), left, lhs_row, below, edge,
+                                                  kCols, Into::kOut, ahead);
         for (int64_t r = 0; r < rows; ++r)
           moxe::store_row(edge + r * kCols, cols, adds, to + r * p.out_row);
       }
     }
+}
+
+using RunTiles = void (*)(const Task&, const Task*, bool, bool, float*);
+
+template <bool Lies>
+RunTiles find_run_tiles(const Types& types) {
+  const bool pairs = types.factors == Factors::kBFloat16;
+  return types.is_out_half ? pairs ? run_tiles<Factors::kBFloat16, BFloat16, Lies>
+                                   : run_tiles<Factors::kFloat, BFloat16, Lies>
+         : pairs           ? run_tiles<Factors::kBFloat16, float, Lies>
+                           : run_tiles<Factors::kFloat, float, Lies>;
 }
 
 // `next` is what the thread does next, as a rule.
@@ -747,11 +627,8 @@ void run_packed(const Task& task, const Task* next, bool adds, bool streams,
   pack<kCols>(part.types.factors, part.types.is_rhs_half, part.rhs(task.col), p.rhs_row,
               p.rhs_col, part.inner, task.num_cols, kCols, panels);
 
-  const bool pairs = part.types.factors == Factors::kBFloat16;
-  const auto run = part.types.is_out_half ? pairs ? run_tiles<Factors::kBFloat16, BFloat16>
-                                                  : run_tiles<Factors::kFloat, BFloat16>
-                   : pairs                ? run_tiles<Factors::kBFloat16, float>
-                                          : run_tiles<Factors::kFloat, float>;
+  const auto run = part.packs_left() ? find_run_tiles<false>(part.types)
+                                     : find_run_tiles<true>(part.types);
   run(task, next, adds, streams, panels);
 }
 
@@ -922,7 +799,7 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
     part->packed = memory;
     memory += part->size();
 
-    for (int64_t panel = 0; part->packs() && panel < part->num_panels();
+    for (int64_t panel = 0; part->packs_left() && panel < part->num_panels();
          panel += kPanelsAtOnce)
       pack_tasks.push_back({part, panel});
 

@@ -20,8 +20,8 @@ from moxe_plugin.nn.native.mlstm_projections import (
     project_rows,
     project_rows_backward,
 )
-from moxe_plugin.nn.native.products import rounds_to_bfloat16
 from moxe_plugin.nn.products import why_torch
+from tests.nn.bfloat16_cases import needs_bfloat16
 
 pytestmark = pytest.mark.skipif(
     why_torch() is not None or why_not_loaded("mlstm_projections") is not None,
@@ -130,12 +130,6 @@ def test_rows_and_gradients_are_those_of_torch(
 ) -> None:
     # Groups that do not fill the last task.
     check_all(counts, 6, num_heads, 2e-6)
-
-
-needs_bfloat16 = pytest.mark.skipif(
-    why_torch() is not None or not rounds_to_bfloat16(),
-    reason="no products of bfloat16 in C++ here",
-)
 
 
 @needs_bfloat16

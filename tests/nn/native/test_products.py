@@ -55,6 +55,11 @@ needs_avx512 = pytest.mark.skipif(
     find_obstacle() is not None, reason=f"no products in C++ here: {find_obstacle()}"
 )
 
+needs_bfloat16 = pytest.mark.skipif(
+    find_obstacle() is not None or not rounds_to_bfloat16(),
+    reason="no products of bfloat16 in C++ here",
+)
+
 
 def make_columns(*shape: int) -> Tensor:
     return torch.randn(*shape[:-2], shape[-1], shape[-2]).mT
@@ -312,6 +317,25 @@ def test_a_row_depends_on_nothing_but_itself(k: int, num_threads: int) -> None:
 
 
 @needs_avx512
+@pytest.mark.parametrize("k", [1, 30, 641, 2500])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
+)
+def test_a_product_does_not_depend_on_how_its_left_factor_lies(
+    dtype: torch.dtype, k: int
+) -> None:
+    lhs, rhs = torch.randn(71, k).to(dtype), torch.randn(k, 97).to(dtype)
+    expected = multiply(lhs.mT.contiguous().mT, rhs)
+
+    # Rows of the last share lines of a cache.
+    for width in (k, k + 1, k + 2, 4096):
+        rows = torch.full((71, width), nan, dtype=dtype)
+        rows[:, width - k :] = lhs
+
+        assert torch.equal(multiply(rows[:, width - k :], rhs), expected)
+
+
+@needs_avx512
 @pytest.mark.usefixtures("_restored_threads")
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_product_does_not_depend_on_others_of_the_call(num_threads: int) -> None:
@@ -411,12 +435,6 @@ def test_lack_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(MemoryError, match="factors of a product"):
         multiply(torch.zeros(2, 3), torch.zeros(3, 5))
-
-
-needs_bfloat16 = pytest.mark.skipif(
-    find_obstacle() is not None or not rounds_to_bfloat16(),
-    reason="no products of bfloat16 in C++ here",
-)
 
 
 @needs_bfloat16
