@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -12,19 +13,13 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from moxe_plugin.nn import difficulty_router
-from moxe_plugin.nn.backend import ScanBackend
 from moxe_plugin.nn.difficulty_router import DifficultyRouter
-from moxe_plugin.nn.modulation import (
-    MaskedModulation,
-    Modulation,
-    standard_modulation,
-)
+from moxe_plugin.nn.modulation import MaskedModulation, standard_modulation
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.router import RouterParams, RouterSettings, route_tokens
 from moxe_plugin.nn.routing import Routing
 from moxe_plugin.nn.selection import (
     DynamicSelection,
-    ExpertSelection,
     TopKSelection,
 )
 from tests.nn.bfloat16_cases import in_each_dtype
@@ -179,51 +174,31 @@ def test_a_token_is_routed_the_same_among_others_and_with_any_threads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("selection", "modulation", "dtype", "backend", "is_one_pass"),
+    ("options", "dtype", "is_one_pass"),
     [
         pytest.param(
-            *(DynamicSelection(4, 0.6), standard_modulation, float32, "auto", False),
-            id="dynamic",
+            {"selection": DynamicSelection(4, 0.6)}, float32, False, id="dynamic"
         ),
         pytest.param(
-            *(TopKSelection(4, 2), MaskedModulation(0.5), float32, "auto", False),
-            id="masked",
+            {"modulation": MaskedModulation(0.5)}, float32, False, id="masked"
         ),
-        pytest.param(
-            *(TopKSelection(4, 2), standard_modulation, float64, "auto", False),
-            id="wider",
-        ),
-        pytest.param(
-            *(TopKSelection(4, 2), standard_modulation, float32, "torch", False),
-            id="torch",
-        ),
-        pytest.param(
-            *(TopKSelection(4, 2), standard_modulation, bfloat16, "auto", True),
-            id="narrower",
-        ),
-        pytest.param(
-            *(TopKSelection(4, 2), standard_modulation, float32, "auto", True),
-            id="standard",
-        ),
+        pytest.param({}, float64, False, id="wider"),
+        pytest.param({"backend": "torch"}, float32, False, id="torch"),
+        pytest.param({}, bfloat16, True, id="narrower"),
+        pytest.param({}, float32, True, id="standard"),
     ],
 )
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_only_the_standard_router_is_one_pass(
-    selection: ExpertSelection,
-    modulation: Modulation,
+    options: dict[str, Any],
     dtype: torch.dtype,
-    backend: ScanBackend,
     is_one_pass: bool,
     autocast: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    standard = {"selection": TopKSelection(4, 2), "modulation": standard_modulation}
     router = DifficultyRouter(
-        8,
-        selection,
-        num_mlstm_experts=2,
-        difficulty_bias_scale=1.0,
-        modulation=modulation,
-        backend=backend,
+        8, num_mlstm_experts=2, difficulty_bias_scale=1.0, **{**standard, **options}
     )
     calls = []
 
