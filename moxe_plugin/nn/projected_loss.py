@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ Each chunk reads the weight, and each but the first reads and writes its gradien
 GPU_CHUNK_SIZE = 8192
 """The same elsewhere: 0.8 GB for 49,152 words in bfloat16. Each chunk but the first
 reads and writes the float32 gradient of the weight."""
+
+_PAGE_SIZE: Final = 4096
+_ROW_PADDING_SIZE: Final = 256
 
 
 def projected_cross_entropy(
@@ -94,7 +97,7 @@ class _ProjectedCrossEntropy(Function):
         chunk_size = CHUNK_SIZE if rows.is_cpu else GPU_CHUNK_SIZE
         for begin in range(0, len(rows), chunk_size):
             chunk = slice(begin, begin + chunk_size)
-            logits = multiply(rows[chunk], table.mT)
+            logits = _project(rows[chunk], table)
 
             losses[chunk], grad = _cross_entropy(
                 logits, targets[chunk], weights[chunk], wants_grad
@@ -133,6 +136,19 @@ class _ProjectedCrossEntropy(Function):
         )
 
         return of_hidden, of_weight, None, None, None, None
+
+
+def _project(rows: Tensor, table: Tensor) -> Tensor:
+    row_size = rows.element_size() * len(table)
+    if row_size % _PAGE_SIZE != 0 or not runs_native(rows, table):
+        return multiply(rows, table.mT)
+
+    # The same column of all rows would have few places in a cache.
+    padding = _ROW_PADDING_SIZE // rows.element_size()
+    logits = rows.new_empty(len(rows), len(table) + padding)[:, : len(table)]
+    multiply_all([Product(rows[None], table.mT[None], logits[None])])
+
+    return logits
 
 
 def _scale(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

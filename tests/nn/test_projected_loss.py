@@ -23,10 +23,12 @@ def _chunk_size(
         monkeypatch.setattr(projected_loss, name, request.param)
 
 
-def make_inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make_inputs(
+    device: torch.device, vocab_size: int = V
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden = torch.randn(T, M, device=device, dtype=float64).requires_grad_()
-    weight = torch.randn(V, M, device=device, dtype=float64).requires_grad_()
-    targets = torch.randint(V, (T,), device=device)
+    weight = torch.randn(vocab_size, M, device=device, dtype=float64).requires_grad_()
+    targets = torch.randint(vocab_size, (T,), device=device)
     target_weights = torch.rand(T, device=device, dtype=float64)
     target_weights[::3] = 0.0
 
@@ -46,6 +48,30 @@ def test_loss_and_gradients_are_those_of_all_logits(device: torch.device) -> Non
     assert_close(actual, expected)
     leaves = [hidden, weight]
     assert_close(grad(3 * actual, leaves), grad(3 * expected, leaves))
+
+
+@pytest.mark.usefixtures("_chunk_size")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_page_are_multiplied_as_others_are(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    # 2,048 logits fill pages: products in C++ write them with a gap after each row.
+    hidden, weight, targets, target_weights = make_inputs(device, vocab_size=2048)
+    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
+
+    logits = (hidden.double() @ weight.double().mT).to(dtype).double()
+    nll = cross_entropy(logits, targets, reduction="none")
+    expected = (nll * target_weights).sum()
+    actual = projected_cross_entropy(hidden, weight, targets, target_weights)
+
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
+    assert_close(actual.double(), expected, rtol=1e-5, atol=0)
+    assert_close(
+        grad(actual, [hidden, weight]),
+        grad(expected, [hidden, weight]),
+        rtol=tolerance,
+        atol=tolerance,
+    )
 
 
 def test_without_gradients_the_loss_is_the_same(device: torch.device) -> None:

@@ -126,8 +126,8 @@ void scale(const A* exps, int64_t size, A factor, T* out) {
 template <typename T, typename A>
 void run(const int64_t* shape, int num_threads, T* logits, const int64_t* targets,
          const A* weights, A* losses) {
-  const int64_t num_rows = shape[0], size = shape[1];
-  const bool wants_grad = shape[2] != 0;
+  const int64_t num_rows = shape[0], size = shape[1], next_row = shape[2];
+  const bool wants_grad = shape[3] != 0;
 
 #pragma omp parallel num_threads(num_threads) if (num_rows > 1)
   {
@@ -135,7 +135,7 @@ void run(const int64_t* shape, int num_threads, T* logits, const int64_t* target
 
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < num_rows; ++r) {
-      T* row = logits + r * size;
+      T* row = logits + r * next_row;
       const int64_t target = targets[r];
       const A max = find_max<T, A>(row, size);
       const A of_target = A(row[target]) - max;

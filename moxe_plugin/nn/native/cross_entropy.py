@@ -28,8 +28,8 @@ def cross_entropy_(
 
     Everything between logits and results is float32, or float64 for such logits.
 
-    :param logits: Contiguous, on the CPU; become the gradient of the weighed sum of the
-        results if that is wanted. *Shape:* ``(T,V)``.
+    :param logits: On the CPU, their last stride 1; become the gradient of the weighed
+        sum of the results if that is wanted. *Shape:* ``(T,V)``.
     :param targets: *Shape:* ``(T)``.
     :param weights: How much each row counts. Float32, or float64 for such logits.
         *Shape:* ``(T)``.
@@ -48,7 +48,7 @@ def cross_entropy_(
             f"{targets.min()} to {targets.max()} instead."
         )
 
-    shape = (num_rows, num_columns, wants_grad)
+    shape = (num_rows, num_columns, logits.stride(0), wants_grad)
     targets, weights = targets.contiguous(), weights.contiguous()
     losses = torch.empty_like(weights)
 

@@ -51,6 +51,8 @@ constexpr int64_t kMaxDepth = 1152;     // rows of a panel, to add seldom
 // Where there are many panels, half as many rows: what is packed of them stays in more caches.
 constexpr int64_t kVeryDeep = 4 * kMaxDepth;
 constexpr int64_t kMaxPacked = 9 << 18;  // floats of left factors that are packed at a time
+// Of so many rows in panels, parts have few enough for each thread to read those that it packed.
+constexpr int64_t kManyRows = 4096, kRowsOfMany = 1024;
 constexpr int64_t kDepthAtOnce = 32;    // rows of a panel, after which tiles fetch
 constexpr int64_t kLine = 64;           // bytes that are fetched at once
 constexpr int64_t kSameLines = 1024;    // floats after which the first cache has no other place
@@ -716,9 +718,10 @@ std::vector<Part> cut(int64_t num_products, const Product* products,
     const int64_t num_tasks = 1 + int64_t(num_indices * work_of(i) / limit);
     const int64_t cols = std::max(std::min(num_tasks, divide_up(p.n, kMinCols)),
                                   divide_up(p.n, kMaxCols));
+    const bool has_many = p.m >= kManyRows && p.lhs_col != 1;
     const int64_t max_rows =
-        std::min(kMaxPacked / std::max<int64_t>(whole, 1),
-                 divide_up(p.m, divide_up(num_tasks, cols)));
+        std::min({kMaxPacked / std::max<int64_t>(whole, 1), has_many ? kRowsOfMany : p.m,
+                  divide_up(p.m, divide_up(num_tasks, cols))});
     const int64_t rows = divide_up(max_rows, kRows) * kRows;
     for (int64_t index = 0; index < p.count; index += num_indices)
       for (int64_t row = 0; row < p.m; row += rows) {

@@ -51,6 +51,20 @@ def test_losses_and_gradients_are_those_of_torch(
 
 
 @pytest.mark.parametrize("dtype", SUFFIXES)
+def test_rows_of_logits_may_lie_apart(dtype: torch.dtype) -> None:
+    logits, targets, weights = make_inputs(5, 40, dtype)
+    wide = torch.full((5, 47), 9, dtype=dtype)
+    wide[:, :40] = logits
+
+    actual = cross_entropy_(wide[:, :40], targets, weights, wants_grad=True)
+
+    expected = cross_entropy_(logits, targets, weights, wants_grad=True)
+    assert torch.equal(actual, expected)
+    assert torch.equal(wide[:, :40], logits)
+    assert (wide[:, 40:] == 9).all()
+
+
+@pytest.mark.parametrize("dtype", SUFFIXES)
 def test_logits_stay_as_they_are_if_no_gradient_is_wanted(dtype: torch.dtype) -> None:
     logits, targets, weights = make_inputs(3, 40, dtype)
     before = logits.clone()

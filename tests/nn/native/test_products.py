@@ -39,6 +39,9 @@ SIZES: Final = (0, 1, 13, 14, 15, 16, 17, 31, 32, 33, 64, 255, 256, 257, 513)
 # Beyond what is summed at a time: results of some tiles, and of small ones.
 LARGE: Final = ((61, 70, 2500), (40, 64, 2500))
 
+# More rows than one thread packs.
+MANY: Final = ((4500, 40, 17),)
+
 GUARD: Final = 77.0
 
 
@@ -137,7 +140,7 @@ def list_sizes(num_steps: int) -> list[tuple[int, int, int]]:
 def test_products_of_all_sizes_in_one_call(left: str, right: str, adds: bool) -> None:
     wanted = [
         Product(LAYOUTS[left](m, k), LAYOUTS[right](k, n), torch.randn(m, n))
-        for m, n, k in [*list_sizes(len(SIZES)), *LARGE]
+        for m, n, k in [*list_sizes(len(SIZES)), *LARGE, *MANY]
     ]
     old = [out.clone() for *_, out in wanted]
 
