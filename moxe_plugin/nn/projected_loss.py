@@ -31,8 +31,10 @@ GPU_CHUNK_SIZE = 8192
 """The same elsewhere: 0.8 GB for 49,152 words in bfloat16. Each chunk but the first
 reads and writes the float32 gradient of the weight."""
 
+# In bytes: what rows of logits should not be a multiple of, and the gap after each row
+# that is.
 _PAGE_SIZE: Final = 4096
-_ROW_PADDING_SIZE: Final = 256
+_ROW_GAP_SIZE: Final = 256
 
 
 def projected_cross_entropy(
@@ -143,9 +145,9 @@ def _project(rows: Tensor, table: Tensor) -> Tensor:
     if row_size % _PAGE_SIZE != 0 or not runs_native(rows, table):
         return multiply(rows, table.mT)
 
-    # The same column of all rows would have few places in a cache.
-    padding = _ROW_PADDING_SIZE // rows.element_size()
-    logits = rows.new_empty(len(rows), len(table) + padding)[:, : len(table)]
+    # The same column of all rows would have few places in a cache. (T,V+gap) -> (T,V)
+    gap = _ROW_GAP_SIZE // rows.element_size()
+    logits = rows.new_empty(len(rows), len(table) + gap)[:, : len(table)]
     multiply_all([Product(rows[None], table.mT[None], logits[None])])
 
     return logits
