@@ -31,7 +31,7 @@ from moxe_plugin.nn.stacked import (
 )
 
 _SOURCES: Final[Sequence[NativeSource]] = (
-    *("scale_norm", "causal_conv", "mlstm_projections", "gating"),
+    *("scale_norm", "causal_conv", "mlstm_projections", "gating", "mlstm_block"),
 )
 
 

@@ -23,7 +23,7 @@ from moxe_plugin.nn.slstm_recurrence import GateRows, SLSTMCell, find_bounds
 from moxe_plugin.nn.stacked import equal_counts
 
 _SOURCES: Final[Sequence[NativeSource]] = (
-    *("scale_norm", "causal_conv", "slstm_scan", "gating"),
+    *("scale_norm", "causal_conv", "slstm_scan", "gating", "slstm_block"),
 )
 
 

@@ -19,6 +19,7 @@ NativeSource: TypeAlias = Literal[
     "causal_conv",
     "cross_entropy",
     "gating",
+    "mlstm_block",
     "mlstm_chunkwise",
     "mlstm_parallel",
     "mlstm_projections",
@@ -26,6 +27,7 @@ NativeSource: TypeAlias = Literal[
     "router",
     "row_dispatch",
     "scale_norm",
+    "slstm_block",
     "slstm_scan",
 ]
 """The C++ files, without their ending."""

@@ -1,13 +1,16 @@
 """A whole mLSTM block on rows as one function, in C++.
 
 The block of :mod:`moxe_plugin.nn.mlstm`, in float32 or bfloat16 where products are C++.
-Between the many short calls of a block autograd would take longer than some of them,
-and where two of them contribute to one gradient, it would pass over memory once more.
+Between the many short calls of a block, autograd and Python would take longer than some
+of them, and where two of them contribute to one gradient, autograd would pass over
+memory once more. What comes before the cell, the cell, and what comes after it are one
+call each, see :mod:`moxe_plugin.nn.native.block_calls`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,35 +20,20 @@ from typing_extensions import override
 
 from moxe_plugin.nn.autocast import recalls_autocast, remembers_autocast
 from moxe_plugin.nn.block_weights import MLSTMWeights
-from moxe_plugin.nn.native.block_params import (
-    BlockRows,
-    project,
-    project_onto,
-    stack_params,
-    unstack_grads,
-    weight_gradient,
-)
-from moxe_plugin.nn.native.causal_conv import (
-    ConvInputs,
-    convolve_rows,
-    convolve_rows_backward,
-)
-from moxe_plugin.nn.native.gating import MLSTMOutput, gate_rows, gate_rows_backward
+from moxe_plugin.nn.native.block_calls import BlockCalls, BlockSizes, FunctionName
+from moxe_plugin.nn.native.block_params import BlockRows, create_grads
 from moxe_plugin.nn.native.mlstm_forms import MLSTMForm
-from moxe_plugin.nn.native.mlstm_projections import (
-    MLSTMProjections,
-    ProjectedRows,
-    ProjectionInputs,
-    project_rows,
-    project_rows_backward,
+
+_FUNCTIONS: Final[Sequence[FunctionName]] = (
+    ("gating", "moxe_output_forward"),
+    ("gating", "moxe_output_backward"),
+    ("mlstm_projections", "moxe_mlstm_project"),
+    ("mlstm_projections", "moxe_mlstm_project_backward"),
 )
-from moxe_plugin.nn.native.row_products import (
-    ColumnProduct,
-    RowProduct,
-    multiply_columns,
-    multiply_rows,
-)
-from moxe_plugin.nn.native.scale_norm import norm_rows, norm_rows_backward
+"""What the block calls: ``Functions`` of the C++ code."""
+
+_SPARED: Final = frozenset({"up_proj", "q_proj", "k_proj", "v_proj", "down_proj"})
+"""The parameters whose gradients are not computed if they are not wanted."""
 
 
 def mlstm_block_rows(
@@ -75,6 +63,23 @@ def mlstm_block_rows(
     return _MLSTMBlockRows.apply(rows, form, num_heads, eps, flat, *weights)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
 
+class _Kept(NamedTuple):
+    # What the way back reads: ``Rows`` of the C++ code.
+    flat: Tensor  # (C,M)
+    normed: Tensor  # (C,M)
+    stats: Tensor  # (C,2)
+    conv_input: Tensor  # (C,I), as all that have no shape here
+    gate: Tensor
+    convolved: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Tensor  # (C,2H)
+    hidden: Tensor | None  # (C,H,D), once there is one
+    gated: Tensor
+    out_stats: Tensor  # (C,2H)
+
+
 class _MLSTMBlockRows(Function):
     @staticmethod
     @remembers_autocast
@@ -88,35 +93,37 @@ class _MLSTMBlockRows(Function):
         flat: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        w = MLSTMWeights(*stack_params(params))
-        flat, counts = flat.contiguous(), rows.counts
+        weights = MLSTMWeights(*[x.contiguous() for x in params])
+        flat = flat.contiguous()
+        num_rows, inner_dim = flat.size(0), weights.down_proj.size(-2)
 
-        normed, stats = norm_rows(flat, w.norm, counts, 1, eps)
-        conv_input, gate = project([normed] * 2, _halve(w.up_proj), counts)
-        convolved = convolve_rows(
-            ConvInputs(conv_input, None, w.conv_weight, w.conv_bias),
-            rows.run_lens,
-            activates=True,
+        stats, gates, out_stats = (
+            flat.new_empty(num_rows, width, dtype=torch.float32)
+            for width in (2, 2 * num_heads, 2 * num_heads)
         )
+        conv_input, gate, convolved, gated = (
+            flat.new_empty(num_rows, inner_dim) for _ in range(4)
+        )
+        q, k, v = flat.new_empty(3, num_rows, inner_dim).unbind()
+        kept = _Kept(
+            *(flat, torch.empty_like(flat), stats, conv_input, gate, convolved),
+            *(q, k, v, gates),
+            hidden=None,
+            gated=gated,
+            out_stats=out_stats,
+        )
+        calls = _create_calls(flat, weights, rows, num_heads, eps)
+        numbers = (weights.q_proj.size(-3),)
 
-        projected = project_rows(
-            ProjectionInputs(conv_input, convolved), _find_projections(w), counts
-        )
+        calls.call("moxe_mlstm_enter", numbers, weights, kept)
         # (C,I) -> (C,H,D)
-        q, k, v = (x.unflatten(1, (num_heads, -1)) for x in projected[:3])
-        heads, saved = form.forward(q, k, v, projected.gates)
-        hidden = heads.flatten(1)
+        q, k, v = (x.view(num_rows, num_heads, -1) for x in (q, k, v))
+        hidden, saved = form.forward(q, k, v, gates)
+        kept = kept._replace(hidden=hidden)
+        out = torch.empty_like(flat)
+        calls.call("moxe_mlstm_leave", numbers, weights, kept, out)
 
-        gated, out_stats = gate_rows(
-            MLSTMOutput(hidden, w.out_norm, convolved, w.skip, gate),
-            *(counts, num_heads, eps),
-        )
-        out = project_onto(flat, gated, w.down_proj.unsqueeze(1), counts)
-
-        ctx.save_for_backward(
-            *(flat, stats, normed, conv_input, gate, convolved, hidden),
-            *(gated, out_stats, *projected, *params, *saved),
-        )
+        ctx.save_for_backward(*kept, *weights, *saved)
         ctx.rows, ctx.form, ctx.num_heads, ctx.eps = rows, form, num_heads, eps
 
         return out
@@ -126,91 +133,45 @@ class _MLSTMBlockRows(Function):
     @override
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        flat, stats, normed, conv_input, gate, convolved, *others = ctx.saved_tensors
-        hidden, gated, out_stats, *others = others
-        projected, params = ProjectedRows(*others[:4]), MLSTMWeights(*others[4:18])
-        saved = others[18:]
-        rows: BlockRows = ctx.rows
+        tensors = ctx.saved_tensors
+        num_kept = len(_Kept._fields)
+        num_params = len(MLSTMWeights._fields)
+        kept = _Kept(*tensors[:num_kept])
+        weights = MLSTMWeights(*tensors[num_kept:][:num_params])
+        saved = tensors[num_kept + num_params :]
         form: MLSTMForm = ctx.form
-        eps: float = ctx.eps
 
-        w, counts = MLSTMWeights(*stack_params(params)), rows.counts
-        # A frozen block spares the larger products of its weights.
-        needs_flat, *needs_params = ctx.needs_input_grad[4:]
-        needs = dict(zip(MLSTMWeights._fields, needs_params, strict=True))
-        grad_out = grad_out.contiguous()
+        needs_flat, *needs = ctx.needs_input_grad[4:]
+        grads = create_grads(weights, needs, _SPARED)
+        grad_out, grad_flat = grad_out.contiguous(), torch.empty_like(kept.flat)
+        grad_hidden, grad_convolved, grad_gate = (
+            torch.empty_like(kept.gate) for _ in range(3)
+        )
+        calls = _create_calls(kept.flat, weights, ctx.rows, ctx.num_heads, ctx.eps)
+        numbers = (weights.q_proj.size(-3),)
 
-        down = w.down_proj.unsqueeze(1)
-        grad_down = (
-            weight_gradient(gated, grad_out, down, counts)
-            if needs["down_proj"]
-            else None
+        calls.call(
+            *("moxe_mlstm_leave_backward", numbers, weights, kept, grads),
+            *(grad_out, grad_hidden, grad_convolved, grad_gate),
         )
-        (grad_gated,) = project([grad_out], [down.mT], counts)
-        of_output = gate_rows_backward(
-            grad_gated,
-            MLSTMOutput(hidden, w.out_norm, convolved, w.skip, gate),
-            *(out_stats, counts, eps),
+        of_cell = form.backward(
+            saved, grad_hidden.view(grad_hidden.size(0), ctx.num_heads, -1)
         )
-
-        grads = form.backward(saved, of_output.hidden.unflatten(1, (ctx.num_heads, -1)))
-        of_cell = project_rows_backward(
-            ProjectionInputs(conv_input, convolved),
-            _find_projections(w),
-            *(projected, grads, counts),
-            wants_weights=[needs[x] for x in ("q_proj", "k_proj", "v_proj")],
-            onto=of_output.convolved,
-        )
-        of_conv = convolve_rows_backward(
-            of_cell.convolved,
-            ConvInputs(conv_input, None, w.conv_weight, w.conv_bias),
-            rows.run_lens,
-            activates=True,
-            onto=of_cell.conv_input,
+        calls.call(
+            *("moxe_mlstm_enter_backward", numbers, weights, kept, grads),
+            *(grad_out, *(x.contiguous() for x in of_cell)),
+            *(grad_convolved, grad_gate, grad_flat),
         )
 
-        halves = (of_cell.conv_input, of_output.gate)
-        grad_up = None
-        if needs["up_proj"]:
-            grad_up = torch.empty_like(w.up_proj)
-            multiply_columns(
-                [
-                    ColumnProduct(normed, grad, half)
-                    for grad, half in zip(halves, _halve(grad_up), strict=True)
-                ],
-                counts,
-            )
-
-        grad_normed = torch.empty_like(normed)
-        for i, half in enumerate(_halve(w.up_proj)):
-            product = RowProduct(halves[i], half.mT, grad_normed)
-            multiply_rows([product], counts, adds=i > 0)
-        grad_flat, grad_norm = norm_rows_backward(
-            grad_normed, flat, w.norm, stats, counts, eps, residual=grad_out
-        )
-
-        of_params = MLSTMWeights._make(
-            [
-                *(grad_norm, grad_up, of_conv.weight, of_conv.bias, *of_cell.weights),
-                *of_cell.of_gates,
-                *(of_output.weight, of_output.skip, grad_down),
-            ]
-        )
-
-        return (
-            *(None, None, None, None),
-            grad_flat if needs_flat else None,
-            *unstack_grads(of_params, params),
-        )
+        return *(None,) * 4, grad_flat if needs_flat else None, *grads
 
 
-def _halve(weight: Tensor) -> list[Tensor]:
-    # (E,M,2*I) -> (E,1,M,I), of what is convolved and of the gate
-    return [half.unsqueeze(1) for half in weight.chunk(2, dim=2)]
-
-
-def _find_projections(w: MLSTMWeights) -> MLSTMProjections:
-    return MLSTMProjections(
-        *(w.q_proj, w.k_proj, w.v_proj, w.input_gate_weight, w.forget_gate_weight),
-        *(w.input_gate_bias, w.forget_gate_bias),
+def _create_calls(
+    flat: Tensor, weights: MLSTMWeights, rows: BlockRows, num_heads: int, eps: float
+) -> BlockCalls:
+    sizes = BlockSizes(
+        *(weights.conv_weight.size(-2), flat.size(1)),
+        *(weights.down_proj.size(-2), num_heads),
     )
+
+    return BlockCalls("mlstm_block", _FUNCTIONS, flat, rows, sizes, eps)

@@ -5,16 +5,31 @@
 // the diagonal are 0 next to it, and not read beyond, see causal_squares.h.
 
 #include "causal_squares.h"
+#include "memory.h"
+#include "products.h"
 #include "vector_math.h"
 
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 namespace {
 
+using moxe::Buffer;
 using moxe::for_each_vector;
+using moxe::kMaxDepth;
 using moxe::load;
+using moxe::Multiply;
+using moxe::ProductNumbers;
 using moxe::store;
+using moxe::Triangle;
 using moxe::Vec;
 
 struct Shape {
@@ -161,6 +176,139 @@ void weigh_backward(const Shape& s, const Constants<T>& k, const T* gates,
   }
 }
 
+// The sequences of a cell: without a gap, or padded.
+struct Sequences {
+  int64_t size, rounds, num_threads, num_seqs, num_rows, num_heads, head_dim;
+};
+
+// The cell over sequences; see mlstm_parallel.py.
+class Cell {
+ public:
+  Cell(Multiply multiply, const Sequences& n, const int64_t* begins, const int64_t* lens,
+       const Constants<float>& constants)
+      : call_(multiply), n_(n), begins_(begins), lens_(lens), constants_(constants) {
+    squares_.reserve(n.num_seqs);
+    for (int64_t i = 0; i < n.num_seqs; ++i) {
+      squares_.push_back(size_);
+      size_ += n.num_heads * lens[i] * lens[i];
+    }
+  }
+
+  void forward(const void* q, const void* k, const void* v, const float* gates, float* weights,
+               float* const* stats, void* hidden) const {
+    multiply_into_lower(q, k, weights);
+    weigh<float>(shape(), constants_, gates, weights, stats[0], stats[1], stats[2], stats[3],
+                 stats[4], threads());
+    Lower products(*this);
+    products.add(weights, v, hidden, false);
+    products.run();
+  }
+
+  void backward(const void* q, const void* k, const void* v, const float* gates,
+                const float* weights, const float* const* stats, const void* grad_hidden,
+                void* grad_q, void* grad_k, void* grad_v, float* grad_gates) const {
+    Buffer grads(size_ * sizeof(float));
+    multiply_into_lower(grad_hidden, v, grads.floats());
+    if (has_padding()) std::memset(grad_gates, 0, n_.num_rows * 2 * n_.num_heads * sizeof(float));
+    weigh_backward<float>(shape(), constants_, gates, weights, stats[0], stats[1], stats[2],
+                          stats[3], stats[4], grads.floats(), grad_gates, threads());
+    Lower products(*this);
+    products.add(grads.floats(), k, grad_q, false);
+    products.add(grads.floats(), q, grad_k, true);
+    products.add(weights, grad_hidden, grad_v, true);
+    products.run();
+  }
+
+ private:
+  // The lower halves of squares, or of transposed ones, times rows (C,H,D), all at once.
+  class Lower {
+   public:
+    explicit Lower(const Cell& cell)
+        : cell_(cell),
+          sums_floats_(cell.is_half() && cell.max_len() > 2 * kMaxDepth) {}
+
+    void add(const float* squares, const void* rows, void* out, bool transposed) {
+      const Sequences& n = cell_.n_;
+      char* to = static_cast<char*>(out);
+      if (cell_.has_padding()) std::memset(to, 0, n.num_rows * cell_.width() * n.size);
+      if (sums_floats_) {
+        sums_.push_back({out, std::make_unique<Buffer>(n.num_rows * cell_.width() * 4)});
+        to = sums_.back().second->bytes();
+        if (cell_.has_padding()) std::memset(to, 0, n.num_rows * cell_.width() * 4);
+      }
+      const int64_t size = sums_floats_ ? sizeof(float) : n.size, width = cell_.width();
+      for (int64_t i = 0; i < n.num_seqs; ++i) {
+        const int64_t len = cell_.lens_[i], first = cell_.begins_[i] * width;
+        if (len == 0) continue;
+        products_.push_back({n.num_heads, len, n.head_dim, len,
+                             reinterpret_cast<const char*>(squares + cell_.squares_[i]),
+                             len * len, transposed ? 1 : len, transposed ? len : 1,
+                             static_cast<const char*>(rows) + first * n.size, n.head_dim, width,
+                             1, to + first * size, n.head_dim, width});
+        triangles_.push_back(transposed ? Triangle::kUpperLeft : Triangle::kLowerLeft);
+      }
+    }
+
+    void run() const {
+      cell_.multiply(products_, triangles_, cell_.is_half() ? (sums_floats_ ? 2 : 6) : 0);
+      const int64_t count = cell_.n_.num_rows * cell_.width();
+      for (const auto& [out, sums] : sums_) {
+        c10::BFloat16* to = static_cast<c10::BFloat16*>(out);
+        const float* from = sums->floats();
+#pragma omp parallel for num_threads(cell_.n_.num_threads)
+        for (int64_t i = 0; i < count; ++i) to[i] = c10::BFloat16(from[i]);
+      }
+    }
+
+   private:
+    const Cell& cell_;
+    const bool sums_floats_;
+    std::vector<ProductNumbers> products_;
+    std::vector<Triangle> triangles_;
+    std::vector<std::pair<void*, std::unique_ptr<Buffer>>> sums_;
+  };
+
+  int threads() const { return static_cast<int>(n_.num_threads); }
+  Shape shape() const { return {n_.num_seqs, n_.num_heads, begins_, lens_, squares_.data()}; }
+  int64_t width() const { return n_.num_heads * n_.head_dim; }
+  bool is_half() const { return n_.size == 2; }
+  bool has_padding() const {
+    return std::accumulate(lens_, lens_ + n_.num_seqs, int64_t(0)) < n_.num_rows;
+  }
+  int64_t max_len() const {
+    return n_.num_seqs > 0 ? *std::max_element(lens_, lens_ + n_.num_seqs) : 0;
+  }
+
+  // lhs rhs^T of each sequence and head, as far as the diagonal at least.
+  void multiply_into_lower(const void* lhs, const void* rhs, float* squares) const {
+    std::vector<ProductNumbers> products;
+    for (int64_t i = 0; i < n_.num_seqs; ++i) {
+      const int64_t len = lens_[i], first = begins_[i] * width() * n_.size;
+      if (len == 0) continue;
+      products.push_back({n_.num_heads, len, len, n_.head_dim,
+                          static_cast<const char*>(lhs) + first, n_.head_dim, width(), 1,
+                          static_cast<const char*>(rhs) + first, n_.head_dim, 1, width(),
+                          reinterpret_cast<char*>(squares + squares_[i]), len * len, len});
+    }
+    multiply(products, std::vector<Triangle>(products.size(), Triangle::kLowerResult),
+             is_half() ? 3 : 0);
+  }
+
+  void multiply(const std::vector<ProductNumbers>& products,
+                const std::vector<Triangle>& triangles, int halves) const {
+    if (call_(products.size(), products.data(), triangles.data(),
+                            static_cast<int>(n_.rounds), halves, 0, 0, threads()) != 0)
+      throw std::bad_alloc();
+  }
+
+  const Multiply call_;
+  const Sequences& n_;
+  const int64_t *begins_, *lens_;
+  const Constants<float>& constants_;
+  std::vector<int64_t> squares_;
+  int64_t size_ = 0;
+};
+
 }  // namespace
 
 #define MOXE_MLSTM_PARALLEL(T, SUFFIX)                                                   \
@@ -186,3 +334,36 @@ void weigh_backward(const Shape& s, const Constants<T>& k, const T* gates,
 
 MOXE_MLSTM_PARALLEL(float, float)
 MOXE_MLSTM_PARALLEL(double, double)
+
+// The whole cell; the numbers of `sequences` as for `Sequences`, what is kept for the way back as
+// of moxe_mlstm_weigh_float. Returns 0, or 1 if there is no memory.
+extern "C" int moxe_mlstm_parallel_forward(Multiply multiply, const Sequences* sequences,
+                                           const int64_t* begins, const int64_t* lens,
+                                           const double* constants, const void* q, const void* k,
+                                           const void* v, const float* gates, float* weights,
+                                           float* a, float* peak, float* m, float* total,
+                                           float* normalizer, void* hidden) {
+  float* const stats[] = {a, peak, m, total, normalizer};
+  const Constants<float> of_cell = {float(constants[0]), float(constants[1]),
+                                    float(constants[2]), float(constants[3])};
+  return moxe::lacks_memory([&] {
+    Cell(multiply, *sequences, begins, lens, of_cell)
+        .forward(q, k, v, gates, weights, stats, hidden);
+  });
+}
+
+extern "C" int moxe_mlstm_parallel_backward(
+    Multiply multiply, const Sequences* sequences, const int64_t* begins, const int64_t* lens,
+    const double* constants, const void* q, const void* k, const void* v, const float* gates,
+    const float* weights, const float* a, const float* peak, const float* m, const float* total,
+    const float* normalizer, const void* grad_hidden, void* grad_q, void* grad_k, void* grad_v,
+    float* grad_gates) {
+  const float* const stats[] = {a, peak, m, total, normalizer};
+  const Constants<float> of_cell = {float(constants[0]), float(constants[1]),
+                                    float(constants[2]), float(constants[3])};
+  return moxe::lacks_memory([&] {
+    Cell(multiply, *sequences, begins, lens, of_cell)
+        .backward(q, k, v, gates, weights, stats, grad_hidden, grad_q, grad_k, grad_v,
+                  grad_gates);
+  });
+}

@@ -31,7 +31,9 @@ from moxe_plugin.nn.native.library import (
     pointers_to,
 )
 from moxe_plugin.nn.native.mlstm_forms import CellGradients, NormalizerLimits
+from moxe_plugin.nn.native.products import rounds_now
 from moxe_plugin.nn.padding import EMPTY
+from moxe_plugin.nn.products import runs_native
 
 
 class MLSTMParallelForm:
@@ -53,23 +55,35 @@ class MLSTMParallelForm:
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """See :class:`~moxe_plugin.nn.native.mlstm_forms.MLSTMForm`."""
-        num_rows, num_heads, _ = q.shape
+        num_rows, num_heads, head_dim = q.shape
 
         weights = gates.new_empty(self._squares.size)
-        multiply_into_lower(q, k, weights, self._squares)
-
         # a, its maximum, m, the sum of weights, the normaliser
-        stats = [gates.new_empty(num_rows, num_heads) for _ in range(5)]
-        self._call("weigh", q.size(-1), gates, weights, *stats)
+        stats = gates.new_empty(5, num_rows, num_heads).unbind()
+        saved = [q, k, v, gates, weights, *stats]
 
+        if runs_native(q, k, v, weights, mixes=True):
+            hidden = torch.empty_like(q)
+            self._call_whole("forward", *saved, hidden)
+
+            return hidden, saved
+
+        multiply_into_lower(q, k, weights, self._squares)
+        self._call("weigh", head_dim, gates, weights, *stats)
         hidden = self._seqs.rows_like(q)
         multiply_lower([LowerProduct(weights, v, hidden)], self._squares)
 
-        return hidden, [q, k, v, gates, weights, *stats]
+        return hidden, saved
 
     def backward(self, saved: Sequence[Tensor], grad_hidden: Tensor) -> CellGradients:
         """See :class:`~moxe_plugin.nn.native.mlstm_forms.MLSTMForm`."""
         q, k, v, gates, weights, *stats = saved
+
+        if runs_native(q, k, v, weights, grad_hidden, mixes=True):
+            whole = CellGradients(*(torch.empty_like(x) for x in (q, k, v, gates)))
+            self._call_whole("backward", *saved, grad_hidden, *whole)
+
+            return whole
 
         grads = torch.empty_like(weights)
         multiply_into_lower(grad_hidden, v, grads, self._squares)
@@ -92,20 +106,46 @@ class MLSTMParallelForm:
 
         return CellGradients(grad_q, grad_k, grad_v, grad_gates)
 
+    def _call_whole(self, direction: str, q: Tensor, *others: Tensor) -> None:
+        # The products as well, where they are C++.
+        num_rows, num_heads, head_dim = q.shape
+        numbers = (
+            *(q.element_size(), rounds_now(), torch.get_num_threads()),
+            *(len(self._squares.lens), num_rows, num_heads, head_dim),
+        )
+
+        # The tensors live until the call returns: the caller holds them.
+        lacks_memory = find_function(
+            "mlstm_parallel", f"moxe_mlstm_parallel_{direction}"
+        )(
+            ctypes.cast(find_function("products", "moxe_multiply"), ctypes.c_void_p),
+            int64_array(numbers),
+            int64_array(self._squares.begins),
+            int64_array(self._squares.lens),
+            self._constants(head_dim),
+            *pointers_to(q, *others),
+        )
+
+        if lacks_memory:
+            raise MemoryError("There is no memory for squares of weights.")
+
     def _call(self, name: str, head_dim: int, gates: Tensor, *others: Tensor) -> None:
         function = find_function(
             "mlstm_parallel", f"moxe_mlstm_{name}_{SUFFIXES[gates.dtype]}"
         )
-
         squares = self._squares
         lists = squares.begins, squares.lens, squares.offsets
-        constants = (1 / math.sqrt(head_dim), EMPTY, *self._limits)
 
-        # The tensors live until the call returns: the caller holds them.
+        # As there.
         function(
             int64_array((len(squares.lens), squares.num_heads)),
-            (ctypes.c_double * len(constants))(*constants),
+            self._constants(head_dim),
             ctypes.c_int(torch.get_num_threads()),
             *(int64_array(x) for x in lists),
             *pointers_to(gates, *others),
         )
+
+    def _constants(self, head_dim: int) -> ctypes.Array[ctypes.c_double]:
+        constants = (1 / math.sqrt(head_dim), EMPTY, *self._limits)
+
+        return (ctypes.c_double * len(constants))(*constants)

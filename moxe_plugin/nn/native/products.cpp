@@ -11,6 +11,7 @@
 
 #include "causal_squares.h"
 #include "panels.h"
+#include "products.h"
 #include "tiles.h"
 
 #include <immintrin.h>
@@ -33,6 +34,7 @@ using moxe::by_rows;
 using moxe::divide_up;
 using moxe::Factors;
 using moxe::first_floats;
+using moxe::kMaxDepth;
 using moxe::kPanelsAtOnce;
 using moxe::kPerRow;
 using moxe::kRowsAhead;
@@ -40,6 +42,7 @@ using moxe::kWidth;
 using moxe::num_places;
 using moxe::pack;
 using moxe::per_place;
+using moxe::Triangle;
 
 constexpr int kRows = moxe::kTileRows;  // rows of a tile,
 constexpr int kVecs = 2;                // and its vectors: 28 of 32 registers hold sums
@@ -47,7 +50,6 @@ constexpr int kCols = kVecs * kWidth;
 constexpr int64_t kBlockRows = 5 * kRows;   // of the left factor, which fit the second cache
 constexpr int64_t kMaxCols = 128;       // of a block of the right factor, which fits it too
 constexpr int64_t kMinCols = 2 * kCols;
-constexpr int64_t kMaxDepth = 1152;     // rows of a panel, to add seldom
 // Where there are many panels, half as many rows: what is packed of them stays in more caches.
 constexpr int64_t kVeryDeep = 4 * kMaxDepth;
 constexpr int64_t kMaxPacked = 9 << 18;  // floats of left factors that are packed at a time
@@ -68,10 +70,6 @@ constexpr double kMinWork = 1e6;        // multiply-adds below which a task is n
 // few rows, few columns (as rows, where that is how the left factor lies), or little else.
 enum class Kind { kPacked, kThin, kNarrow, kFlipped, kDirect };
 
-// Which half of a square matrix is all that there is of it: of the result the lower one, of the
-// left factor the lower or the upper one. Beyond the diagonal, panels that it cuts are computed
-// nevertheless, and left factors read, which are 0 there. Read as a number by products.py.
-enum class Triangle : int64_t { kNone, kLowerResult, kLowerLeft, kUpperLeft };
 static_assert(kRows < moxe::kBeyondDiagonal, "panels read zeros beyond the diagonal");
 
 // What is kept in bfloat16 of all products of a call, and what is multiplied.
@@ -84,16 +82,7 @@ struct Types {
 
 inline int64_t bytes_of(bool is_half) { return is_half ? sizeof(BFloat16) : sizeof(float); }
 
-// `count` products (m,k) @ (k,n); strides are in numbers. Read as 15 int64 by products.py.
-struct Product {
-  int64_t count, m, n, k;
-  const char* lhs;
-  int64_t lhs_next, lhs_row, lhs_col;
-  const char* rhs;
-  int64_t rhs_next, rhs_row, rhs_col;
-  char* out;
-  int64_t out_next, out_row;
-
+struct Product : moxe::ProductNumbers {
   Kind kind(const Types& types, Triangle triangle) const {
     // All others read and write floats.
     if (types.has_half()) return Kind::kPacked;
@@ -126,7 +115,7 @@ struct Product {
            count * lhs_next <= lhs_row;
   }
 };
-static_assert(sizeof(Product) == 15 * sizeof(int64_t), "a product is 15 numbers");
+static_assert(sizeof(Product) == sizeof(moxe::ProductNumbers), "callers know the numbers");
 
 // What becomes of a result: it is written, added to, or written past the caches.
 enum class Into { kOut, kSum, kMemory };

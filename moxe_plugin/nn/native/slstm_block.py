@@ -6,7 +6,8 @@ As :mod:`moxe_plugin.nn.native.mlstm_block` of the block of
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,29 +17,24 @@ from typing_extensions import override
 
 from moxe_plugin.nn.autocast import recalls_autocast, remembers_autocast
 from moxe_plugin.nn.block_weights import SLSTMWeights
-from moxe_plugin.nn.native.block_params import (
-    BlockRows,
-    project,
-    project_onto,
-    stack_params,
-    unstack_grads,
-    weight_gradient,
+from moxe_plugin.nn.native.block_calls import BlockCalls, BlockSizes, FunctionName
+from moxe_plugin.nn.native.block_params import BlockRows, create_grads
+from moxe_plugin.nn.native.slstm_scan import RowBounds, seqs_of_sum
+from moxe_plugin.nn.padding import EMPTY
+
+_FUNCTIONS: Final[Sequence[FunctionName]] = (
+    ("gating", "moxe_silu_forward"),
+    ("gating", "moxe_silu_backward"),
+    ("slstm_scan", "moxe_slstm_forward"),
+    ("slstm_scan", "moxe_slstm_backward"),
+    ("slstm_scan", "moxe_slstm_shift"),
 )
-from moxe_plugin.nn.native.causal_conv import (
-    ConvInputs,
-    convolve_rows,
-    convolve_rows_backward,
+"""What the block calls: ``Functions`` of the C++ code."""
+
+_SPARED: Final = frozenset(
+    {"gate_proj", "recurrent_weight", "ffn_up_proj", "ffn_down_proj"}
 )
-from moxe_plugin.nn.native.gating import silu_rows, silu_rows_backward
-from moxe_plugin.nn.native.row_products import ColumnProduct, multiply_columns
-from moxe_plugin.nn.native.scale_norm import norm_rows, norm_rows_backward
-from moxe_plugin.nn.native.slstm_scan import (
-    RowBounds,
-    RowScanInputs,
-    scan_rows,
-    scan_rows_backward,
-)
-from moxe_plugin.nn.padding import EMPTY, widen
+"""The parameters whose gradients are not computed if they are not wanted."""
 
 
 def slstm_block_rows(
@@ -61,6 +57,22 @@ def slstm_block_rows(
     return _SLSTMBlockRows.apply(rows, bounds, eps, flat, *weights)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
 
 
+class _Kept(NamedTuple):
+    # What the way back reads: ``Rows`` of the C++ code.
+    flat: Tensor  # (C,M), as all that have no shape here
+    stats: Tensor  # (C,2)
+    normed: Tensor
+    convolved: Tensor
+    outputs: Tensor
+    activations: Tensor | None  # (C,H,5,D), if there is a way back
+    out_stats: Tensor  # (C,2H)
+    hidden: Tensor
+    ffn_stats: Tensor  # (C,2)
+    ffn_normed: Tensor
+    joint: Tensor  # (C,2F)
+    gated: Tensor  # (C,F)
+
+
 class _SLSTMBlockRows(Function):
     @staticmethod
     @remembers_autocast
@@ -73,48 +85,30 @@ class _SLSTMBlockRows(Function):
         flat: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        w = SLSTMWeights(*stack_params(params))
-        flat, counts = flat.contiguous(), rows.counts
-        num_heads = w.gate_bias.size(1)
+        weights = SLSTMWeights(*[x.contiguous() for x in params])
+        flat = flat.contiguous()
+        num_rows, num_heads = flat.size(0), weights.gate_bias.size(-3)
+        ffn_dim = weights.ffn_down_proj.size(-2)
 
-        normed, stats = norm_rows(flat, w.norm, counts, 1, eps)
-        convolved = convolve_rows(
-            ConvInputs(normed, None, w.conv_weight, w.conv_bias),
-            rows.run_lens,
-            activates=True,
+        stats, out_stats, ffn_stats = (
+            flat.new_empty(num_rows, width, dtype=torch.float32)
+            for width in (2, 2 * num_heads, 2)
         )
-        # i and f see the convolution, z and o do not.
-        gates = project([convolved, normed], _halve(w.gate_proj), counts)
-        memory = _empty_memory(w.gate_bias, bounds)
-        scanned = scan_rows(
-            RowScanInputs._make(
-                [*gates, widen(w.gate_bias), w.recurrent_weight, *memory]
-            ),
-            bounds,
-            wants_grad=any(ctx.needs_input_grad),
+        normed, convolved, outputs, hidden, ffn_normed, out = (
+            torch.empty_like(flat) for _ in range(6)
+        )
+        activations = None
+        if any(ctx.needs_input_grad):
+            activations = flat.new_empty(num_rows, 5 * flat.size(1))
+        joint, gated = (flat.new_empty(num_rows, i * ffn_dim) for i in (2, 1))
+        kept = _Kept(
+            *(flat, stats, normed, convolved, outputs, activations),
+            *(out_stats, hidden, ffn_stats, ffn_normed, joint, gated),
         )
 
-        hidden, out_stats = norm_rows(
-            scanned.outputs, w.out_norm, counts, num_heads, eps, residual=flat
-        )
-        ffn_normed, ffn_stats = norm_rows(hidden, w.ffn_norm, counts, 1, eps)
-        (joint,) = project([ffn_normed], [w.ffn_up_proj.unsqueeze(1)], counts)
-        gated = silu_rows(joint)
-        out = project_onto(hidden, gated, w.ffn_down_proj.unsqueeze(1), counts)
+        _call("forward", weights, rows, bounds, eps, kept, out)
 
-        ctx.save_for_backward(
-            *(flat, stats, normed, convolved, scanned.outputs, scanned.activations),
-            *(
-                out_stats,
-                hidden,
-                ffn_stats,
-                ffn_normed,
-                joint,
-                gated,
-                memory[-1],
-                *params,
-            ),
-        )
+        ctx.save_for_backward(*kept, *weights)
         ctx.rows, ctx.bounds, ctx.eps = rows, bounds, eps
 
         return out
@@ -124,105 +118,40 @@ class _SLSTMBlockRows(Function):
     @override
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        flat, stats, normed, convolved, outputs, activations, *others = (
-            ctx.saved_tensors
-        )
-        out_stats, hidden, ffn_stats, ffn_normed, joint, gated, zeros, *params = others
-        rows: BlockRows = ctx.rows
-        bounds: RowBounds = ctx.bounds
-        eps: float = ctx.eps
+        tensors = ctx.saved_tensors
+        num_kept = len(_Kept._fields)
+        kept, weights = _Kept(*tensors[:num_kept]), SLSTMWeights(*tensors[num_kept:])
 
-        w, counts = SLSTMWeights(*stack_params(params)), rows.counts
-        # A frozen block spares the larger products of its weights.
-        needs_flat, *needs_params = ctx.needs_input_grad[3:]
-        needs = dict(zip(SLSTMWeights._fields, needs_params, strict=True))
-        grad_out = grad_out.contiguous()
+        needs_flat, *needs = ctx.needs_input_grad[3:]
+        grads = create_grads(weights, needs, _SPARED)
+        grad_flat = torch.empty_like(kept.flat)
 
-        down, up = (x.unsqueeze(1) for x in (w.ffn_down_proj, w.ffn_up_proj))
-        grad_down = (
-            weight_gradient(gated, grad_out, down, counts)
-            if needs["ffn_down_proj"]
-            else None
-        )
-        (grad_gated,) = project([grad_out], [down.mT], counts)
-        grad_joint = silu_rows_backward(grad_gated, joint)
-        grad_up = (
-            weight_gradient(ffn_normed, grad_joint, up, counts)
-            if needs["ffn_up_proj"]
-            else None
-        )
-        (grad_ffn_normed,) = project([grad_joint], [up.mT], counts)
-        grad_hidden, grad_ffn_norm = norm_rows_backward(
-            grad_ffn_normed,
-            *(hidden, w.ffn_norm, ffn_stats, counts, eps),
-            residual=grad_out,
+        _call(
+            *("backward", weights, ctx.rows, ctx.bounds, ctx.eps, kept),
+            *(grads, grad_out.contiguous(), grad_flat),
         )
 
-        grad_outputs, grad_out_norm = norm_rows_backward(
-            grad_hidden, outputs, w.out_norm, out_stats, counts, eps
-        )
-        # What comes after the last step gets no gradient.
-        of_scan = scan_rows_backward(
-            *(grad_outputs, [zeros] * 3),
-            *(w.recurrent_weight, zeros, outputs, activations),
-            bounds=bounds,
-        )
-
-        grad_gates = of_scan.gates_if, of_scan.gates_zo
-        grad_gate_proj = None
-        if needs["gate_proj"]:
-            grad_gate_proj = torch.empty_like(w.gate_proj)
-            multiply_columns(
-                [
-                    ColumnProduct(*product)
-                    for product in zip(
-                        *((convolved, normed), grad_gates, _halve(grad_gate_proj)),
-                        strict=True,
-                    )
-                ],
-                counts,
-            )
-
-        grad_convolved, grad_normed = project(
-            grad_gates, [half.mT for half in _halve(w.gate_proj)], counts
-        )
-        of_conv = convolve_rows_backward(
-            grad_convolved,
-            ConvInputs(normed, None, w.conv_weight, w.conv_bias),
-            rows.run_lens,
-            activates=True,
-            onto=grad_normed,
-        )
-        grad_flat, grad_norm = norm_rows_backward(
-            grad_normed, flat, w.norm, stats, counts, eps, residual=grad_hidden
-        )
-
-        of_params = SLSTMWeights._make(
-            [
-                *(grad_norm, of_conv.weight, of_conv.bias, grad_gate_proj),
-                *(of_scan.recurrent_weight, of_scan.bias),
-                *(grad_out_norm, grad_ffn_norm, grad_up, grad_down),
-            ]
-        )
-
-        return (
-            *(None, None, None),
-            grad_flat if needs_flat else None,
-            *unstack_grads(of_params, params),
-        )
+        return *(None,) * 3, grad_flat if needs_flat else None, *grads
 
 
-def _halve(weight: Tensor) -> list[Tensor]:
-    # (E,H,D,4,D) -> (E,H,D,2*D) of i and f, and of z and o
-    return [half.flatten(3) for half in weight.chunk(2, dim=3)]
-
-
-def _empty_memory(bias: Tensor, bounds: RowBounds) -> list[Tensor]:
-    # c, log(n) and y: (E,N,H,D)
-    num_experts, num_heads, _, head_dim = bias.shape
-    zeros = torch.zeros(
-        (num_experts, bounds.begins.size(1), num_heads, head_dim),
-        dtype=widen(bias[:0]).dtype,
+def _call(
+    direction: str,
+    weights: SLSTMWeights,
+    rows: BlockRows,
+    bounds: RowBounds,
+    eps: float,
+    kept: _Kept,
+    *tensors: Sequence[Tensor | None] | Tensor,
+) -> None:
+    sizes = BlockSizes(
+        *(weights.conv_weight.size(-2), kept.flat.size(1)),
+        *(weights.ffn_down_proj.size(-2), weights.gate_bias.size(-3)),
     )
 
-    return [zeros, torch.full_like(zeros, EMPTY), zeros]
+    BlockCalls("slstm_block", _FUNCTIONS, kept.flat, rows, sizes, eps).call(
+        f"moxe_slstm_block_{direction}",
+        (bounds.begins.size(1), bounds.padded_len, seqs_of_sum()),
+        *(weights, kept, *tensors),
+        seqs=(bounds.begins, bounds.lens),
+        constants=(EMPTY,),
+    )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -169,7 +170,7 @@ def scan_rows_backward(
     grad_memory = [torch.empty_like(y) for _ in range(3)]
 
     # Of some sequences each: (E,H,B,4,D)
-    num_blocks = -(-y.size(1) // _rows_of_task())
+    num_blocks = -(-y.size(1) // seqs_of_sum())
     grad_bias = y.new_empty(*weight.shape[:2], num_blocks, *weight.shape[3:])
 
     _call(
@@ -189,6 +190,17 @@ def scan_rows_backward(
         _multiply_old_outputs(old, halves, weight, bounds),
         grad_memory,
     )
+
+
+@cache
+def seqs_of_sum() -> int:
+    """Tell of how many sequences gradients of a bias are summed in C++.
+
+    :returns: The number, of each expert but for the last sum.
+
+    :raises NativeLibraryError: The C++ code cannot be compiled here.
+    """
+    return int(find_function("slstm_scan", "moxe_slstm_rows_of_task")())
 
 
 class _SLSTMScan(Function):
@@ -237,10 +249,6 @@ def _multiply_old_outputs(
     )
 
     return grad_weight
-
-
-def _rows_of_task() -> int:
-    return int(find_function("slstm_scan", "moxe_slstm_rows_of_task")())
 
 
 def _call(
