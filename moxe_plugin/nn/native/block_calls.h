@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <new>
 #include <vector>
 
@@ -54,11 +55,11 @@ class BlockCalls {
     return n_.num_experts > 0 ? *std::max_element(counts_, counts_ + n_.num_experts) : 0;
   }
 
-  // `halves`, `adds` and `streams`: see products.py.
+  // See moxe_multiply.
   void multiply(const std::vector<ProductNumbers>& products, int halves, bool adds,
-                bool streams) const {
+                int num_streamed) const {
     if (shared_.multiply(products.size(), products.data(), nullptr, static_cast<int>(n_.rounds),
-                         halves, adds, streams, threads()) != 0)
+                         halves, adds, num_streamed, threads()) != 0)
       throw std::bad_alloc();
   }
 
@@ -74,6 +75,16 @@ class BlockCalls {
     const int64_t shape[] = {n_.num_experts, num_heads, dim / num_heads};
     shared_.norm_backward(shape, counts_, eps_, threads(), x, weight, stats, grad, residual,
                              grad_x, grad_weight);
+  }
+
+  // Rows (C,M), to which products are added.
+  void copy_rows(const void* from, void* to) const {
+    const int64_t width = n_.model_dim * n_.size;
+    const char* source = static_cast<const char*>(from);
+    char* target = static_cast<char*>(to);
+#pragma omp parallel for num_threads(n_.num_threads)
+    for (int64_t i = 0; i < n_.num_rows; ++i)
+      std::memcpy(target + i * width, source + i * width, width);
   }
 
   // Rows (C,dim), each sequence from zeros, and silu.

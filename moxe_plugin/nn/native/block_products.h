@@ -47,7 +47,7 @@ struct Weights {
   }
 };
 
-// Products that are computed at once. Rows are (C,…), one after the other.
+// Products of one type and of rows (C,…), which lie one after the other.
 //
 // Of a large inner dimension, several results are added, which bfloat16 would round one after
 // the other: they are summed in float32, and rounded once.
@@ -94,11 +94,26 @@ class BlockProducts {
     }
   }
 
-  // `adds`: to what results hold. `streams`: past the caches.
-  void run(bool adds, bool streams) {
+  // `adds`: to what results hold.
+  void run(bool adds = false) const {
     if (adds) copy_sums<float, BFloat16>();
-    calls_.multiply(products_, calls_.is_half() ? (sums_floats_ ? 3 : 7) : 0, adds, streams);
+    calls_.multiply(products_, halves(), adds, 0);
     copy_sums<BFloat16, float>();
+  }
+
+  // Both at once, if they are summed in the same type. Results of `large` are not read soon.
+  static void run(BlockProducts& large, const BlockProducts& others) {
+    const int num_large = static_cast<int>(large.products_.size());
+    if (large.sums_floats_ == others.sums_floats_) {
+      large.products_.insert(large.products_.end(), others.products_.begin(),
+                             others.products_.end());
+      large.calls_.multiply(large.products_, large.halves(), false, num_large);
+    } else {
+      large.calls_.multiply(large.products_, large.halves(), false, num_large);
+      others.calls_.multiply(others.products_, others.halves(), false, 0);
+    }
+    large.copy_sums<BFloat16, float>();
+    others.copy_sums<BFloat16, float>();
   }
 
  private:
@@ -110,6 +125,7 @@ class BlockProducts {
     std::unique_ptr<Buffer> memory;
   };
 
+  int halves() const { return calls_.is_half() ? (sums_floats_ ? 3 : 7) : 0; }
   int64_t size_of_sums() const { return sums_floats_ ? sizeof(float) : size_; }
 
   Weights sums_of(const Weights& out) {

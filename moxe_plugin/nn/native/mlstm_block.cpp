@@ -7,7 +7,6 @@
 #include "block_products.h"
 
 #include <cstdint>
-#include <cstring>
 
 namespace {
 
@@ -92,7 +91,7 @@ class Block : public BlockCalls {
     BlockProducts products(*this, n_.model_dim);
     products.add_rows(rows.normed, up(0), rows.conv_input);
     products.add_rows(rows.normed, up(1), rows.gate);
-    products.run(false, false);
+    products.run();
 
     convolve(rows.conv_input, n_.inner_dim, params_.conv_weight, params_.conv_bias,
              rows.convolved);
@@ -109,25 +108,21 @@ class Block : public BlockCalls {
                               params_.out_norm, rows.convolved, params_.skip, rows.gate,
                               rows.gated, rows.out_stats);
 
-    std::memcpy(out, rows.flat, n_.num_rows * n_.model_dim * n_.size);
+    copy_rows(rows.flat, out);
     BlockProducts products(*this, n_.inner_dim);
     products.add_rows(rows.gated, down(params_.down_proj), out);
-    products.run(true, false);
+    products.run(true);
   }
 
   // Writes the gradients of `hidden`, `convolved` and `gate`.
   void leave_backward(const Rows& rows, const void* grad_out, void* grad_hidden,
                       void* grad_convolved, void* grad_gate, const ParamGrads& grads) const {
-    if (grads.down_proj != nullptr) {
-      BlockProducts products(*this, max_count());
-      products.add_columns(rows.gated, grad_out, down(grads.down_proj));
-      products.run(false, true);
-    }
-
     Buffer grad_gated(n_.num_rows * n_.inner_dim * n_.size);
-    BlockProducts products(*this, n_.model_dim);
-    products.add_rows(grad_out, down(params_.down_proj).transposed(), grad_gated.bytes());
-    products.run(false, false);
+    BlockProducts of_weight(*this, max_count()), of_rows(*this, n_.model_dim);
+    if (grads.down_proj != nullptr)
+      of_weight.add_columns(rows.gated, grad_out, down(grads.down_proj));
+    of_rows.add_rows(grad_out, down(params_.down_proj).transposed(), grad_gated.bytes());
+    BlockProducts::run(of_weight, of_rows);
 
     const auto shape = of_output();
     functions_.output_backward(shape.numbers, counts_, eps_, threads(), rows.hidden,
@@ -153,19 +148,16 @@ class Block : public BlockCalls {
                       grads.conv_bias);
 
     const void* halves[] = {grad_conv_input.bytes(), grad_gate};
-    if (grads.up_proj != nullptr) {
-      BlockProducts products(*this, max_count());
-      for (int64_t i = 0; i < 2; ++i)
-        products.add_columns(rows.normed, halves[i], whole_up(grads.up_proj).half(i, n_.size));
-      products.run(false, true);
-    }
-
     Buffer grad_normed(n_.num_rows * n_.model_dim * n_.size);
-    for (int64_t i = 0; i < 2; ++i) {
-      BlockProducts products(*this, n_.inner_dim);
-      products.add_rows(halves[i], up(i).transposed(), grad_normed.bytes());
-      products.run(i > 0, false);
-    }
+    BlockProducts of_weight(*this, max_count());
+    if (grads.up_proj != nullptr)
+      for (int64_t i = 0; i < 2; ++i)
+        of_weight.add_columns(rows.normed, halves[i], whole_up(grads.up_proj).half(i, n_.size));
+    BlockProducts first(*this, n_.inner_dim), second(*this, n_.inner_dim);
+    first.add_rows(halves[0], up(0).transposed(), grad_normed.bytes());
+    BlockProducts::run(of_weight, first);
+    second.add_rows(halves[1], up(1).transposed(), grad_normed.bytes());
+    second.run(true);
     norm_backward(rows.flat, params_.norm, rows.stats, n_.model_dim, 1, grad_normed.bytes(),
                   grad_out, grad_flat, grads.norm);
   }

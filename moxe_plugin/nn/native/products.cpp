@@ -370,6 +370,7 @@ struct Part {
   Triangle triangle;
   int64_t index, num_indices, row, num_rows, num_cols, first, inner, panel_rows;
   bool is_first;  // of the pieces of the inner dimension
+  bool streams;   // past the caches
   Kind kind;
   Types types;  // `factors` are those of panels
   float* packed;
@@ -545,7 +546,7 @@ Ahead look_ahead(const Task* task, int64_t num_times) {
 
 // Multiplies tiles of panels.
 template <Factors factors, typename Out, bool Lies>
-void run_tiles(const Task& task, const Task* next, bool adds, bool streams, float* panels) {
+void run_tiles(const Task& task, const Task* next, bool adds, float* panels) {
   const Part& part = *task.part;
   const Product& p = *part.product;
   const int64_t num_col_panels = divide_up(task.num_cols, kCols);
@@ -554,9 +555,9 @@ void run_tiles(const Task& task, const Task* next, bool adds, bool streams, floa
 
   // Only what is complete at once, and in whole vectors.
   constexpr int64_t vector = kWidth * sizeof(float);
-  streams = streams && !adds && p.k == part.inner &&
-            p.out_row * sizeof(Out) % vector == 0 &&
-            reinterpret_cast<uintptr_t>(out) % vector == 0;
+  const bool streams = part.streams && !adds && p.k == part.inner &&
+                       p.out_row * sizeof(Out) % vector == 0 &&
+                       reinterpret_cast<uintptr_t>(out) % vector == 0;
   const Into into = streams ? Into::kMemory : adds ? Into::kSum : Into::kOut;
 
   int64_t num_times = 0;
@@ -598,7 +599,7 @@ void run_tiles(const Task& task, const Task* next, bool adds, bool streams, floa
     }
 }
 
-using RunTiles = void (*)(const Task&, const Task*, bool, bool, float*);
+using RunTiles = void (*)(const Task&, const Task*, bool, float*);
 
 template <bool Lies>
 RunTiles find_run_tiles(const Types& types) {
@@ -610,8 +611,7 @@ RunTiles find_run_tiles(const Types& types) {
 }
 
 // `next` is what the thread does next, as a rule.
-void run_packed(const Task& task, const Task* next, bool adds, bool streams,
-                float* panels) {
+void run_packed(const Task& task, const Task* next, bool adds, float* panels) {
   const Part& part = *task.part;
   const Product& p = *part.product;
 
@@ -620,10 +620,10 @@ void run_packed(const Task& task, const Task* next, bool adds, bool streams,
 
   const auto run = part.packs_left() ? find_run_tiles<false>(part.types)
                                      : find_run_tiles<true>(part.types);
-  run(task, next, adds, streams, panels);
+  run(task, next, adds, panels);
 }
 
-void run(const Task& task, const Task* next, bool adds, bool streams, float* panels) {
+void run(const Task& task, const Task* next, bool adds, float* panels) {
   const Part& part = *task.part;
   const Product& p = *part.product;
 
@@ -637,7 +637,7 @@ void run(const Task& task, const Task* next, bool adds, bool streams, float* pan
 
   switch (part.kind) {
     case Kind::kPacked:
-      run_packed(task, next, adds, streams, panels);
+      run_packed(task, next, adds, panels);
       break;
     case Kind::kDirect:
       run_direct(task, adds, panels);
@@ -666,8 +666,8 @@ void run(const Task& task, const Task* next, bool adds, bool streams, float* pan
 // The products, cut into parts, for one of several equal pieces of their inner dimensions;
 // `num_col_blocks` gets what each part is divided into.
 std::vector<Part> cut(int64_t num_products, const Product* products,
-                      const Triangle* triangles, const Types& types, int64_t piece,
-                      int num_threads, std::vector<int64_t>& num_col_blocks) {
+                      const Triangle* triangles, const Types& types, int64_t num_streamed,
+                      int64_t piece, int num_threads, std::vector<int64_t>& num_col_blocks) {
   // Depends on k alone, as the order of sums does.
   const auto first_of = [types](const Product& p, int64_t piece) {
     return p.k == 0 ? 0 : piece * divide_up(p.k, p.num_pieces(types.factors));
@@ -732,7 +732,8 @@ std::vector<Part> cut(int64_t num_products, const Product* products,
         if (inner == 0 && piece > 0) continue;
 
         parts.push_back({&p, triangle, index, num_indices, row, num_rows, num_cols, first,
-                         inner, panel_rows, piece == 0, kind, of_part, nullptr});
+                         inner, panel_rows, piece == 0, i < num_streamed, kind, of_part,
+                         nullptr});
         num_col_blocks.push_back(cols);
       }
   }
@@ -779,7 +780,7 @@ std::vector<Task> deal(const std::vector<Task>& tasks, std::vector<Queue>& queue
 
 // Parts that are packed together. Returns whether there was memory for it.
 bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bool adds,
-         bool streams, int num_threads) {
+         int num_threads) {
   static thread_local Buffer packed;
   if (!packed.reserve(size)) return false;
   float* memory = packed.get();
@@ -817,20 +818,20 @@ bool run(Part* begin, Part* end, const int64_t* num_col_blocks, int64_t size, bo
       for (int64_t task = queue.next++; task < queue.end; task = queue.next++) {
         const Task* next = task + 1 < queue.end ? &tasks[task + 1] : nullptr;
         if (buffer.reserve(tasks[task].size()))
-          run(tasks[task], next, adds, streams, buffer.get());
+          run(tasks[task], next, adds, buffer.get());
         else
           done = false;
       }
     }
     // What was written past the caches comes before what other threads do next.
-    if (streams) _mm_sfence();
+    _mm_sfence();
   }
 
   return done;
 }
 
 bool multiply_all(int64_t num_products, const Product* products, const Triangle* triangles,
-                  const Types& types, bool adds, bool streams, int num_threads) {
+                  const Types& types, bool adds, int64_t num_streamed, int num_threads) {
   int64_t num_pieces = 0;
   for (int64_t i = 0; i < num_products; ++i)
     num_pieces = std::max(num_pieces, products[i].num_pieces(types.factors));
@@ -838,7 +839,8 @@ bool multiply_all(int64_t num_products, const Product* products, const Triangle*
   std::vector<int64_t> num_col_blocks;
   for (int64_t piece = 0; piece < num_pieces; ++piece) {
     std::vector<Part> parts =
-        cut(num_products, products, triangles, types, piece, num_threads, num_col_blocks);
+        cut(num_products, products, triangles, types, num_streamed, piece, num_threads,
+            num_col_blocks);
 
     // Groups of equal size, as the threads wait for each other after each.
     int64_t total = 0;
@@ -854,7 +856,7 @@ bool multiply_all(int64_t num_products, const Product* products, const Triangle*
       }
 
       if (!run(&parts[begin], parts.data() + end, &num_col_blocks[begin], size, adds,
-               streams, num_threads))
+               num_threads))
         return false;
     }
   }
@@ -872,16 +874,16 @@ extern "C" int moxe_multiplies_bfloat16() {
 // Returns 0, or 1 if there is no memory for copies of the factors. Where bits of `halves` are
 // set, left factors (1), right ones (2) or results (4) are kept in bfloat16. Factors are rounded
 // to it where one is, and, where that is possible, with `rounds`. Without `triangles`, all
-// matrices are whole.
+// matrices are whole. The first `num_streamed` results are written past the caches.
 extern "C" int moxe_multiply(int64_t num_products, const Product* products,
                              const Triangle* triangles, int rounds, int halves, int adds,
-                             int streams, int num_threads) {
+                             int num_streamed, int num_threads) {
   const bool pairs = (rounds || (halves & 3)) && moxe::kHasBFloat16;
   const Types types = {(halves & 1) != 0, (halves & 2) != 0, (halves & 4) != 0,
                        pairs ? Factors::kBFloat16 : Factors::kFloat};
   try {
     const bool done = multiply_all(num_products, products, triangles, types, adds != 0,
-                                   streams != 0, num_threads);
+                                   num_streamed, num_threads);
     return done ? 0 : 1;
   } catch (const std::bad_alloc&) {
     return 1;

@@ -29,7 +29,7 @@ static_assert(sizeof(ProductNumbers) == 15 * sizeof(int64_t), "a product is 15 n
 
 // moxe_multiply of products.cpp.
 using Multiply = int (*)(int64_t num_products, const ProductNumbers* products,
-                         const Triangle* triangles, int rounds, int halves, int adds, int streams,
-                         int num_threads);
+                         const Triangle* triangles, int rounds, int halves, int adds,
+                         int num_streamed, int num_threads);
 
 }  // namespace moxe

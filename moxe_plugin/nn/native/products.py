@@ -136,14 +136,16 @@ def multiply_described(
             f"{halves} instead. Convert to float32."
         )
 
+    num_products = len(numbers) // NUM_NUMBERS
+
     is_out_of_memory = find_function("products", "moxe_multiply")(
-        ctypes.c_int64(len(numbers) // NUM_NUMBERS),
+        ctypes.c_int64(num_products),
         ctypes.c_void_p(numbers.buffer_info()[0]),
         ctypes.c_void_p(triangles.buffer_info()[0] if triangles else None),
         ctypes.c_int(rounds_now()),
         ctypes.c_int(halves),
         ctypes.c_int(adds),
-        ctypes.c_int(streams),
+        ctypes.c_int(num_products if streams else 0),
         ctypes.c_int(torch.get_num_threads()),
     )
 

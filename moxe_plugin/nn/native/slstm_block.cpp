@@ -99,12 +99,12 @@ class Block : public BlockCalls {
 
     BlockProducts up_products(*this, n_.model_dim);
     up_products.add_rows(rows.ffn_normed, up(params_.ffn_up_proj), rows.joint);
-    up_products.run(false, false);
+    up_products.run();
     functions_.silu_forward(n_.num_rows, n_.inner_dim, threads(), rows.joint, rows.gated);
-    std::memcpy(out, rows.hidden, n_.num_rows * n_.model_dim * n_.size);
+    copy_rows(rows.hidden, out);
     BlockProducts products(*this, n_.inner_dim);
     products.add_rows(rows.gated, down(params_.ffn_down_proj), out);
-    products.run(true, false);
+    products.run(true);
   }
 
   void backward(const Rows& rows, const void* grad_out, void* grad_flat,
@@ -114,22 +114,28 @@ class Block : public BlockCalls {
 
     Buffer grad_if(num_bytes(2 * n_.model_dim)), grad_zo(num_bytes(2 * n_.model_dim));
     scan_backward(rows, grad_hidden.bytes(), grad_if.bytes(), grad_zo.bytes(), grads);
-    const void* halves[] = {grad_if.bytes(), grad_zo.bytes()};
-    const void* inputs[] = {rows.convolved, rows.normed};
-    if (grads.gate_proj != nullptr) {
-      BlockProducts products(*this, max_count());
-      for (int64_t i = 0; i < 2; ++i)
-        products.add_columns(inputs[i], halves[i], gates(grads.gate_proj).half(i, n_.size));
-      products.run(false, true);
-    }
 
+    Buffer old(num_bytes(n_.model_dim));
     Buffer grad_convolved(num_bytes(n_.model_dim)), grad_normed(num_bytes(n_.model_dim));
+    const void *halves[] = {grad_if.bytes(), grad_zo.bytes()},
+               *inputs[] = {rows.convolved, rows.normed};
     char* of_inputs[] = {grad_convolved.bytes(), grad_normed.bytes()};
-    BlockProducts products(*this, 2 * shape_[4]);
-    for (int64_t i = 0; i < 2; ++i)
-      products.add_rows(halves[i], gates(params_.gate_proj).half(i, n_.size).transposed(),
-                        of_inputs[i]);
-    products.run(false, false);
+    BlockProducts of_weights(*this, max_count()), of_rows(*this, 2 * shape_[4]);
+    if (grads.recurrent_weight != nullptr) {
+      functions_.scan_shift(shape_, threads(), begins_, lens_, rows.outputs,
+                            Memory(*this).zeros.floats(), old.bytes());
+      for (int64_t i = 0; i < 2; ++i)
+        of_weights.add_columns(old.bytes(), halves[i],
+                               gates(grads.recurrent_weight).half(i, n_.size));
+    }
+    for (int64_t i = 0; i < 2; ++i) {
+      if (grads.gate_proj != nullptr)
+        of_weights.add_columns(inputs[i], halves[i], gates(grads.gate_proj).half(i, n_.size));
+      of_rows.add_rows(halves[i], gates(params_.gate_proj).half(i, n_.size).transposed(),
+                       of_inputs[i]);
+    }
+    BlockProducts::run(of_weights, of_rows);
+
     convolve_backward(rows.normed, n_.model_dim, params_.conv_weight, params_.conv_bias,
                       grad_convolved.bytes(), grad_normed.bytes(), grads.conv_weight,
                       grads.conv_bias);
@@ -175,7 +181,7 @@ class Block : public BlockCalls {
     products.add_rows(rows.convolved, gates(params_.gate_proj).half(0, n_.size),
                       gates_if.bytes());
     products.add_rows(rows.normed, gates(params_.gate_proj).half(1, n_.size), gates_zo.bytes());
-    products.run(false, false);
+    products.run();
 
     Buffer bias(num_biases() * sizeof(float));
     if (is_half())
@@ -194,32 +200,25 @@ class Block : public BlockCalls {
   // Writes the gradient of `hidden`.
   void feed_forward_backward(const Rows& rows, const void* grad_out, void* grad_hidden,
                              const ParamGrads& grads) const {
-    if (grads.ffn_down_proj != nullptr) {
-      BlockProducts products(*this, max_count());
-      products.add_columns(rows.gated, grad_out, down(grads.ffn_down_proj));
-      products.run(false, true);
-    }
-
     Buffer grad_joint(num_bytes(2 * n_.inner_dim));
     {
       Buffer grad_gated(num_bytes(n_.inner_dim));
-      BlockProducts products(*this, n_.model_dim);
-      products.add_rows(grad_out, down(params_.ffn_down_proj).transposed(), grad_gated.bytes());
-      products.run(false, false);
+      BlockProducts of_weight(*this, max_count()), of_rows(*this, n_.model_dim);
+      if (grads.ffn_down_proj != nullptr)
+        of_weight.add_columns(rows.gated, grad_out, down(grads.ffn_down_proj));
+      of_rows.add_rows(grad_out, down(params_.ffn_down_proj).transposed(), grad_gated.bytes());
+      BlockProducts::run(of_weight, of_rows);
       functions_.silu_backward(n_.num_rows, n_.inner_dim, threads(), rows.joint,
                                grad_gated.bytes(), grad_joint.bytes());
     }
-    if (grads.ffn_up_proj != nullptr) {
-      BlockProducts products(*this, max_count());
-      products.add_columns(rows.ffn_normed, grad_joint.bytes(), up(grads.ffn_up_proj));
-      products.run(false, true);
-    }
 
     Buffer grad_normed(num_bytes(n_.model_dim));
-    BlockProducts products(*this, 2 * n_.inner_dim);
-    products.add_rows(grad_joint.bytes(), up(params_.ffn_up_proj).transposed(),
-                      grad_normed.bytes());
-    products.run(false, false);
+    BlockProducts of_weight(*this, max_count()), of_rows(*this, 2 * n_.inner_dim);
+    if (grads.ffn_up_proj != nullptr)
+      of_weight.add_columns(rows.ffn_normed, grad_joint.bytes(), up(grads.ffn_up_proj));
+    of_rows.add_rows(grad_joint.bytes(), up(params_.ffn_up_proj).transposed(),
+                     grad_normed.bytes());
+    BlockProducts::run(of_weight, of_rows);
     norm_backward(rows.hidden, params_.ffn_norm, rows.ffn_stats, n_.model_dim, 1,
                   grad_normed.bytes(), grad_out, grad_hidden, grads.ffn_norm);
   }
@@ -227,34 +226,22 @@ class Block : public BlockCalls {
   // Writes the gradients of the gates.
   void scan_backward(const Rows& rows, const void* grad_hidden, void* grad_if, void* grad_zo,
                      const ParamGrads& grads) const {
-    const Memory memory(*this);
-    {
-      Buffer grad_outputs(num_bytes(n_.model_dim));
-      norm_backward(rows.outputs, params_.out_norm, rows.out_stats, n_.model_dim, n_.num_heads,
-                    grad_hidden, nullptr, grad_outputs.bytes(), grads.out_norm);
-      const int64_t num_parts = moxe::divide_up(bounds_.num_seqs, bounds_.seqs_of_sum);
-      Buffer grad_bias(num_parts * num_biases() * sizeof(float));
-      Buffer c(memory.size * sizeof(float)), log_n(memory.size * sizeof(float)),
-          y(memory.size * sizeof(float));
-      // What comes after the last step gets no gradient.
-      const float* none = memory.zeros.floats();
-      functions_.scan_backward(shape_, threads(), begins_, lens_, params_.recurrent_weight,
-                               rows.outputs, rows.activations, grad_outputs.bytes(), none, none,
-                               none, grad_if, grad_zo, grad_bias.floats(), c.floats(),
-                               log_n.floats(), y.floats());
-      sum_parts(grad_bias.floats(), num_parts, grads.gate_bias);
-    }
-    if (grads.recurrent_weight == nullptr) return;
+    Buffer grad_outputs(num_bytes(n_.model_dim));
+    norm_backward(rows.outputs, params_.out_norm, rows.out_stats, n_.model_dim, n_.num_heads,
+                  grad_hidden, nullptr, grad_outputs.bytes(), grads.out_norm);
 
-    Buffer old(num_bytes(n_.model_dim));
-    functions_.scan_shift(shape_, threads(), begins_, lens_, rows.outputs, memory.zeros.floats(),
-                          old.bytes());
-    BlockProducts products(*this, max_count());
-    const void* halves[] = {grad_if, grad_zo};
-    for (int64_t i = 0; i < 2; ++i)
-      products.add_columns(old.bytes(), halves[i],
-                           gates(grads.recurrent_weight).half(i, n_.size));
-    products.run(false, true);
+    const Memory memory(*this);
+    const int64_t num_parts = moxe::divide_up(bounds_.num_seqs, bounds_.seqs_of_sum);
+    Buffer grad_bias(num_parts * num_biases() * sizeof(float));
+    Buffer c(memory.size * sizeof(float)), log_n(memory.size * sizeof(float)),
+        y(memory.size * sizeof(float));
+    // What comes after the last step gets no gradient.
+    const float* none = memory.zeros.floats();
+    functions_.scan_backward(shape_, threads(), begins_, lens_, params_.recurrent_weight,
+                             rows.outputs, rows.activations, grad_outputs.bytes(), none, none,
+                             none, grad_if, grad_zo, grad_bias.floats(), c.floats(),
+                             log_n.floats(), y.floats());
+    sum_parts(grad_bias.floats(), num_parts, grads.gate_bias);
   }
 
   // (E,H,num_parts,4*D) to (E,H,4*D)

@@ -175,6 +175,38 @@ def test_block_of_bfloat16_is_as_exact_as_single_steps(
         assert (x - z).norm() <= limit
 
 
+@pytest.mark.skipif(
+    why_torch() is not None or not rounds_to_bfloat16(),
+    reason="no products of bfloat16 in C++ here",
+)
+@pytest.mark.parametrize(
+    ("model_dim", "seq_len"),
+    [
+        # Gradients of weights, of more rows than are summed at once
+        pytest.param(32, 300, id="many-rows"),
+        # All other products: of more channels
+        pytest.param(1216, 1, id="many-channels"),
+    ],
+)
+def test_long_sums_of_bfloat16_are_as_exact_as_single_steps(
+    kind: type[Block], model_dim: int, seq_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count_calls(monkeypatch)
+    torch.manual_seed(1)
+    block = kind(model_dim, num_heads=2, backend="auto").bfloat16()
+    seqs = torch.randn(8, seq_len, model_dim).bfloat16()
+
+    actual = differentiate(block, seqs, None)
+    assert len(calls) == 1
+    expected = differentiate_step_by_step(block, seqs, None, monkeypatch=monkeypatch)
+
+    assert len(calls) == 1
+    block.backend = "torch"
+    exact = differentiate(block.double(), seqs.double(), None)
+    for x, y, z in zip(actual, expected, exact, strict=True):
+        assert (x - z).norm() <= 1.2 * (y - z).norm() + 2**-9 * z.norm()
+
+
 def test_gradients_are_computed_as_the_outputs_were(kind: type[Block]) -> None:
     block = make_block(kind, None)
     seqs = torch.randn(2, 9, 32)

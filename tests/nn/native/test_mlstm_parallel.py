@@ -107,7 +107,15 @@ def test_rows_are_sequences_by_themselves_with_all_gradients(
 
 
 @needs_bfloat16
-@OVER_LENS
+@pytest.mark.parametrize(
+    "lens",
+    [
+        pytest.param([1, 0, 70, 3], id="ragged"),
+        pytest.param([130, 64, 65], id="several-blocks"),
+        # Whose products are summed in several parts
+        pytest.param([2400, 3], id="long"),
+    ],
+)
 def test_rows_of_bfloat16_are_rounded_only_where_they_are_multiplied_or_written(
     lens: list[int],
 ) -> None:
