@@ -12,16 +12,16 @@ from torch.autograd import grad
 
 from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.mlstm_forms import CellGradients
-from moxe_plugin.nn.native.mlstm_projections import (
+from moxe_plugin.nn.native.mlstm_projections import fits
+from moxe_plugin.nn.products import why_torch
+from tests.nn.bfloat16_cases import needs_bfloat16
+from tests.nn.native.projection_calls import (
     MLSTMProjections,
     ProjectedRows,
     ProjectionInputs,
-    fits,
     project_rows,
     project_rows_backward,
 )
-from moxe_plugin.nn.products import why_torch
-from tests.nn.bfloat16_cases import needs_bfloat16
 
 pytestmark = pytest.mark.skipif(
     why_torch() is not None or why_not_loaded("mlstm_projections") is not None,
