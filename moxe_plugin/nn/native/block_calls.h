@@ -74,7 +74,7 @@ class BlockCalls {
                      void* grad_weight) const {
     const int64_t shape[] = {n_.num_experts, num_heads, dim / num_heads};
     shared_.norm_backward(shape, counts_, eps_, threads(), x, weight, stats, grad, residual,
-                             grad_x, grad_weight);
+                          grad_x, grad_weight);
   }
 
   // Rows (C,M), to which products are added.
@@ -100,11 +100,13 @@ class BlockCalls {
                          void* grad_bias) const {
     const int64_t shape[] = {n_.num_experts, n_.num_runs, n_.num_taps, dim, 1, dim, dim, 1};
     shared_.conv_backward(shape, threads(), run_lens_, x, nullptr, weight, bias, grad, grad_x,
-                             nullptr, grad_weight, grad_bias);
+                          nullptr, grad_weight, grad_bias);
   }
 
  protected:
   int threads() const { return static_cast<int>(n_.num_threads); }
+  // Of rows (C,width).
+  int64_t num_bytes(int64_t width) const { return n_.num_rows * width * n_.size; }
 
   const BlockFunctions& shared_;
   const BlockNumbers& n_;

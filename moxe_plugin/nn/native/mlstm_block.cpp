@@ -1,11 +1,13 @@
 // An mLSTM block on rows: what it does before its cell, and after it; each in one call, as Python
-// between its many parts would take longer than some of them. See mlstm_block.py.
+// between its many parts would take longer than some of them. See mlstm_block.py; ../mlstm.py has
+// the equations, and ../mlstm_parameters.py the shapes of parameters, here with E first.
 //
 // Each function returns 0, or 1 if there is no memory. Tensors are of what the block is in, but
 // for those of `float`.
 
 #include "block_products.h"
 
+#include <array>
 #include <cstdint>
 
 namespace {
@@ -96,7 +98,7 @@ class Block : public BlockCalls {
     convolve(rows.conv_input, n_.inner_dim, params_.conv_weight, params_.conv_bias,
              rows.convolved);
     const auto shape = of_projections();
-    functions_.project(shape.numbers, counts_, threads(), rows.conv_input, rows.convolved,
+    functions_.project(shape.data(), counts_, threads(), rows.conv_input, rows.convolved,
                        params_.q_proj, params_.k_proj, params_.v_proj, params_.input_gate_weight,
                        params_.forget_gate_weight, params_.input_gate_bias,
                        params_.forget_gate_bias, rows.q, rows.k, rows.v, rows.gates);
@@ -104,7 +106,7 @@ class Block : public BlockCalls {
 
   void leave(const Rows& rows, void* out) const {
     const auto shape = of_output();
-    functions_.output_forward(shape.numbers, counts_, eps_, threads(), rows.hidden,
+    functions_.output_forward(shape.data(), counts_, eps_, threads(), rows.hidden,
                               params_.out_norm, rows.convolved, params_.skip, rows.gate,
                               rows.gated, rows.out_stats);
 
@@ -117,7 +119,7 @@ class Block : public BlockCalls {
   // Writes the gradients of `hidden`, `convolved` and `gate`.
   void leave_backward(const Rows& rows, const void* grad_out, void* grad_hidden,
                       void* grad_convolved, void* grad_gate, const ParamGrads& grads) const {
-    Buffer grad_gated(n_.num_rows * n_.inner_dim * n_.size);
+    Buffer grad_gated(num_bytes(n_.inner_dim));
     BlockProducts of_weight(*this, max_count()), of_rows(*this, n_.model_dim);
     if (grads.down_proj != nullptr)
       of_weight.add_columns(rows.gated, grad_out, down(grads.down_proj));
@@ -125,7 +127,7 @@ class Block : public BlockCalls {
     BlockProducts::run(of_weight, of_rows);
 
     const auto shape = of_output();
-    functions_.output_backward(shape.numbers, counts_, eps_, threads(), rows.hidden,
+    functions_.output_backward(shape.data(), counts_, eps_, threads(), rows.hidden,
                                params_.out_norm, rows.convolved, params_.skip, rows.gate,
                                rows.out_stats, grad_gated.bytes(), grad_hidden, grads.out_norm,
                                grad_convolved, grads.skip, grad_gate);
@@ -135,10 +137,10 @@ class Block : public BlockCalls {
   void enter_backward(const Rows& rows, const CellGrads& cell, const void* grad_out,
                       void* grad_convolved, const void* grad_gate, void* grad_flat,
                       const ParamGrads& grads) const {
-    Buffer grad_conv_input(n_.num_rows * n_.inner_dim * n_.size);
+    Buffer grad_conv_input(num_bytes(n_.inner_dim));
     const auto shape = of_projections();
     functions_.project_backward(
-        shape.numbers, counts_, threads(), rows.conv_input, rows.convolved, rows.q, rows.k,
+        shape.data(), counts_, threads(), rows.conv_input, rows.convolved, rows.q, rows.k,
         rows.v, params_.q_proj, params_.k_proj, params_.v_proj, params_.input_gate_weight,
         params_.forget_gate_weight, cell.q, cell.k, cell.v, cell.gates, grad_conv_input.bytes(),
         grad_convolved, grads.q_proj, grads.k_proj, grads.v_proj, grads.input_gate_weight,
@@ -148,7 +150,7 @@ class Block : public BlockCalls {
                       grads.conv_bias);
 
     const void* halves[] = {grad_conv_input.bytes(), grad_gate};
-    Buffer grad_normed(n_.num_rows * n_.model_dim * n_.size);
+    Buffer grad_normed(num_bytes(n_.model_dim));
     BlockProducts of_weight(*this, max_count());
     if (grads.up_proj != nullptr)
       for (int64_t i = 0; i < 2; ++i)
@@ -163,16 +165,12 @@ class Block : public BlockCalls {
   }
 
  private:
-  // What a function is told of shapes.
-  struct FourNumbers {
-    int64_t numbers[4];
-  };
-
-  FourNumbers of_projections() const {
-    return {{n_.num_experts, num_groups_, 2 * n_.num_heads, n_.inner_dim}};
+  // What functions are told of shapes.
+  std::array<int64_t, 4> of_projections() const {
+    return {n_.num_experts, num_groups_, 2 * n_.num_heads, n_.inner_dim};
   }
-  FourNumbers of_output() const {
-    return {{n_.num_experts, n_.num_heads, n_.inner_dim / n_.num_heads, n_.inner_dim}};
+  std::array<int64_t, 4> of_output() const {
+    return {n_.num_experts, n_.num_heads, n_.inner_dim / n_.num_heads, n_.inner_dim};
   }
 
   // (E,1,M,2I), and its half of what is convolved or of the gate.

@@ -230,13 +230,13 @@ class Cell {
     void add(const float* squares, const void* rows, void* out, bool transposed) {
       const Sequences& n = cell_.n_;
       char* to = static_cast<char*>(out);
-      if (cell_.has_padding()) std::memset(to, 0, n.num_rows * cell_.width() * n.size);
-      if (sums_floats_) {
-        sums_.push_back({out, std::make_unique<Buffer>(n.num_rows * cell_.width() * 4)});
-        to = sums_.back().second->bytes();
-        if (cell_.has_padding()) std::memset(to, 0, n.num_rows * cell_.width() * 4);
-      }
       const int64_t size = sums_floats_ ? sizeof(float) : n.size, width = cell_.width();
+      const int64_t num_bytes = n.num_rows * width * size;
+      if (sums_floats_) {
+        sums_.push_back({out, std::make_unique<Buffer>(num_bytes)});
+        to = sums_.back().second->bytes();
+      }
+      if (cell_.has_padding()) std::memset(to, 0, num_bytes);
       for (int64_t i = 0; i < n.num_seqs; ++i) {
         const int64_t len = cell_.lens_[i], first = cell_.begins_[i] * width;
         if (len == 0) continue;
@@ -296,8 +296,8 @@ class Cell {
 
   void multiply(const std::vector<ProductNumbers>& products,
                 const std::vector<Triangle>& triangles, int halves) const {
-    if (call_(products.size(), products.data(), triangles.data(),
-                            static_cast<int>(n_.rounds), halves, 0, 0, threads()) != 0)
+    if (call_(products.size(), products.data(), triangles.data(), static_cast<int>(n_.rounds),
+              halves, 0, 0, threads()) != 0)
       throw std::bad_alloc();
   }
 

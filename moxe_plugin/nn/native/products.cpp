@@ -82,6 +82,7 @@ struct Types {
 
 inline int64_t bytes_of(bool is_half) { return is_half ? sizeof(BFloat16) : sizeof(float); }
 
+// How a product is computed, besides what is told of it.
 struct Product : moxe::ProductNumbers {
   Kind kind(const Types& types, Triangle triangle) const {
     // All others read and write floats.

@@ -49,15 +49,12 @@ class ColumnProduct(NamedTuple):
     ``(E,G,in,out)``."""
 
 
-def multiply_rows(
-    products: Sequence[RowProduct], counts: Sequence[int], *, adds: bool = False
-) -> None:
+def multiply_rows(products: Sequence[RowProduct], counts: Sequence[int]) -> None:
     """Multiply rows by the weights of their experts, all at once.
 
     :param products: What to multiply; rows of one type, weights of one, and results of
         one.
     :param counts: The number of rows of each expert, C in all.
-    :param adds: As for :func:`~moxe_plugin.nn.native.products.multiply_all`.
 
     :raises ValueError: A result is of another type or layout.
     """
@@ -69,7 +66,7 @@ def multiply_rows(
         check_result(out)
         num_groups, in_dim, out_dim = weight.shape[1:]
         row, column = rows.stride()
-        sums = sums_of(out, (rows, weight), in_dim, keeps=adds)
+        sums = sums_of(out, (rows, weight), in_dim)
         all_sums.append(sums)
         address, weight_address, out_address = _find_addresses(rows, weight, sums)
 
@@ -88,7 +85,7 @@ def multiply_rows(
             weight_address += weight.element_size() * weight.stride(0)
             out_address += sums.element_size() * count * sums.stride(0)
 
-    _multiply(numbers, products, all_sums, adds=adds)
+    _multiply(numbers, products, all_sums)
 
 
 def multiply_columns(products: Sequence[ColumnProduct], counts: Sequence[int]) -> None:
@@ -132,12 +129,9 @@ def _multiply(
     products: Sequence[tuple[Tensor, Tensor, Tensor]],
     all_sums: Sequence[Tensor],
     *,
-    adds: bool = False,
     streams: bool = False,
 ) -> None:
-    multiply_described(
-        numbers, halves=find_halves(products, all_sums), adds=adds, streams=streams
-    )
+    multiply_described(numbers, halves=find_halves(products, all_sums), streams=streams)
 
     for (_, _, out), sums in zip(products, all_sums, strict=True):
         round_into(out, sums)

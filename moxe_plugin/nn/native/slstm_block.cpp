@@ -1,5 +1,6 @@
 // An sLSTM block on rows in one call, as Python between its many parts would take longer than
-// some of them; see slstm_block.py for what is computed.
+// some of them; see slstm_block.py. ../slstm.py has the equations, and ../slstm_parameters.py the
+// shapes of parameters, here with E first.
 //
 // Each function returns 0, or 1 if there is no memory. Tensors are of what the block is in, but
 // for those of `float`.
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -113,7 +115,10 @@ class Block : public BlockCalls {
     feed_forward_backward(rows, grad_out, grad_hidden.bytes(), grads);
 
     Buffer grad_if(num_bytes(2 * n_.model_dim)), grad_zo(num_bytes(2 * n_.model_dim));
-    scan_backward(rows, grad_hidden.bytes(), grad_if.bytes(), grad_zo.bytes(), grads);
+    // What is remembered before the first step.
+    const std::vector<float> zeros(memory_size(), 0.0f);
+    scan_backward(rows, grad_hidden.bytes(), zeros.data(), grad_if.bytes(), grad_zo.bytes(),
+                  grads);
 
     Buffer old(num_bytes(n_.model_dim));
     Buffer grad_convolved(num_bytes(n_.model_dim)), grad_normed(num_bytes(n_.model_dim));
@@ -123,7 +128,7 @@ class Block : public BlockCalls {
     BlockProducts of_weights(*this, max_count()), of_rows(*this, 2 * shape_[4]);
     if (grads.recurrent_weight != nullptr) {
       functions_.scan_shift(shape_, threads(), begins_, lens_, rows.outputs,
-                            Memory(*this).zeros.floats(), old.bytes());
+                            zeros.data(), old.bytes());
       for (int64_t i = 0; i < 2; ++i)
         of_weights.add_columns(old.bytes(), halves[i],
                                gates(grads.recurrent_weight).half(i, n_.size));
@@ -144,21 +149,8 @@ class Block : public BlockCalls {
   }
 
  private:
-  // c, log(n) and y before the first step, (E,N,H,D) each.
-  struct Memory {
-    explicit Memory(const Block& block)
-        : size(block.n_.num_experts * block.bounds_.num_seqs * block.n_.model_dim),
-          zeros(size * sizeof(float)),
-          empty(size * sizeof(float)) {
-      std::fill_n(zeros.floats(), size, 0.0f);
-      std::fill_n(empty.floats(), size, block.empty_);
-    }
-
-    int64_t size;
-    Buffer zeros, empty;
-  };
-
-  int64_t num_bytes(int64_t width) const { return n_.num_rows * width * n_.size; }
+  // Numbers of c, log(n) or y, (E,N,H,D).
+  int64_t memory_size() const { return n_.num_experts * bounds_.num_seqs * n_.model_dim; }
 
   // (E,H,D,4*D)
   Weights gates(const void* at) const {
@@ -188,13 +180,13 @@ class Block : public BlockCalls {
       std::copy_n(static_cast<const BFloat16*>(params_.gate_bias), num_biases(), bias.floats());
     else
       std::memcpy(bias.bytes(), params_.gate_bias, num_biases() * sizeof(float));
-    const Memory memory(*this);
-    Buffer c(memory.size * sizeof(float)), log_n(memory.size * sizeof(float)),
-        y(memory.size * sizeof(float));
+    const int64_t size = memory_size();
+    const std::vector<float> zeros(size, 0.0f), empty(size, empty_);
+    std::vector<float> c(size), log_n(size), y(size);
     functions_.scan_forward(shape_, threads(), begins_, lens_, gates_if.bytes(), gates_zo.bytes(),
-                            bias.floats(), params_.recurrent_weight, memory.zeros.floats(),
-                            memory.empty.floats(), memory.zeros.floats(), rows.outputs,
-                            rows.activations, c.floats(), log_n.floats(), y.floats());
+                            bias.floats(), params_.recurrent_weight, zeros.data(), empty.data(),
+                            zeros.data(), rows.outputs, rows.activations, c.data(), log_n.data(),
+                            y.data());
   }
 
   // Writes the gradient of `hidden`.
@@ -223,24 +215,20 @@ class Block : public BlockCalls {
                   grad_normed.bytes(), grad_out, grad_hidden, grads.ffn_norm);
   }
 
-  // Writes the gradients of the gates.
-  void scan_backward(const Rows& rows, const void* grad_hidden, void* grad_if, void* grad_zo,
-                     const ParamGrads& grads) const {
+  // Writes the gradients of the gates. What comes after the last step gets no gradient: `zeros`.
+  void scan_backward(const Rows& rows, const void* grad_hidden, const float* zeros,
+                     void* grad_if, void* grad_zo, const ParamGrads& grads) const {
     Buffer grad_outputs(num_bytes(n_.model_dim));
     norm_backward(rows.outputs, params_.out_norm, rows.out_stats, n_.model_dim, n_.num_heads,
                   grad_hidden, nullptr, grad_outputs.bytes(), grads.out_norm);
 
-    const Memory memory(*this);
     const int64_t num_parts = moxe::divide_up(bounds_.num_seqs, bounds_.seqs_of_sum);
     Buffer grad_bias(num_parts * num_biases() * sizeof(float));
-    Buffer c(memory.size * sizeof(float)), log_n(memory.size * sizeof(float)),
-        y(memory.size * sizeof(float));
-    // What comes after the last step gets no gradient.
-    const float* none = memory.zeros.floats();
+    std::vector<float> c(memory_size()), log_n(memory_size()), y(memory_size());
     functions_.scan_backward(shape_, threads(), begins_, lens_, params_.recurrent_weight,
-                             rows.outputs, rows.activations, grad_outputs.bytes(), none, none,
-                             none, grad_if, grad_zo, grad_bias.floats(), c.floats(),
-                             log_n.floats(), y.floats());
+                             rows.outputs, rows.activations, grad_outputs.bytes(), zeros, zeros,
+                             zeros, grad_if, grad_zo, grad_bias.floats(), c.data(), log_n.data(),
+                             y.data());
     sum_parts(grad_bias.floats(), num_parts, grads.gate_bias);
   }
 

@@ -67,14 +67,11 @@ def run_one_by_one(lens: list[int], inputs: list[Tensor]) -> Tensor:
     return torch.cat([*outputs, q.new_zeros(NUM_PADDING, *q.shape[1:])])
 
 
-OVER_LENS = pytest.mark.parametrize(
-    "lens",
-    [
-        pytest.param([5], id="one"),
-        pytest.param([1, 0, 70, 3], id="ragged"),
-        pytest.param([130, 64, 65], id="several-blocks"),
-    ],
-)
+LENS = [
+    pytest.param([5], id="one"),
+    pytest.param([1, 0, 70, 3], id="ragged"),
+    pytest.param([130, 64, 65], id="several-blocks"),
+]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +83,7 @@ OVER_LENS = pytest.mark.parametrize(
         (torch.float32, 1.0, 2e-4),
     ],
 )
-@OVER_LENS
+@pytest.mark.parametrize("lens", LENS)
 def test_rows_are_sequences_by_themselves_with_all_gradients(
     lens: list[int], dtype: torch.dtype, gate_scale: float, tolerance: float
 ) -> None:
@@ -110,8 +107,7 @@ def test_rows_are_sequences_by_themselves_with_all_gradients(
 @pytest.mark.parametrize(
     "lens",
     [
-        pytest.param([1, 0, 70, 3], id="ragged"),
-        pytest.param([130, 64, 65], id="several-blocks"),
+        *LENS,
         # Whose products are summed in several parts
         pytest.param([2400, 3], id="long"),
     ],
