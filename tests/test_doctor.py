@@ -146,7 +146,7 @@ def test_a_warning_is_shown_and_is_no_failure(
             {},
             "C++: sLSTM, convolution, norms, gates, router, dispatch, loss, "
             "float32 products, mLSTM; torch: bfloat16 products "
-            "(the processor has no AVX512_BF16)",
+            "(torch uses the processor's AMX)",
         ),
         (
             None,

@@ -123,7 +123,7 @@ def probe_native() -> str:
         or why_not_loaded("mlstm_chunkwise")
         or why_not_loaded("mlstm_projections"),
         "bfloat16 products": products
-        or (None if rounds_to_bfloat16() else "the processor has no AVX512_BF16"),
+        or (None if rounds_to_bfloat16() else "torch uses the processor's AMX"),
     }
     others: dict[str, list[str]] = {}
     for name, reason in reasons.items():

@@ -2,13 +2,12 @@
 
 The choice is the process's, not a model's; :func:`why_torch` tells what it is, and why.
 The environment variable ``MOXE_PRODUCTS`` makes it. ``auto``, the default, takes C++ on
-processors with AVX-512 that are not Intel's (whose MKL uses AVX-512 itself) if there is
-a C++ compiler; ``native`` asks for C++, ``torch`` for torch. It concerns float32 on
-CPUs, and bfloat16 on those that multiply it; all else is torch's. Both compute the same
-up to rounding.
+processors with AVX-512 if there is a C++ compiler, for bfloat16 only without AMX, by
+which torch multiplies it; ``native`` asks for C++, ``torch`` for torch. It concerns
+float32 and bfloat16 on CPUs; all else is torch's. Both compute the same up to rounding.
 
-Under autocast to bfloat16, torch rounds factors and results. In C++, where the
-processor multiplies bfloat16, factors alone are rounded, and results are float32.
+Under autocast to bfloat16, torch rounds factors and results. In C++, factors alone are
+rounded, and results are float32.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -179,8 +177,7 @@ def rounds_factors(*tensors: Tensor) -> bool:
 def follows_autocast() -> bool:
     """Tell whether products in C++ do what autocast on the CPU asks for.
 
-    :returns: Whether it is off, or asks for bfloat16, which the processor multiplies,
-        where products run in C++ at all.
+    :returns: Whether it is off, or asks for bfloat16 where products run in C++.
     """
     return not torch.is_autocast_enabled("cpu") or (
         torch.get_autocast_dtype("cpu") == torch.bfloat16 and rounds_to_bfloat16()
@@ -189,20 +186,14 @@ def follows_autocast() -> bool:
 
 @cache
 def why_torch() -> str | None:
-    """Tell why products on the CPU are torch's, of float32 and of bfloat16.
+    """Tell why products on the CPU are torch's, those of bfloat16 in any case.
 
     :returns: The reason; ``None`` if they run in C++.
 
     :raises NativeLibraryError: C++ was asked for, and cannot run here.
     :raises ValueError: ``MOXE_PRODUCTS`` has another value.
     """
-    choice = os.environ.get("MOXE_PRODUCTS") or "auto"
-
-    if choice not in _CHOICES:
-        raise ValueError(
-            f"`MOXE_PRODUCTS` must be one of {', '.join(_CHOICES)}, but is '{choice}' "
-            "instead."
-        )
+    choice = _read_choice()
 
     if choice == "torch":
         return "`MOXE_PRODUCTS` is 'torch'"
@@ -212,8 +203,6 @@ def why_torch() -> str | None:
     reason: str | None = None
     if capability != "AVX512":
         reason = f"they need AVX512, and torch uses {capability} here"
-    elif choice == "auto" and _find_vendor() == "GenuineIntel":
-        reason = "the processor is Intel's, for which MKL is made"
     else:
         reason = why_not_loaded("products")
 
@@ -232,14 +221,29 @@ def why_torch() -> str | None:
 
 @cache
 def rounds_to_bfloat16() -> bool:
-    """Tell whether products in C++ multiply bfloat16, or what is rounded to it.
+    """Tell whether products of bfloat16, or of what is rounded to it, run in C++.
 
-    :returns: Whether products run in C++, and the processor multiplies bfloat16.
+    :returns: Whether those of float32 do, and the processor has no AMX or C++ is asked
+        for: torch's multiply bfloat16 by AMX, C++ does not.
 
     :raises NativeLibraryError: As :func:`why_torch`.
     :raises ValueError: As :func:`why_torch`.
     """
-    return why_torch() is None and native.rounds_to_bfloat16()
+    return why_torch() is None and (
+        _read_choice() == "native" or not torch.cpu._is_amx_tile_supported()
+    )
+
+
+def _read_choice() -> str:
+    choice = os.environ.get("MOXE_PRODUCTS") or "auto"
+
+    if choice not in _CHOICES:
+        raise ValueError(
+            f"`MOXE_PRODUCTS` must be one of {', '.join(_CHOICES)}, but is '{choice}' "
+            "instead."
+        )
+
+    return choice
 
 
 def _multiply_into(
@@ -251,18 +255,6 @@ def _multiply_into(
     native.multiply_all(
         [Product(*(x.flatten(0, -3) if batch else x for x in (lhs, rhs, out)))],
         streams=streams,
-    )
-
-
-def _find_vendor() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return None
-
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")),
-        None,
     )
 
 

@@ -126,7 +126,7 @@ def _format_products(machine: Mapping[str, Any]) -> str:
     if reason is None:
         return (
             "\nMoxE and xLSTM multiply float32 by our own products, and bfloat16, also "
-            "under\nautocast, if the processor multiplies it."
+            "under\nautocast, if the processor has no AMX."
         )
 
     return f"\nMoxE and xLSTM multiply by torch's products: {reason}."

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from moxe_plugin.nn.native import products
+from moxe_plugin.nn.native.library import find_function
+
 
 @pytest.fixture
 def _restored_threads() -> Iterator[None]:
@@ -15,3 +18,15 @@ def _restored_threads() -> Iterator[None]:
     yield
 
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(params=["pairs", "floats"])
+def _in_pairs_or_floats(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Multiply bfloat16 in either way, whichever is the faster one here."""
+    in_pairs = request.param == "pairs"
+    if in_pairs and not find_function("products", "moxe_multiplies_pairs")():
+        pytest.skip("the processor multiplies no pairs of bfloat16")
+
+    monkeypatch.setattr(products, "widens_bfloat16", lambda: not in_pairs)

@@ -13,7 +13,6 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from moxe_plugin.nn import products
-from moxe_plugin.nn.native import products as native
 from moxe_plugin.nn.native.library import (
     NativeLibraryError,
     load_library,
@@ -43,11 +42,6 @@ def find_obstacle() -> str | None:
 
 needs_avx512 = pytest.mark.skipif(
     find_obstacle() is not None, reason=f"no products in C++ here: {find_obstacle()}"
-)
-
-needs_bfloat16 = pytest.mark.skipif(
-    find_obstacle() is not None or not native.rounds_to_bfloat16(),
-    reason="no products of bfloat16 in C++ here",
 )
 
 ERROR_OF_NATIVE: Final = "`MOXE_PRODUCTS` must be 'auto' or 'torch' on this machine"
@@ -238,7 +232,7 @@ def test_types_are_mixed_only_where_that_is_asked_for(
     assert native_calls == []
 
 
-@needs_bfloat16
+@needs_avx512
 @pytest.mark.usefixtures("takes_native")
 @pytest.mark.parametrize("batch", [(), (3,)], ids=str)
 def test_gradients_of_bfloat16_are_rounded_once(batch: tuple[int, ...]) -> None:
@@ -376,33 +370,51 @@ def test_no_product_asks_for_no_library(
 
 @pytest.mark.usefixtures("chooses")
 @pytest.mark.parametrize(
-    ("choice", "capability", "vendor", "obstacle", "reason"),
+    ("choice", "capability", "obstacle", "reason"),
     [
-        ("", "AVX512", "AuthenticAMD", None, None),
-        ("auto", "AVX512", "AuthenticAMD", None, None),
-        ("auto", "AVX512", None, None, None),
-        ("auto", "AVX512", "GenuineIntel", None, "the processor is Intel's"),
-        ("auto", "AVX2", "AuthenticAMD", None, "torch uses AVX2 here"),
-        ("auto", "AVX512", "AuthenticAMD", "no compiler", "no compiler"),
-        ("native", "AVX512", "GenuineIntel", None, None),
-        ("torch", "AVX512", "AuthenticAMD", None, "`MOXE_PRODUCTS` is 'torch'"),
+        ("", "AVX512", None, None),
+        ("auto", "AVX512", None, None),
+        ("auto", "AVX2", None, "torch uses AVX2 here"),
+        ("auto", "AVX512", "no compiler", "no compiler"),
+        ("native", "AVX512", None, None),
+        ("torch", "AVX512", None, "`MOXE_PRODUCTS` is 'torch'"),
     ],
 )
 def test_environment_and_processor_choose(
     choice: str,
     capability: str,
-    vendor: str | None,
     obstacle: str | None,
     reason: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pretend(monkeypatch, choice, capability, vendor, obstacle)
+    pretend(monkeypatch, choice, capability, obstacle)
 
     found = why_torch()
 
     assert (found is None) == (reason is None)
     assert (reason or "") in (found or "")
     assert runs_native(torch.zeros(1)) == (reason is None)
+
+
+@pytest.mark.usefixtures("chooses")
+@pytest.mark.parametrize(
+    ("choice", "has_amx", "expected"),
+    [
+        ("auto", False, True),
+        ("auto", True, False),
+        ("native", True, True),
+        ("torch", False, False),
+    ],
+)
+def test_bfloat16_is_torchs_where_the_processor_has_amx(
+    choice: str, has_amx: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, choice, "AVX512", None)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_amx)
+
+    assert rounds_to_bfloat16() == expected
+    assert runs_native(torch.zeros(1)) == (choice != "torch")
+    assert runs_native(torch.zeros(1, dtype=bfloat16)) == expected
 
 
 @pytest.mark.usefixtures("chooses")
@@ -416,7 +428,7 @@ def test_environment_and_processor_choose(
 def test_native_is_an_error_where_it_cannot_be(
     capability: str, obstacle: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(monkeypatch, "native", capability, "AuthenticAMD", obstacle)
+    pretend(monkeypatch, "native", capability, obstacle)
 
     for _ in range(2):
         with pytest.raises(NativeLibraryError) as info:
@@ -445,7 +457,6 @@ def test_without_compiler_auto_is_torch_and_native_names_the_way_out(
     monkeypatch.setenv("CXX", str(tmp_path / "no_such_compiler"))
     monkeypatch.setenv("MOXE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(products, "_find_vendor", lambda: "AuthenticAMD")
     lhs, rhs = torch.randn(2, 3), torch.randn(3, 2)
 
     monkeypatch.setenv("MOXE_PRODUCTS", "auto")
@@ -458,29 +469,13 @@ def test_without_compiler_auto_is_torch_and_native_names_the_way_out(
         multiply(lhs, rhs)
 
 
-def test_the_vendor_is_that_of_the_first_processor(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    path = tmp_path / "cpuinfo"
-    monkeypatch.setattr(products, "Path", lambda _: path)
-    assert products._find_vendor() is None
-
-    path.write_text("processor\t: 0\nBogoMIPS\t: 50.0\n")
-    assert products._find_vendor() is None
-
-    path.write_text("processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\n")
-    assert products._find_vendor() == "GenuineIntel"
-
-
 def pretend(
     monkeypatch: pytest.MonkeyPatch,
     choice: str,
     capability: str,
-    vendor: str | None,
     obstacle: str | None,
 ) -> None:
     """Pretend to be on another machine."""
     monkeypatch.setenv("MOXE_PRODUCTS", choice)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(products, "_find_vendor", lambda: vendor)
     monkeypatch.setattr(products, "why_not_loaded", lambda _: obstacle)

@@ -1,12 +1,14 @@
-// Products of pairs of bfloat16, to which floats are rounded. A pair is as large as a float, and
-// is kept in place of one.
+// Products of bfloat16, to which floats are rounded. Pairs of them are as large as a float, and
+// are kept in place of one, where processors multiply pairs faster; else they are floats.
 
 #pragma once
 
 #include "integers.h"
 
 #include <c10/util/BFloat16.h>
+#ifdef __AVX512F__
 #include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -14,21 +16,22 @@
 
 namespace moxe {
 
+// Whether the processor multiplies pairs.
 #ifdef __AVX512BF16__
-constexpr bool kHasBFloat16 = true;
+constexpr bool kHasPairs = true;
 #else
-constexpr bool kHasBFloat16 = false;
+constexpr bool kHasPairs = false;
 #endif
 
-// What is multiplied: floats, or pairs of bfloat16.
-enum class Factors { kFloat, kBFloat16 };
+// What is multiplied: floats, pairs of bfloat16, or floats of which each is a bfloat16.
+enum class Factors { kFloat, kBFloat16, kWidened };
 
 // The upper half of a float.
 using c10::BFloat16;
 
 // How many places hold `count` numbers.
 inline int64_t num_places(int64_t count, Factors factors) {
-  return factors == Factors::kFloat ? count : divide_up(count, 2);
+  return factors == Factors::kBFloat16 ? divide_up(count, 2) : count;
 }
 
 #ifdef __AVX512F__
@@ -41,10 +44,36 @@ inline __mmask32 first_halves(int64_t count) {
   return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1;
 }
 
+// Numbers rounded to bfloat16, to the nearest, and to even ones where two are as near.
+inline __m256i round_to_half(__m512 x) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const __m512i half = _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  // NaN stays NaN.
+  const __m512i quiet =
+      _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(
+      rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet));
+#endif
+}
+
+// Numbers as floats.
+inline __m512 widen_half(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+
+// Those of a mask, 0 beyond them.
+inline __m512 load_masked_half(const BFloat16* from, __mmask16 mask) {
+  return widen_half(_mm256_maskz_loadu_epi16(mask, from));
+}
+
 // At most 16 numbers, 0 beyond `count`.
 inline __m512 load_half(const BFloat16* from, int64_t count) {
-  const __m256i bits = _mm256_maskz_loadu_epi16(first_floats(count), from);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  return load_masked_half(from, first_floats(count));
 }
 
 // Pairs of numbers that follow each other, of which `high` are the last ones.
@@ -52,7 +81,8 @@ inline __m512 pair_neighbours(__m512 low, __m512 high) {
 #ifdef __AVX512BF16__
   return (__m512)_mm512_cvtne2ps_pbh(high, low);
 #else
-  return low;
+  return _mm512_castsi512_ps(_mm512_inserti64x4(
+      _mm512_castsi256_si512(round_to_half(low)), round_to_half(high), 1));
 #endif
 }
 
@@ -140,6 +170,21 @@ inline void pair_rows(const BFloat16* low, const BFloat16* high, int64_t count, 
   }
 }
 
+// Numbers rounded to bfloat16, as floats.
+inline __m512 round_floats(__m512 x) { return widen_half(round_to_half(x)); }
+
+// Writes the `count` numbers of a row, rounded to bfloat16, as floats.
+inline void round_row(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = first_floats(count - i);
+    _mm512_mask_storeu_ps(to + i, mask,
+                          round_floats(_mm512_maskz_loadu_ps(mask, from + i)));
+  }
+}
+
+// The same of numbers that are bfloat16.
+inline void round_row(const BFloat16* from, int64_t count, float* to);
+
 // Writes the `count` numbers of a row as floats.
 inline void widen_row(const float* from, int64_t count, float* to) {
   std::copy_n(from, count, to);
@@ -148,6 +193,10 @@ inline void widen_row(const float* from, int64_t count, float* to) {
 inline void widen_row(const BFloat16* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += 16)
     _mm512_mask_storeu_ps(to + i, first_floats(count - i), load_half(from + i, count - i));
+}
+
+inline void round_row(const BFloat16* from, int64_t count, float* to) {
+  widen_row(from, count, to);
 }
 
 #endif  // __AVX512F__

@@ -33,7 +33,7 @@ struct BlockFunctions {
 // Numbers of a block and its rows, in the order of block_calls.py.
 struct BlockNumbers {
   int64_t size;      // bytes of a number of the block,
-  int64_t rounds;    // whether products round floats to bfloat16
+  int64_t rounding;  // how products treat bfloat16, see products.h
   int64_t num_threads;
   int64_t num_experts, num_rows;
   int64_t num_runs;  // of rows of an expert that are convolved together
@@ -58,7 +58,7 @@ class BlockCalls {
   // See moxe_multiply.
   void multiply(const std::vector<ProductNumbers>& products, int halves, bool adds,
                 int num_streamed) const {
-    if (shared_.multiply(products.size(), products.data(), nullptr, static_cast<int>(n_.rounds),
+    if (shared_.multiply(products.size(), products.data(), nullptr, static_cast<int>(n_.rounding),
                          halves, adds, num_streamed, threads()) != 0)
       throw std::bad_alloc();
   }

@@ -22,7 +22,7 @@ from moxe_plugin.nn.native.library import (
     int64_array,
     pointers_to,
 )
-from moxe_plugin.nn.native.products import rounds_now
+from moxe_plugin.nn.native.products import Rounding, find_suffix, rounding_now
 
 FunctionName: TypeAlias = tuple[NativeSource, str]
 """The C++ file of a function, and its name up to the suffix of a type."""
@@ -36,8 +36,8 @@ _SHARED: Final[Sequence[FunctionName]] = (
 """What both kinds of blocks call, after products: ``BlockFunctions`` of the C++
 code."""
 
-_ROUNDED: Final = frozenset({"mlstm_projections", "slstm_scan"})
-"""The files with products of their own, which may round factors."""
+_WITH_PRODUCTS: Final = frozenset({"mlstm_projections", "slstm_scan"})
+"""The files with products of their own."""
 
 
 class BlockSizes(NamedTuple):
@@ -79,15 +79,15 @@ class BlockCalls:
         sizes: BlockSizes,
         eps: float,
     ) -> None:
-        num_experts, rounds = len(rows.counts), rounds_now()
+        num_experts, rounding = len(rows.counts), rounding_now()
 
         self._source = source
         self._rows = rows
         self._eps = eps
-        self._functions = _find_functions(tuple(functions), flat.dtype, rounds)
+        self._functions = _find_functions(tuple(functions), flat.dtype, rounding)
         self._numbers = int64_array(
             (
-                *(flat.element_size(), rounds, torch.get_num_threads()),
+                *(flat.element_size(), rounding, torch.get_num_threads()),
                 *(num_experts, flat.size(0), len(rows.run_lens) // num_experts),
                 *sizes,
             )
@@ -136,14 +136,14 @@ def _list(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
 
 @cache
 def _find_functions(
-    functions: tuple[FunctionName, ...], dtype: torch.dtype, rounds: bool
+    functions: tuple[FunctionName, ...], dtype: torch.dtype, rounding: Rounding
 ) -> ctypes.Array[ctypes.c_void_p]:
     found = [find_function("products", "moxe_multiply")]
 
     for source, name in (*_SHARED, *functions):
         suffix = SUFFIXES[dtype]
-        if rounds and dtype == torch.float32 and source in _ROUNDED:
-            suffix = "rounded"
+        if source in _WITH_PRODUCTS:
+            suffix = find_suffix(dtype, rounding)
 
         found.append(find_function(source, f"{name}_{suffix}"))
 

@@ -545,6 +545,6 @@ void convolve_backward(const Shape& s, Rows<const T> x, const T* windows, const 
 
 MOXE_CAUSAL_CONV(float, float)
 MOXE_CAUSAL_CONV(double, double)
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 MOXE_CAUSAL_CONV(at::BFloat16, bfloat16)
 #endif

@@ -182,6 +182,6 @@ void silu_backward(int64_t rows, int64_t dim, int num_threads, const T* joint, c
 
 MOXE_GATING(float, float)
 MOXE_GATING(double, double)
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 MOXE_GATING(at::BFloat16, bfloat16)
 #endif

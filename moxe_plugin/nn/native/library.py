@@ -48,7 +48,7 @@ SUFFIXES: Final = {
     torch.bfloat16: "bfloat16",
 }
 """How the functions for each type end. Those for bfloat16, in which numbers are only
-kept, are compiled for processors that multiply it."""
+kept, are compiled for processors with AVX-512."""
 
 _TIMEOUT_S: Final = 300
 

@@ -178,7 +178,7 @@ void weigh_backward(const Shape& s, const Constants<T>& k, const T* gates,
 
 // The sequences of a cell: without a gap, or padded.
 struct Sequences {
-  int64_t size, rounds, num_threads, num_seqs, num_rows, num_heads, head_dim;
+  int64_t size, rounding, num_threads, num_seqs, num_rows, num_heads, head_dim;
 };
 
 // The cell over sequences; see mlstm_parallel.py.
@@ -296,7 +296,7 @@ class Cell {
 
   void multiply(const std::vector<ProductNumbers>& products,
                 const std::vector<Triangle>& triangles, int halves) const {
-    if (call_(products.size(), products.data(), triangles.data(), static_cast<int>(n_.rounds),
+    if (call_(products.size(), products.data(), triangles.data(), static_cast<int>(n_.rounding),
               halves, 0, 0, threads()) != 0)
       throw std::bad_alloc();
   }

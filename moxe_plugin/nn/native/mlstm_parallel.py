@@ -31,7 +31,7 @@ from moxe_plugin.nn.native.library import (
     pointers_to,
 )
 from moxe_plugin.nn.native.mlstm_forms import CellGradients, NormalizerLimits
-from moxe_plugin.nn.native.products import rounds_now
+from moxe_plugin.nn.native.products import rounding_now
 from moxe_plugin.nn.padding import EMPTY
 from moxe_plugin.nn.products import runs_native
 
@@ -110,7 +110,7 @@ class MLSTMParallelForm:
         # The products as well, where they are C++.
         num_rows, num_heads, head_dim = q.shape
         numbers = (
-            *(q.element_size(), rounds_now(), torch.get_num_threads()),
+            *(q.element_size(), rounding_now(), torch.get_num_threads()),
             *(len(self._squares.lens), num_rows, num_heads, head_dim),
         )
 

@@ -55,7 +55,7 @@ struct Rows {
 template <Factors factors, int Rows>
 void add_gates(const float* x, const float* weight, int64_t next_place, float* sums,
                int64_t next_row) {
-  constexpr int places = factors == Factors::kFloat ? kWidth : kWidth / 2;
+  constexpr int places = factors == Factors::kBFloat16 ? kWidth / 2 : kWidth;
   __m512 of_rows[Rows];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) of_rows[r] = _mm512_loadu_ps(sums + r * next_row);
@@ -89,27 +89,23 @@ void fetch(const T* from, int64_t num_rows, int64_t next_row) {
 }
 
 // Copies `count` numbers that are multiplied by others in the same row.
-template <Factors factors>
-void set_row(const float* from, int64_t count, float* to) {
+template <Factors factors, typename T>
+void set_row(const T* from, int64_t count, float* to) {
   if (factors == Factors::kFloat)
-    std::copy_n(from, count, to);
+    moxe::widen_row(from, count, to);
+  else if (factors == Factors::kWidened)
+    moxe::round_row(from, count, to);
   else
     moxe::pair_row(from, count, to);
-}
-
-template <Factors factors>
-void set_row(const BFloat16* from, int64_t count, float* to) {
-  static_assert(factors == Factors::kBFloat16, "no floats are made");
-  moxe::pair_row(from, count, to);
 }
 
 // Copies rows of `count` numbers, each of which is multiplied by others of its column.
 template <Factors factors, typename T>
 void set_columns(const T* from, int64_t num_rows, int64_t next_row, int64_t count,
                  float* to) {
-  if (factors == Factors::kFloat) {
+  if (factors != Factors::kBFloat16) {
     for (int64_t r = 0; r < num_rows; ++r)
-      moxe::widen_row(from + r * next_row, count, to + r * count);
+      set_row<factors>(from + r * next_row, count, to + r * count);
     return;
   }
   for (int64_t r = 0; r < num_rows; r += 2)
@@ -152,7 +148,7 @@ void split_gates(const Shape& s, const float* row, int64_t index, const OfGates<
 
 // What is multiplied is kept as.
 template <Factors factors>
-using Factor = std::conditional_t<factors == Factors::kFloat, float, BFloat16>;
+using Factor = std::conditional_t<factors == Factors::kBFloat16, BFloat16, float>;
 
 // kWidth numbers of a row.
 struct Row {
@@ -197,7 +193,11 @@ inline Row pair_two(const BFloat16* low, const BFloat16* high) {
 template <Factors factors, typename T>
 Row load_columns(const T* from, int64_t num_rows, int64_t next_row, int64_t i) {
   static constexpr T zeros[kWidth] = {};
-  if (factors == Factors::kFloat) return load_row(from + i * next_row);
+  if (factors != Factors::kBFloat16) {
+    const Row row = load_row(from + i * next_row);
+    if (factors == Factors::kFloat || std::is_same_v<T, BFloat16>) return row;
+    return {moxe::round_floats(row.low), moxe::round_floats(row.high)};
+  }
   const T* low = from + 2 * i * next_row;
   return pair_two(low, 2 * i + 1 < num_rows ? low + next_row : zeros);
 }
@@ -287,7 +287,7 @@ std::vector<Rows> cut_rows(const Shape& s) {
 // Weights as tiles read them, of all experts and groups.
 template <Factors factors>
 struct Weights {
-  static constexpr int64_t kPlaces = factors == Factors::kFloat ? kWidth : kWidth / 2;
+  static constexpr int64_t kPlaces = factors == Factors::kBFloat16 ? kWidth / 2 : kWidth;
   static constexpr int64_t kSize = kPlaces * kWidth;
 
   template <typename T>
@@ -434,6 +434,12 @@ class WayBack {
             num_places(s_.gates, factors), gate_rows + r * kMaxGates,
             gates_transposed_[kind], grads.of_outs[kind] + at + r * width,
             of_outs + r * kOutsRow + kind * kWidth, width, kOutsRow);
+      // Else they were rounded where they were written.
+      if constexpr (factors == Factors::kWidened)
+        for (int64_t r = 0; r < num; ++r) {
+          float* row = of_outs + r * kOutsRow + kind * kWidth;
+          moxe::round_row(row, kWidth, row);
+        }
 
       // Those of weights: rows are summed.
       if (kind == 0) set_group_columns<factors>(convolved + at, num, width, columns);
@@ -577,6 +583,8 @@ void project_backward(const Shape& s, int num_threads, const T* conv_input,
   }
 
 MOXE_MLSTM_PROJECTIONS(float, Factors::kFloat, float)
+MOXE_MLSTM_PROJECTIONS(float, Factors::kWidened, rounded_widened)
+MOXE_MLSTM_PROJECTIONS(BFloat16, Factors::kWidened, bfloat16_widened)
 #ifdef __AVX512BF16__
 MOXE_MLSTM_PROJECTIONS(float, Factors::kBFloat16, rounded)
 MOXE_MLSTM_PROJECTIONS(BFloat16, Factors::kBFloat16, bfloat16)

@@ -31,7 +31,7 @@ ALWAYS_INLINE void store(float* row, int64_t i, int64_t depth, __m512 x) {
 }
 
 // How many of the inner dimension are in a row of a panel.
-constexpr int64_t per_place(Factors factors) { return factors == Factors::kFloat ? 1 : 2; }
+constexpr int64_t per_place(Factors factors) { return factors == Factors::kBFloat16 ? 2 : 1; }
 template <Factors factors>
 constexpr int64_t kPerRow = per_place(factors);
 
@@ -41,6 +41,7 @@ template <Factors factors>
 ALWAYS_INLINE __m512 load_inner(const float* from, int64_t count) {
   const __m512 low = _mm512_maskz_loadu_ps(first_floats(count), from);
   if (factors == Factors::kFloat) return low;
+  if (factors == Factors::kWidened) return round_floats(low);
 
   return pair_neighbours(
       low, _mm512_maskz_loadu_ps(first_floats(count - kWidth), from + kWidth));
@@ -48,6 +49,7 @@ ALWAYS_INLINE __m512 load_inner(const float* from, int64_t count) {
 
 template <Factors factors>
 ALWAYS_INLINE __m512 load_inner(const BFloat16* from, int64_t count) {
+  if (factors == Factors::kWidened) return load_half(from, count);
   return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(first_halves(count), from));
 }
 
@@ -58,6 +60,7 @@ ALWAYS_INLINE __m512 load_columns(const float* from, __mmask16 mask, int64_t nex
                                   bool has_next) {
   const __m512 low = _mm512_maskz_loadu_ps(mask, from);
   if (factors == Factors::kFloat) return low;
+  if (factors == Factors::kWidened) return round_floats(low);
 
   return pair_places(low, _mm512_maskz_loadu_ps(has_next ? mask : 0, from + next));
 }
@@ -65,6 +68,7 @@ ALWAYS_INLINE __m512 load_columns(const float* from, __mmask16 mask, int64_t nex
 template <Factors factors>
 ALWAYS_INLINE __m512 load_columns(const BFloat16* from, __mmask16 mask, int64_t next,
                                   bool has_next) {
+  if (factors == Factors::kWidened) return load_masked_half(from, mask);
   return pair_places(from, mask, from + next, has_next ? mask : 0);
 }
 
@@ -119,7 +123,7 @@ void pack(const T* from, int64_t outer, int64_t inner, int64_t num_outer,
   const int64_t depth = num_places(num_outer, factors);
   constexpr int64_t per_row = kPerRow<factors>;
   // Of the cache, which a vector's numbers are read from.
-  constexpr int64_t num_lines = per_row * sizeof(T) / sizeof(float);
+  constexpr int64_t num_lines = divide_up(per_row * int64_t(sizeof(T)), int64_t(sizeof(float)));
 
   if (inner == 1) {
     // Rows of several panels, as the next row is on another page of memory.
@@ -172,15 +176,18 @@ void pack(const T* from, int64_t outer, int64_t inner, int64_t num_outer,
 template <int Stride>
 void pack(Factors factors, bool is_half, const char* from, int64_t outer, int64_t inner,
           int64_t num_outer, int64_t count, int64_t width, float* out) {
-  if (is_half)
-    pack<Factors::kBFloat16, Stride>(reinterpret_cast<const BFloat16*>(from), outer, inner,
-                                     num_outer, count, width, out);
+  const auto* floats = reinterpret_cast<const float*>(from);
+  const auto* halves = reinterpret_cast<const BFloat16*>(from);
+  if (factors == Factors::kFloat)
+    pack<Factors::kFloat, Stride>(floats, outer, inner, num_outer, count, width, out);
+  else if (factors == Factors::kBFloat16 && is_half)
+    pack<Factors::kBFloat16, Stride>(halves, outer, inner, num_outer, count, width, out);
   else if (factors == Factors::kBFloat16)
-    pack<Factors::kBFloat16, Stride>(reinterpret_cast<const float*>(from), outer, inner,
-                                     num_outer, count, width, out);
+    pack<Factors::kBFloat16, Stride>(floats, outer, inner, num_outer, count, width, out);
+  else if (is_half)
+    pack<Factors::kWidened, Stride>(halves, outer, inner, num_outer, count, width, out);
   else
-    pack<Factors::kFloat, Stride>(reinterpret_cast<const float*>(from), outer, inner,
-                                  num_outer, count, width, out);
+    pack<Factors::kWidened, Stride>(floats, outer, inner, num_outer, count, width, out);
 }
 
 }  // namespace moxe

@@ -1,6 +1,7 @@
 // Products of float32 matrices for CPUs with AVX-512; see products.py for what it computes.
-// Where the processor multiplies bfloat16, panels may hold factors rounded to it, two in place
-// of one; their products and sums are float32. Factors and results may be kept in it, too.
+// Panels may hold factors rounded to bfloat16: two in place of one, or, where processors are
+// slower at multiplying pairs, as floats; their products and sums are float32. Factors and results
+// may be kept in bfloat16, too.
 //
 // As in Goto's algorithm, blocks of both factors of large products are copied into panels that
 // the innermost loop reads one after the other, whatever the factors' layout is, and the sums of
@@ -104,7 +105,8 @@ struct Product : moxe::ProductNumbers {
 
   // How many pieces the inner dimension is cut into.
   int64_t num_pieces(Factors factors) const {
-    const int64_t places = num_places(k, factors);
+    // Pairs or not, sums of bfloat16 are the same.
+    const int64_t places = factors == Factors::kFloat ? k : divide_up(k, 2);
     const int64_t depth = places > kVeryDeep ? kMaxDepth / 2 : kMaxDepth;
     return std::max<int64_t>(1, divide_up(places, depth));
   }
@@ -386,8 +388,9 @@ struct Part {
   bool packs_left() const {
     const Product& p = *product;
     const int64_t per = per_place(types.factors);
-    const bool lies = p.lhs_col == 1 && types.is_lhs_half == (per == 2) &&
-                      p.lhs_row % per == 0 && inner % per == 0 && !has_left_triangle() &&
+    const bool lies = p.lhs_col == 1 && types.factors != Factors::kWidened &&
+                      types.is_lhs_half == (per == 2) && p.lhs_row % per == 0 &&
+                      inner % per == 0 && !has_left_triangle() &&
                       reinterpret_cast<uintptr_t>(lhs(0)) % sizeof(float) == 0;
     return packs() && !(lies && p.lhs_row / per % kSameLines != 0);
   }
@@ -867,21 +870,24 @@ bool multiply_all(int64_t num_products, const Product* products, const Triangle*
 
 }  // namespace
 
-// Returns 1 if products can be computed of factors rounded to bfloat16, else 0.
-extern "C" int moxe_multiplies_bfloat16() {
-  return moxe::kHasBFloat16;
+// Returns 1 if the processor multiplies pairs of bfloat16, else 0.
+extern "C" int moxe_multiplies_pairs() {
+  return moxe::kHasPairs;
 }
 
 // Returns 0, or 1 if there is no memory for copies of the factors. Where bits of `halves` are
 // set, left factors (1), right ones (2) or results (4) are kept in bfloat16. Factors are rounded
-// to it where one is, and, where that is possible, with `rounds`. Without `triangles`, all
-// matrices are whole. The first `num_streamed` results are written past the caches.
+// to it where one is, and with kRounds of `rounding`. Without `triangles`, all matrices are
+// whole. The first `num_streamed` results are written past the caches.
 extern "C" int moxe_multiply(int64_t num_products, const Product* products,
-                             const Triangle* triangles, int rounds, int halves, int adds,
+                             const Triangle* triangles, int rounding, int halves, int adds,
                              int num_streamed, int num_threads) {
-  const bool pairs = (rounds || (halves & 3)) && moxe::kHasBFloat16;
+  const bool is_rounded = (rounding & moxe::kRounds) || (halves & 3);
+  const bool pairs = moxe::kHasPairs && !(rounding & moxe::kWidens);
   const Types types = {(halves & 1) != 0, (halves & 2) != 0, (halves & 4) != 0,
-                       pairs ? Factors::kBFloat16 : Factors::kFloat};
+                       !is_rounded ? Factors::kFloat
+                       : pairs     ? Factors::kBFloat16
+                                   : Factors::kWidened};
   try {
     const bool done = multiply_all(num_products, products, triangles, types, adds != 0,
                                    num_streamed, num_threads);

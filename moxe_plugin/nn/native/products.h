@@ -27,9 +27,13 @@ struct ProductNumbers {
 };
 static_assert(sizeof(ProductNumbers) == 15 * sizeof(int64_t), "a product is 15 numbers");
 
+// Bits that tell how products treat bfloat16: floats are rounded to it, and what is, is multiplied
+// as floats, not as pairs. Read as numbers by products.py.
+constexpr int kRounds = 1, kWidens = 2;
+
 // moxe_multiply of products.cpp.
 using Multiply = int (*)(int64_t num_products, const ProductNumbers* products,
-                         const Triangle* triangles, int rounds, int halves, int adds,
+                         const Triangle* triangles, int rounding, int halves, int adds,
                          int num_streamed, int num_threads);
 
 }  // namespace moxe

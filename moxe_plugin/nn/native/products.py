@@ -6,12 +6,16 @@ results may lie in rows of larger matrices, and each element is summed in an ord
 depends on the inner dimension alone: not on how many rows there are, nor on the number
 of threads.
 
-Under autocast to bfloat16, factors are rounded to it where they are copied, if the
-processor can multiply it; products, sums and results stay float32. Small products,
-whose factors are not copied, round nothing.
+Under autocast to bfloat16, factors are rounded to it where they are copied; products,
+sums and results stay float32. Small products, whose factors are not copied, round
+nothing.
 
-On such processors, factors and results may be kept in bfloat16, too. Where a factor is,
-both are rounded to it; sums are float32, and results are rounded once.
+Factors and results may be kept in bfloat16, too. Where a factor is, both are rounded to
+it; sums are float32, and results are rounded once.
+
+Pairs of bfloat16 are multiplied at once, unless the processor cannot or is faster at
+multiplying each as float32, see :func:`widens_bfloat16`. The products are the same, and
+their sums differ by what float32 rounds.
 """
 
 from __future__ import annotations
@@ -19,14 +23,15 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from functools import cache
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.library import find_function
+from moxe_plugin.nn.native.library import SUFFIXES, find_function
+from moxe_plugin.nn.native.processor import find_vendor
 
 NUM_NUMBERS: Final = 15
 """How many numbers tell a product."""
@@ -51,10 +56,20 @@ class Triangle(IntEnum):
     UPPER_LEFT = 3
 
 
+class Rounding(IntFlag):
+    """How products treat bfloat16: ``kRounds`` and ``kWidens`` of the C++ code."""
+
+    ROUNDS = 1
+    """Factors of float32 are rounded to it, too."""
+
+    WIDENS = 2
+    """It is multiplied as float32, not in pairs."""
+
+
 class Product(NamedTuple):
     """What is multiplied: matrices, or B of them each, on the CPU.
 
-    Each is float32, or bfloat16 where the processor multiplies it.
+    Each is float32 or bfloat16.
     """
 
     lhs: Tensor
@@ -128,21 +143,14 @@ def multiply_described(
 
     :raises MemoryError: There is no memory for copies of factors.
     :raises NativeLibraryError: The C++ code cannot be compiled here.
-    :raises ValueError: Something is bfloat16, and the processor does not multiply it.
     """
-    if halves and not rounds_to_bfloat16():
-        raise ValueError(
-            "`halves` must be 0 on processors that do not multiply bfloat16, but is "
-            f"{halves} instead. Convert to float32."
-        )
-
     num_products = len(numbers) // NUM_NUMBERS
 
     is_out_of_memory = find_function("products", "moxe_multiply")(
         ctypes.c_int64(num_products),
         ctypes.c_void_p(numbers.buffer_info()[0]),
         ctypes.c_void_p(triangles.buffer_info()[0] if triangles else None),
-        ctypes.c_int(rounds_now()),
+        ctypes.c_int(rounding_now()),
         ctypes.c_int(halves),
         ctypes.c_int(adds),
         ctypes.c_int(num_products if streams else 0),
@@ -183,26 +191,68 @@ def find_halves(
 def rounds_now() -> bool:
     """Tell whether factors are rounded to bfloat16.
 
-    :returns: Whether autocast on the CPU asks for it, and the processor multiplies it.
-
-    :raises NativeLibraryError: As :func:`rounds_to_bfloat16`.
+    :returns: Whether autocast on the CPU asks for it.
     """
     return (
         torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and rounds_to_bfloat16()
     )
 
 
-@cache
-def rounds_to_bfloat16() -> bool:
-    """Tell whether factors can be rounded to bfloat16 here.
+def rounding_now() -> Rounding:
+    """Tell how products treat bfloat16 now.
 
-    :returns: Whether the processor can multiply it.
+    :returns: Whether they round to it, see :func:`rounds_now`, and widen it.
+
+    :raises NativeLibraryError: As :func:`widens_bfloat16`.
+    """
+    return find_rounding(rounds=rounds_now())
+
+
+def find_rounding(*, rounds: bool) -> Rounding:
+    """Tell how products treat bfloat16 on this processor.
+
+    :param rounds: Whether they round float32 factors to it.
+
+    :returns: That, and whether they widen it.
+
+    :raises NativeLibraryError: As :func:`widens_bfloat16`.
+    """
+    rounding = Rounding.ROUNDS if rounds else Rounding(0)
+
+    return rounding | Rounding.WIDENS if widens_bfloat16() else rounding
+
+
+def find_suffix(dtype: torch.dtype, rounding: Rounding) -> str:
+    """Tell how functions end that have products of their own.
+
+    :param dtype: The type of rows.
+    :param rounding: How they treat bfloat16.
+
+    :returns: The suffix.
+    """
+    rounds = dtype == torch.float32 and Rounding.ROUNDS in rounding
+    suffix = "rounded" if rounds else SUFFIXES[dtype]
+
+    if Rounding.WIDENS in rounding and (rounds or dtype == torch.bfloat16):
+        return f"{suffix}_widened"
+
+    return suffix
+
+
+@cache
+def widens_bfloat16() -> bool:
+    """Tell whether bfloat16 is multiplied as float32, and not in pairs.
+
+    :returns: Whether the processor cannot multiply pairs, or is Intel's: those multiply
+        four vectors of float32 in the time of one of pairs, which holds two.
 
     :raises NativeLibraryError: The C++ code cannot be compiled here.
     """
-    return bool(find_function("products", "moxe_multiplies_bfloat16")())
+    return (
+        find_vendor() == "GenuineIntel"
+        or not find_function("products", "moxe_multiplies_pairs")()
+    )
 
 
 def sums_of(

@@ -329,6 +329,6 @@ void backward(const Shape& s, double scale, int num_threads, const T* hidden,
 
 MOXE_ROUTER(float, float)
 MOXE_ROUTER(double, double)
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 MOXE_ROUTER(at::BFloat16, bfloat16)
 #endif

@@ -172,6 +172,6 @@ extern "C" void moxe_plan_rows(const int64_t* shape, const int64_t* bank_sizes,
 
 MOXE_ROW_DISPATCH(float, float)
 MOXE_ROW_DISPATCH(double, double)
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 MOXE_ROW_DISPATCH(at::BFloat16, bfloat16)
 #endif

@@ -111,6 +111,6 @@ void norm_backward(const Shape& s, int num_threads, const T* x, const T* weight,
 
 MOXE_SCALE_NORM(float, float)
 MOXE_SCALE_NORM(double, double)
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 MOXE_SCALE_NORM(at::BFloat16, bfloat16)
 #endif

@@ -84,7 +84,16 @@ inline void write_line(const void* from, void* to) {
 
 // What is multiplied is kept as: bfloat16, of which a pair is a place, or as it is.
 template <typename T, Factors factors>
-using Factor = std::conditional_t<factors == Factors::kFloat, T, at::BFloat16>;
+using Factor = std::conditional_t<factors == Factors::kBFloat16, at::BFloat16, T>;
+
+// A number that is multiplied, rounded where factors are, if storing it would not.
+template <Factors factors, typename T>
+Vec<T> factor_of(const Vec<T>& x) {
+#ifdef __AVX512F__
+  if constexpr (factors == Factors::kWidened) return Vec<T>(moxe::round_floats(x));
+#endif
+  return x;
+}
 
 template <typename T, Factors factors>
 inline Vec<T> add_products(const Vec<T>& sum, const Vec<T>& x, const Vec<T>& y) {
@@ -295,7 +304,11 @@ class ForwardScan {
       std::copy_n(data_.c0 + from, dim, c_.data() + r * dim);
       std::copy_n(data_.log_n0 + from, dim, log_n_.data() + r * dim);
       std::copy_n(data_.y0 + from, dim, y_.data() + r * dim);
-      for (int64_t d = 0; d < dim; ++d) factors_of(old_y_, r)[d] = y_.data()[r * dim + d];
+      for (int64_t d = 0; d < dim; d += kWidth)
+        with_count<T>(d, dim, [&](auto n) {
+          const Vec<T> y = load(y_.data() + r * dim + d, n);
+          store(factor_of<factors>(y), factors_of(old_y_, r) + d, n);
+        });
     }
 
     for (int64_t t = 0; task.rows_at(t) > 0; ++t) {
@@ -336,7 +349,9 @@ class ForwardScan {
                       kWidth;
           if constexpr (factors == Factors::kFloat)
             std::copy_n(weight + i * row + gate * dim + d, count, to);
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
+          if constexpr (factors == Factors::kWidened)
+            moxe::round_row(weight + i * row + gate * dim + d, count, to);
           if constexpr (factors == Factors::kBFloat16) {
             const S* from = weight + 2 * i * row + gate * dim + d;
             moxe::pair_rows(from, 2 * i + 1 < dim ? from + row : nullptr, count, to);
@@ -403,7 +418,7 @@ class ForwardScan {
                    y = o[r] * new_c;
       store(new_c, c + r * dim, n);
       store(y, last_y + r * dim, n);
-      store(y, factors_of(new_y_, r) + d, n);
+      store(factor_of<factors>(y), factors_of(new_y_, r) + d, n);
       store(y, data_.outputs + at[r], n);
 
       if (data_.activations == nullptr) continue;
@@ -485,7 +500,7 @@ class BackwardScan {
         num_vecs_(divide_up(s.dim, kWidth)),
         panel_vecs_(divide_up(num_vecs_, divide_up(num_vecs_, kMaxVecs<T>))),
         num_places_(num_places(kGates * s.dim, factors)),
-        paired_(factors == Factors::kFloat ? 0 : s.dim * num_places_),
+        rounded_(factors == Factors::kFloat ? 0 : s.dim * num_places_),
         panels_(num_vecs_ * num_places_ * kWidth),
         grad_c_(kRows * s.dim),
         grad_log_n_(kRows * s.dim),
@@ -547,12 +562,17 @@ class BackwardScan {
     const int64_t dim = s_.dim;
     const T* places;
     if constexpr (factors == Factors::kFloat) places = weight;
-#ifdef __AVX512BF16__
-    if constexpr (factors == Factors::kBFloat16) {
-      for (int64_t i = 0; i < dim; ++i)
-        moxe::pair_row(weight + i * kGates * dim, kGates * dim,
-                       paired_.data() + i * num_places_);
-      places = paired_.data();
+#ifdef __AVX512F__
+    if constexpr (factors != Factors::kFloat) {
+      for (int64_t i = 0; i < dim; ++i) {
+        const S* from = weight + i * kGates * dim;
+        T* to = rounded_.data() + i * num_places_;
+        if (factors == Factors::kBFloat16)
+          moxe::pair_row(from, kGates * dim, to);
+        else
+          moxe::round_row(from, kGates * dim, to);
+      }
+      places = rounded_.data();
     }
 #endif
     for (int64_t vec = 0; vec < num_vecs_; ++vec) {
@@ -626,7 +646,7 @@ class BackwardScan {
       auto* factors_of_row = reinterpret_cast<Factor<T, factors>*>(
           new_gates_.data() + r * num_places_);
       const auto give = [&](const Vec<T>& x, int gate, S* to) {
-        store(x, factors_of_row + gate * dim + d, n);
+        store(factor_of<factors>(x), factors_of_row + gate * dim + d, n);
         store(x, to + 2 * at + gate % 2 * dim + d, n);
         of_bias[gate] = of_bias[gate] + x;
       };
@@ -653,7 +673,7 @@ class BackwardScan {
   const Shape& s_;
   const Backward<S>& data_;
   int64_t num_vecs_, panel_vecs_, num_places_;
-  Aligned<T> paired_, panels_, grad_c_, grad_log_n_, of_bias_, old_gates_, new_gates_;
+  Aligned<T> rounded_, panels_, grad_c_, grad_log_n_, of_bias_, old_gates_, new_gates_;
 };
 
 template <typename S, Factors factors>
@@ -723,6 +743,10 @@ void shift_outputs(const Shape& s, int num_threads, const S* outputs, const Wide
 
 MOXE_SLSTM_SCAN(float, Factors::kFloat, float)
 MOXE_SLSTM_SCAN(double, Factors::kFloat, double)
+#ifdef __AVX512F__
+MOXE_SLSTM_SCAN(float, Factors::kWidened, rounded_widened)
+MOXE_SLSTM_SCAN(at::BFloat16, Factors::kWidened, bfloat16_widened)
+#endif
 #ifdef __AVX512BF16__
 MOXE_SLSTM_SCAN(float, Factors::kBFloat16, rounded)
 MOXE_SLSTM_SCAN(at::BFloat16, Factors::kBFloat16, bfloat16)

@@ -23,7 +23,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moxe_plugin.nn.autocast import recalls_autocast, remembers_autocast
-from moxe_plugin.nn.native.library import SUFFIXES, find_function, pointers_to
+from moxe_plugin.nn.native.library import find_function, pointers_to
+from moxe_plugin.nn.native.products import find_rounding, find_suffix
 from moxe_plugin.nn.native.row_products import ColumnProduct
 from moxe_plugin.nn.products import rounds_factors
 from moxe_plugin.nn.ragged_products import multiply_columns
@@ -267,7 +268,6 @@ def _call(
 
 
 def _find_suffix(weight: Tensor) -> str:
-    if weight.dtype == torch.float32 and rounds_factors(weight):
-        return "rounded"
+    rounds = weight.dtype == torch.float32 and rounds_factors(weight)
 
-    return SUFFIXES[weight.dtype]
+    return find_suffix(weight.dtype, find_rounding(rounds=rounds))

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include "bfloat16.h"
+
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
@@ -43,7 +45,7 @@ void store(const Vec<T>& x, T* to, int64_t count) {
     x.store(to, count);
 }
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 inline __mmask16 first_of_vector(int64_t count) {
   return static_cast<__mmask16>((1u << count) - 1);
 }
@@ -52,11 +54,11 @@ inline Vec<float> load(const at::BFloat16* from, int64_t count) {
   const __m256i bits = count == Vec<float>::size()
                            ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
                            : _mm256_maskz_loadu_epi16(first_of_vector(count), from);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  return widen_half(bits);
 }
 
 inline void store(const Vec<float>& x, at::BFloat16* to, int64_t count) {
-  const __m256i bits = (__m256i)_mm512_cvtneps_pbh(x);
+  const __m256i bits = round_to_half(x);
   if (count == Vec<float>::size())
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
   else

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from moxe_plugin.nn.native.library import (
-    SUFFIXES,
     find_function,
     int64_array,
     pointers_to,
 )
 from moxe_plugin.nn.native.mlstm_forms import CellGradients
-from moxe_plugin.nn.native.products import rounds_now
+from moxe_plugin.nn.native.products import find_suffix, rounding_now
 
 
 class MLSTMProjections(NamedTuple):
@@ -189,9 +188,7 @@ def _call(
     conv_input = tensors[0]
     assert conv_input is not None
     shape = *q_weight.shape[:2], 2 * gate_weight.size(-1), conv_input.stride(0)
-    suffix = SUFFIXES[conv_input.dtype]
-    if suffix == "float" and rounds_now():
-        suffix = "rounded"
+    suffix = find_suffix(conv_input.dtype, rounding_now())
 
     # The tensors live until the call returns: the caller holds them.
     find_function("mlstm_projections", f"moxe_mlstm_{name}_{suffix}")(

@@ -145,6 +145,7 @@ def test_block_and_gradients_are_those_of_torch(
     why_torch() is not None or not rounds_to_bfloat16(),
     reason="no products of bfloat16 in C++ here",
 )
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 @pytest.mark.parametrize("autocasts", [False, True], ids=["bfloat16", "autocast"])
 @pytest.mark.parametrize(("num_experts", "lens"), LENS)
 def test_block_of_bfloat16_is_as_exact_as_single_steps(

@@ -104,6 +104,7 @@ def test_rows_are_sequences_by_themselves_with_all_gradients(
 
 
 @needs_bfloat16
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 @pytest.mark.parametrize(
     "lens",
     [

@@ -133,6 +133,7 @@ def test_rows_and_gradients_are_those_of_torch(
 
 
 @needs_bfloat16
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 @pytest.mark.parametrize("num_heads", [1, 4, 8])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_autocast_rounds_factors(counts: list[int], num_heads: int) -> None:
@@ -145,6 +146,7 @@ def test_autocast_rounds_factors(counts: list[int], num_heads: int) -> None:
 
 
 @needs_bfloat16
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 @pytest.mark.parametrize("num_heads", [1, 4, 8])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_bfloat16_is_rounded_only_where_it_is_written(

@@ -20,11 +20,13 @@ from moxe_plugin.nn.native.library import why_not_loaded
 from moxe_plugin.nn.native.products import (
     NUM_NUMBERS,
     Product,
+    Rounding,
     Triangle,
     find_halves,
+    find_suffix,
     multiply_all,
     multiply_described,
-    rounds_to_bfloat16,
+    rounding_now,
 )
 from moxe_plugin.nn.native.row_products import (
     ColumnProduct,
@@ -56,11 +58,6 @@ def find_obstacle() -> str | None:
 
 needs_avx512 = pytest.mark.skipif(
     find_obstacle() is not None, reason=f"no products in C++ here: {find_obstacle()}"
-)
-
-needs_bfloat16 = pytest.mark.skipif(
-    find_obstacle() is not None or not rounds_to_bfloat16(),
-    reason="no products of bfloat16 in C++ here",
 )
 
 
@@ -321,9 +318,7 @@ def test_a_row_depends_on_nothing_but_itself(k: int, num_threads: int) -> None:
 
 @needs_avx512
 @pytest.mark.parametrize("k", [1, 30, 641, 2500])
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_product_does_not_depend_on_how_its_left_factor_lies(
     dtype: torch.dtype, k: int
 ) -> None:
@@ -440,7 +435,8 @@ def test_lack_of_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         multiply(torch.zeros(2, 3), torch.zeros(3, 5))
 
 
-@needs_bfloat16
+@needs_avx512
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 @pytest.mark.parametrize("adds", [False, True], ids=["sets", "adds"])
 @pytest.mark.parametrize("right", LAYOUTS)
 @pytest.mark.parametrize("left", LAYOUTS)
@@ -461,7 +457,8 @@ def test_autocast_rounds_factors_that_are_copied_and_nothing_else(
         check_product(lhs.bfloat16(), rhs.bfloat16(), out, old if adds else None)
 
 
-@needs_bfloat16
+@needs_avx512
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 @pytest.mark.parametrize(
     ("m", "n", "k"),
     [
@@ -478,8 +475,8 @@ def test_small_products_round_nothing_under_autocast(m: int, n: int, k: int) -> 
         assert torch.equal(multiply(lhs, rhs), expected)
 
 
-@needs_bfloat16
-@pytest.mark.usefixtures("_restored_threads")
+@needs_avx512
+@pytest.mark.usefixtures("_restored_threads", "_in_pairs_or_floats")
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_rounded_sums_do_not_depend_on_threads_or_rows(num_threads: int) -> None:
     lhs, rhs = torch.randn(500, 2500), torch.randn(2500, 147)
@@ -492,7 +489,8 @@ def test_rounded_sums_do_not_depend_on_threads_or_rows(num_threads: int) -> None
         assert torch.equal(multiply(lhs[37:330], rhs), expected[37:330])
 
 
-@needs_bfloat16
+@needs_avx512
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 def test_rounded_products_write_past_the_caches_and_keep_what_is_not_finite() -> None:
     lhs, rhs = torch.randn(70, 65), torch.randn(65, 96)
     lhs[7, 64], rhs[3, 44] = inf, nan
@@ -510,7 +508,8 @@ def test_rounded_products_write_past_the_caches_and_keep_what_is_not_finite() ->
 HALVES: Final = tuple(product((torch.float32, torch.bfloat16), repeat=3))[1:]
 
 
-@needs_bfloat16
+@needs_avx512
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 @pytest.mark.parametrize("adds", [False, True], ids=["sets", "adds"])
 @pytest.mark.parametrize("dtypes", HALVES, ids=str)
 def test_matrices_may_be_kept_in_bfloat16(
@@ -543,7 +542,8 @@ def check_rounded(lhs: Tensor, rhs: Tensor, actual: Tensor, old: Tensor | None) 
     assert_close(actual.double(), expected, rtol=2**-8, atol=1e-3)
 
 
-@needs_bfloat16
+@needs_avx512
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 def test_nothing_beside_a_result_in_bfloat16_is_touched() -> None:
     for m, n, k in list_sizes(3):
         matrices = torch.full((2, m + 3, n + 21), GUARD, dtype=torch.bfloat16)
@@ -557,7 +557,8 @@ def test_nothing_beside_a_result_in_bfloat16_is_touched() -> None:
         assert (matrices == GUARD).all()
 
 
-@needs_bfloat16
+@needs_avx512
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 def test_rows_of_experts_are_kept_in_bfloat16() -> None:
     counts = [5, 0, 2500, 33]
     rows = torch.randn(sum(counts), 2 * 20, dtype=torch.bfloat16)
@@ -598,7 +599,7 @@ def test_rows_of_experts_are_kept_in_bfloat16() -> None:
         begin += count
 
 
-@needs_bfloat16
+@needs_avx512
 def test_products_of_several_types_are_refused() -> None:
     lhs, rhs, out = torch.ones(2, 3), torch.ones(3, 4), torch.ones(2, 4)
 
@@ -606,17 +607,6 @@ def test_products_of_several_types_are_refused() -> None:
         ValueError, match="`products` must have left factors of one type"
     ):
         multiply_all([Product(lhs, rhs, out), Product(lhs.bfloat16(), rhs, out)])
-
-
-@needs_avx512
-def test_bfloat16_is_refused_where_no_processor_multiplies_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(products, "rounds_to_bfloat16", lambda: False)
-    lhs = torch.ones(2, 3, dtype=torch.bfloat16)
-
-    with pytest.raises(ValueError, match="`halves` must be 0 on processors"):
-        multiply_all([Product(lhs, torch.ones(3, 4), torch.ones(2, 4))])
 
 
 @needs_avx512
@@ -720,7 +710,8 @@ def test_halves_of_squares_are_read_or_written(layout: str, adds: bool) -> None:
         check_triangular_product(x, triangle, before, adds=adds)
 
 
-@needs_bfloat16
+@needs_avx512
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("dtypes", HALVES, ids=str)
 def test_halves_of_squares_may_be_kept_in_bfloat16(
@@ -738,8 +729,8 @@ def test_halves_of_squares_may_be_kept_in_bfloat16(
         check_triangular_product(x, triangle, before, adds=False)
 
 
-@needs_bfloat16
-@pytest.mark.usefixtures("_restored_threads")
+@needs_avx512
+@pytest.mark.usefixtures("_restored_threads", "_in_pairs_or_floats")
 @pytest.mark.parametrize("left", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_threads", [1, 3, 8])
 def test_halves_of_squares_do_not_depend_on_threads_or_other_products(
@@ -757,3 +748,46 @@ def test_halves_of_squares_do_not_depend_on_threads_or_other_products(
     for (*_, out), triangle, one in zip(wanted, triangles, expected, strict=True):
         is_lower = triangle == Triangle.LOWER_RESULT
         assert torch.equal(*(x.tril() if is_lower else x for x in (out, one)))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "has_pairs", "expected"),
+    [
+        ("AuthenticAMD", True, False),
+        ("AuthenticAMD", False, True),
+        ("GenuineIntel", True, True),
+        (None, True, False),
+    ],
+)
+def test_bfloat16_is_widened_where_pairs_are_slower_or_not_multiplied(
+    vendor: str | None,
+    has_pairs: bool,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "find_vendor", lambda: vendor)
+    monkeypatch.setattr(products, "find_function", lambda *_: lambda: int(has_pairs))
+    monkeypatch.setattr(
+        products, "widens_bfloat16", products.widens_bfloat16.__wrapped__
+    )
+
+    assert products.widens_bfloat16() == expected
+    assert (Rounding.WIDENS in rounding_now()) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "expected"),
+    [
+        (torch.float32, Rounding(0), "float"),
+        (torch.float32, Rounding.WIDENS, "float"),
+        (torch.float32, Rounding.ROUNDS, "rounded"),
+        (torch.float32, Rounding.ROUNDS | Rounding.WIDENS, "rounded_widened"),
+        (torch.float64, Rounding.ROUNDS | Rounding.WIDENS, "double"),
+        (torch.bfloat16, Rounding.ROUNDS, "bfloat16"),
+        (torch.bfloat16, Rounding.WIDENS, "bfloat16_widened"),
+    ],
+)
+def test_functions_are_named_after_types_and_rounding(
+    dtype: torch.dtype, rounding: Rounding, expected: str
+) -> None:
+    assert find_suffix(dtype, rounding) == expected

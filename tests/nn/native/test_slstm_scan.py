@@ -126,6 +126,7 @@ def differentiate_scan(
 
 
 @needs_bfloat16
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 @pytest.mark.parametrize("padded_len", [0, 11], ids=["rows", "padded"])
 @pytest.mark.parametrize("head_dim", [1, 2, 21, 32, 35])
 def test_rows_of_bfloat16_are_near_those_of_float64(
@@ -145,6 +146,7 @@ def test_rows_of_bfloat16_are_near_those_of_float64(
 
 
 @needs_bfloat16
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 def test_gradient_of_bfloat16_keeps_its_digits_where_little_is_kept() -> None:
     numbers = torch.linspace(-20, 20, 401).bfloat16()
 
@@ -163,6 +165,7 @@ def test_gradient_of_bfloat16_keeps_its_digits_where_little_is_kept() -> None:
 
 
 @needs_bfloat16
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 def test_rows_of_bfloat16_are_those_under_autocast_rounded() -> None:
     with torch.autocast("cpu", bfloat16):
         expected = differentiate_scan(21)
@@ -174,6 +177,7 @@ def test_rows_of_bfloat16_are_those_under_autocast_rounded() -> None:
 
 
 @needs_bfloat16
+@pytest.mark.usefixtures("_in_pairs_or_floats")
 @pytest.mark.parametrize("head_dim", [1, 2, 21, 32, 35])
 def test_autocast_rounds_factors_of_recurrent_products(head_dim: int) -> None:
     expected = differentiate_scan(head_dim)
