@@ -173,18 +173,6 @@ inline void pair_rows(const BFloat16* low, const BFloat16* high, int64_t count, 
 // Numbers rounded to bfloat16, as floats.
 inline __m512 round_floats(__m512 x) { return widen_half(round_to_half(x)); }
 
-// Writes the `count` numbers of a row, rounded to bfloat16, as floats.
-inline void round_row(const float* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 mask = first_floats(count - i);
-    _mm512_mask_storeu_ps(to + i, mask,
-                          round_floats(_mm512_maskz_loadu_ps(mask, from + i)));
-  }
-}
-
-// The same of numbers that are bfloat16.
-inline void round_row(const BFloat16* from, int64_t count, float* to);
-
 // Writes the `count` numbers of a row as floats.
 inline void widen_row(const float* from, int64_t count, float* to) {
   std::copy_n(from, count, to);
@@ -195,6 +183,16 @@ inline void widen_row(const BFloat16* from, int64_t count, float* to) {
     _mm512_mask_storeu_ps(to + i, first_floats(count - i), load_half(from + i, count - i));
 }
 
+// Writes the `count` numbers of a row, rounded to bfloat16, as floats.
+inline void round_row(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = first_floats(count - i);
+    _mm512_mask_storeu_ps(to + i, mask,
+                          round_floats(_mm512_maskz_loadu_ps(mask, from + i)));
+  }
+}
+
+// The same of numbers that are bfloat16.
 inline void round_row(const BFloat16* from, int64_t count, float* to) {
   widen_row(from, count, to);
 }

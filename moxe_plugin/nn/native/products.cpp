@@ -105,7 +105,7 @@ struct Product : moxe::ProductNumbers {
 
   // How many pieces the inner dimension is cut into.
   int64_t num_pieces(Factors factors) const {
-    // Pairs or not, sums of bfloat16 are the same.
+    // In pairs or not, as many of bfloat16 are summed at once.
     const int64_t places = factors == Factors::kFloat ? k : divide_up(k, 2);
     const int64_t depth = places > kVeryDeep ? kMaxDepth / 2 : kMaxDepth;
     return std::max<int64_t>(1, divide_up(places, depth));
