@@ -6,7 +6,7 @@
 // As in Goto's algorithm, blocks of both factors of large products are copied into panels that
 // the innermost loop reads one after the other, whatever the factors' layout is, and the sums of
 // a small tile stay in registers; left factors whose rows hold what a panel would are not copied,
-// see Part::packs_left(), and other products read both as they lie, see `Kind`. All products of
+// or row by row, see Part::packs_left() and widens_rows(), and other products read both as they lie, see `Kind`. All products of
 // a call share the threads, so that many small ones (experts, heads) are as fast as one large
 // one. Each element is summed in an order that depends on nothing but the inner dimension.
 
@@ -397,6 +397,14 @@ struct Part {
   bool has_left_triangle() const {
     return triangle == Triangle::kLowerLeft || triangle == Triangle::kUpperLeft;
   }
+  // Whether rows of the left factor are copied one after the other, as floats: no panels, for
+  // which they would have to be transposed.
+  bool widens_rows() const {
+    return packs_left() && types.factors == Factors::kWidened && product->lhs_col == 1 &&
+           !has_left_triangle();
+  }
+  // Places from one of these to the next, an odd number of lines: a cache keeps all of a tile.
+  int64_t widened_row() const { return (divide_up(depth(), kWidth) | 1) * kWidth; }
   // Rows of panels.
   int64_t depth() const { return num_places(inner, types.factors); }
   // Those that a panel of the left factor is multiplied with: others are 0 in it.
@@ -415,7 +423,10 @@ struct Part {
                : num_cols;
   }
   // What it packs.
-  int64_t size() const { return packs_left() ? num_panels() * kRows * depth() : 0; }
+  int64_t size() const {
+    if (widens_rows()) return num_rows * widened_row();
+    return packs_left() ? num_panels() * kRows * depth() : 0;
+  }
 
   // Where a row is, of its own or of a product beside it.
   const char* lhs(int64_t r, int64_t i = 0) const {
@@ -477,6 +488,17 @@ void run(const PackTask& task) {
   const int64_t row = task.panel * part.panel_rows;
   const int64_t num_rows =
       std::min(kPanelsAtOnce * part.panel_rows, part.num_rows - row);
+
+  if (part.widens_rows()) {
+    for (int64_t r = row; r < row + num_rows; ++r) {
+      float* to = part.packed + r * part.widened_row();
+      if (part.types.is_lhs_half)
+        moxe::round_row(reinterpret_cast<const BFloat16*>(part.lhs(r)), part.inner, to);
+      else
+        moxe::round_row(part.lhs_floats(r), part.inner, to);
+    }
+    return;
+  }
 
   if (part.has_left_triangle()) {
     const Product& p = *part.product;
@@ -571,7 +593,8 @@ void run_tiles(const Task& task, const Task* next, bool adds, float* panels) {
   Ahead ahead = look_ahead(next, num_times);
 
   const auto& multiply = kMultiplyTile<factors, Out, Lies>;
-  const int64_t lhs_row = p.lhs_row / kPerRow<factors>;
+  const bool widens = Lies && part.widens_rows();
+  const int64_t lhs_row = widens ? part.widened_row() : p.lhs_row / kPerRow<factors>;
   const int64_t block = std::max<int64_t>(1, kBlockRows / part.panel_rows);
   for (int64_t first = 0; first < part.num_panels(); first += block)
     for (int64_t j = 0; j < num_col_panels; ++j) {
@@ -584,8 +607,9 @@ void run_tiles(const Task& task, const Task* next, bool adds, float* panels) {
         const int64_t row = i * part.panel_rows, rows = part.rows_of(i);
         const Range depths = part.depths_of(i);
         const float* left =
-            Lies ? part.lhs_floats(row)
-                 : part.packed + (i * part.depth() + depths.begin) * kRows;
+            widens ? part.packed + row * lhs_row
+            : Lies ? part.lhs_floats(row)
+                   : part.packed + (i * part.depth() + depths.begin) * kRows;
         const float* below = right + depths.begin * kCols;
         Out* to = out + row * p.out_row + j * kCols;
 
@@ -622,8 +646,8 @@ void run_packed(const Task& task, const Task* next, bool adds, float* panels) {
   pack<kCols>(part.types.factors, part.types.is_rhs_half, part.rhs(task.col), p.rhs_row,
               p.rhs_col, part.inner, task.num_cols, kCols, panels);
 
-  const auto run = part.packs_left() ? find_run_tiles<false>(part.types)
-                                     : find_run_tiles<true>(part.types);
+  const bool lies = !part.packs_left() || part.widens_rows();
+  const auto run = lies ? find_run_tiles<true>(part.types) : find_run_tiles<false>(part.types);
   run(task, next, adds, panels);
 }
 
