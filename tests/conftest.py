@@ -8,11 +8,12 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
-from typing import IO, TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final, get_args
 
 # Libraries read these when they are imported, and child processes inherit them.
 _ENVIRONMENT: Final = {
@@ -48,6 +49,12 @@ import pytest  # noqa: E402  # after the environment is set
 import torch  # noqa: E402  # after the environment is set
 from tqdm.std import tqdm  # noqa: E402  # after the environment is set
 
+from moxe_plugin.nn.native.library import (  # noqa: E402  # as these
+    NativeSource,
+    library_dir,
+    why_not_loaded,
+)
+
 if TYPE_CHECKING:
     from fairseq2.runtime.dependency import DependencyResolver
     from selenium.webdriver import Chrome
@@ -66,6 +73,21 @@ def _root_logging() -> Iterator[None]:
 
     logger.handlers[:] = handlers
     logger.setLevel(level)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile the C++ before processes start that would each compile it.
+
+    :param session: The session of one of them, or of what starts them.
+    """
+    is_worker = hasattr(session.config, "workerinput")
+    if is_worker or not session.config.getoption("numprocesses", None):
+        return
+
+    with ThreadPoolExecutor(2) as pool:
+        # Tests tell what cannot be compiled.
+        list(pool.map(why_not_loaded, get_args(NativeSource)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -141,13 +163,19 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the session an empty cache of its own, also for child processes.
+    """Give the session a cache of its own, also for child processes.
+
+    It is empty but for what is compiled, which is named after what it is made of, and
+    takes a minute to compile.
 
     :param tmp_path_factory: Makes the directory.
 
     :returns: The directory that ``MOXE_CACHE_DIR`` names.
     """
     directory = tmp_path_factory.mktemp("moxe_cache")
+    compiled = library_dir()
+    compiled.mkdir(parents=True, exist_ok=True)
+    (directory / "native").symlink_to(compiled)
     os.environ["MOXE_CACHE_DIR"] = str(directory)
 
     return directory

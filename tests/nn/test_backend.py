@@ -189,7 +189,7 @@ def test_compiled_library_is_found_again(
 ) -> None:
     monkeypatch.setenv("MOXE_CACHE_DIR", str(tmp_path))
     load_library.cache_clear()
-    load_library("slstm_scan")
+    load_library("cross_entropy")
     [path] = (tmp_path / "native").iterdir()
 
     def refuse(*_: object) -> None:
@@ -197,6 +197,6 @@ def test_compiled_library_is_found_again(
 
     monkeypatch.setattr(library, "_compile", refuse)
     load_library.cache_clear()
-    load_library("slstm_scan")
+    load_library("cross_entropy")
 
     assert path.suffix == ".so"

@@ -109,7 +109,7 @@ def load_library(source: NativeSource) -> ctypes.CDLL:
     command = [compiler, *_flags()]
 
     code = Path(__file__).with_name(f"{source}.cpp")
-    path = _cache_dir() / f"{source}-{_digest(command, code)}.so"
+    path = library_dir() / f"{source}-{_digest(command, code)}.so"
 
     if not path.is_file():
         _compile(command, code, path)
@@ -150,6 +150,19 @@ def why_not_loaded(source: NativeSource) -> str | None:
     return None
 
 
+def library_dir() -> Path:
+    """Tell where compiled libraries are kept.
+
+    :returns: ``native/`` in ``MOXE_CACHE_DIR``, by default in the user's cache.
+    """
+    if directory := os.environ.get("MOXE_CACHE_DIR"):
+        return Path(directory) / "native"
+
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+
+    return Path(base) / "moxe_plugin" / "native"
+
+
 def _flags() -> list[str]:
     from torch.utils.cpp_extension import include_paths
 
@@ -174,15 +187,6 @@ def _digest(command: Sequence[str], code: Path) -> str:
     parts = [path.read_bytes() for path in (*sorted(code.parent.glob("*.h")), code)]
 
     return hashlib.sha256(b"\0".join([text.encode(), *parts])).hexdigest()[:16]
-
-
-def _cache_dir() -> Path:
-    if directory := os.environ.get("MOXE_CACHE_DIR"):
-        return Path(directory) / "native"
-
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-
-    return Path(base) / "moxe_plugin" / "native"
 
 
 def _compile(command: Sequence[str], code: Path, path: Path) -> None:
