@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moxe_plugin.nn.native import products
-from moxe_plugin.nn.native.library import find_function
+from moxe_plugin.nn.native.library import multiplies_pairs
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def _in_pairs_or_floats(
 ) -> None:
     """Multiply bfloat16 in either way, whichever is the faster one here."""
     in_pairs = request.param == "pairs"
-    if in_pairs and not find_function("products", "moxe_multiplies_pairs")():
+    if in_pairs and not multiplies_pairs():
         pytest.skip("the processor multiplies no pairs of bfloat16")
 
     monkeypatch.setattr(products, "widens_bfloat16", lambda: not in_pairs)

@@ -150,6 +150,17 @@ def why_not_loaded(source: NativeSource) -> str | None:
     return None
 
 
+def multiplies_pairs() -> bool:
+    """Tell whether the processor multiplies pairs of bfloat16.
+
+    :returns: Whether it does, and ``ATEN_CPU_CAPABILITY`` does not forbid it.
+    """
+    return (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.cpu._is_avx512_bf16_supported()
+    )
+
+
 def library_dir() -> Path:
     """Tell where compiled libraries are kept.
 
@@ -168,14 +179,12 @@ def _flags() -> list[str]:
 
     # ATen's vectors are as wide as the code says that is compiled with them.
     capability = torch.backends.cpu.get_cpu_capability()
-    # What the processor has, `ATEN_CPU_CAPABILITY` may forbid.
-    has_bfloat16 = capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
 
     return [
         *("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp"),
         f"-DCPU_CAPABILITY={capability}",
         *_CAPABILITY_FLAGS.get(capability, ()),
-        *(("-mavx512bf16",) if has_bfloat16 else ()),
+        *(("-mavx512bf16",) if multiplies_pairs() else ()),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-isystem{directory}" for directory in include_paths("cpu")),
     ]

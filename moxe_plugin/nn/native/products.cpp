@@ -894,11 +894,6 @@ bool multiply_all(int64_t num_products, const Product* products, const Triangle*
 
 }  // namespace
 
-// Returns 1 if the processor multiplies pairs of bfloat16, else 0.
-extern "C" int moxe_multiplies_pairs() {
-  return moxe::kHasPairs;
-}
-
 // Returns 0, or 1 if there is no memory for copies of the factors. Where bits of `halves` are
 // set, left factors (1), right ones (2) or results (4) are kept in bfloat16. Factors are rounded
 // to it where one is, and with kRounds of `rounding`. Without `triangles`, all matrices are

@@ -30,7 +30,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.library import SUFFIXES, find_function
+from moxe_plugin.nn.native.library import SUFFIXES, find_function, multiplies_pairs
 from moxe_plugin.nn.native.processor import find_vendor
 
 NUM_NUMBERS: Final = 15
@@ -203,8 +203,6 @@ def rounding_now() -> Rounding:
     """Tell how products treat bfloat16 now.
 
     :returns: Whether they round to it, see :func:`rounds_now`, and widen it.
-
-    :raises NativeLibraryError: As :func:`widens_bfloat16`.
     """
     return find_rounding(rounds=rounds_now())
 
@@ -215,8 +213,6 @@ def find_rounding(*, rounds: bool) -> Rounding:
     :param rounds: Whether they round float32 factors to it.
 
     :returns: That, and whether they widen it.
-
-    :raises NativeLibraryError: As :func:`widens_bfloat16`.
     """
     rounding = Rounding.ROUNDS if rounds else Rounding(0)
 
@@ -246,13 +242,8 @@ def widens_bfloat16() -> bool:
 
     :returns: Whether the processor cannot multiply pairs, or is Intel's: those multiply
         four vectors of float32 in the time of one of pairs, which holds two.
-
-    :raises NativeLibraryError: The C++ code cannot be compiled here.
     """
-    return (
-        find_vendor() == "GenuineIntel"
-        or not find_function("products", "moxe_multiplies_pairs")()
-    )
+    return find_vendor() == "GenuineIntel" or not multiplies_pairs()
 
 
 def sums_of(
