@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moxe_plugin.nn.native import products
-from moxe_plugin.nn.native.library import multiplies_pairs
+from moxe_plugin.nn.native.processor import multiplies_pairs
 
 
 @pytest.fixture

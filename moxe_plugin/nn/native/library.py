@@ -15,6 +15,8 @@ from typing import Any, Final, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from moxe_plugin.nn.native.processor import multiplies_pairs
+
 NativeSource: TypeAlias = Literal[
     "causal_conv",
     "cross_entropy",
@@ -148,17 +150,6 @@ def why_not_loaded(source: NativeSource) -> str | None:
         return str(ex)
 
     return None
-
-
-def multiplies_pairs() -> bool:
-    """Tell whether the processor multiplies pairs of bfloat16.
-
-    :returns: Whether it does, and ``ATEN_CPU_CAPABILITY`` does not forbid it.
-    """
-    return (
-        torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.cpu._is_avx512_bf16_supported()
-    )
 
 
 def library_dir() -> Path:

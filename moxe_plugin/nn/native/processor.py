@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+
+def multiplies_pairs() -> bool:
+    """Tell whether the processor multiplies pairs of bfloat16.
+
+    :returns: Whether it does, and ``ATEN_CPU_CAPABILITY`` does not forbid it.
+    """
+    return (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.cpu._is_avx512_bf16_supported()
+    )
+
 
 def find_vendor() -> str | None:
     """Tell who made the processor.

@@ -30,8 +30,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from moxe_plugin.nn.native.library import SUFFIXES, find_function, multiplies_pairs
-from moxe_plugin.nn.native.processor import find_vendor
+from moxe_plugin.nn.native.library import SUFFIXES, find_function
+from moxe_plugin.nn.native.processor import find_vendor, multiplies_pairs
 
 NUM_NUMBERS: Final = 15
 """How many numbers tell a product."""
