@@ -6,9 +6,10 @@
 // As in Goto's algorithm, blocks of both factors of large products are copied into panels that
 // the innermost loop reads one after the other, whatever the factors' layout is, and the sums of
 // a small tile stay in registers; left factors whose rows hold what a panel would are not copied,
-// or row by row, see Part::packs_left() and widens_rows(), and other products read both as they lie, see `Kind`. All products of
-// a call share the threads, so that many small ones (experts, heads) are as fast as one large
-// one. Each element is summed in an order that depends on nothing but the inner dimension.
+// see Part::packs_left(), or row by row, see Part::widens_rows(), and other products read both as
+// they lie, see `Kind`. All products of a call share the threads, so that many small ones
+// (experts, heads) are as fast as one large one. Each element is summed in an order that depends
+// on nothing but the inner dimension.
 
 #include "causal_squares.h"
 #include "panels.h"
